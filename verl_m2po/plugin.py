@@ -13,6 +13,8 @@ from types import ModuleType
 
 import wrapt
 
+from verl_m2po.cpu import patches
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,6 +35,10 @@ class Extension:
 
 EXTENSIONS = (
     Extension("policy losses", "verl.trainer.ppo.core_algos", "verl_m2po.losses"),
+    Extension("Hydra additions", "hydra.core.plugins", "verl_m2po.config.hydra"),
+    Extension("CPU platform", "verl.plugin.platform.platform_manager", "verl_m2po.cpu.platform"),
+    Extension("CPU training engine", "verl.workers.engine.fsdp.transformer_impl", "verl_m2po.cpu.engine"),
+    Extension("CPU weight transfer", "verl.checkpoint_engine.base", "verl_m2po.cpu.weight_transfer"),
 )
 
 
@@ -57,3 +63,4 @@ def install(extension: Extension) -> None:
 
 for _extension in EXTENSIONS:
     install(_extension)
+patches.install()
