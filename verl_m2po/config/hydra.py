@@ -19,7 +19,7 @@ OUR_CONFIGS = "pkg://verl_m2po.config"
 VERL_CONFIGS = "pkg://verl.trainer.config"
 SCHEME = "m2po"
 
-# verl's primary configs for its PPO trainer. Recipe configs that list one of them in their defaults inherit the overlay.
+# verl's primary configs for its PPO trainer. Recipes that list one of them in their defaults inherit the overlay.
 PRIMARY_CONFIGS = ("ppo_trainer", "ppo_megatron_trainer")
 OVERLAY = "overlay"
 
