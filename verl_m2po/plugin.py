@@ -36,7 +36,7 @@ class Extension:
 
 
 EXTENSIONS = (
-    Extension("policy loss", "verl.trainer.ppo.core_algos", "verl_m2po.losses", ()),
+    Extension("policy loss", "verl.trainer.ppo.core_algos", "verl_m2po.losses", ("m2po", "no_trust_region")),
     Extension(
         "Hydra addition", "hydra.core.plugins", "verl_m2po.config.hydra", ("m2po://overlay", "pkg://verl_m2po.config")
     ),
