@@ -2,8 +2,8 @@
 
 verl imports this module (entry point group ``verl.plugins``) in every process that imports verl, Ray workers included.
 Nothing is registered right then: each row below waits until verl itself imports the module that we register with, so
-that ``import verl`` costs nothing more. A row that fails raises out of *that* import, where verl cannot swallow it (verl
-logs errors of the entry point itself at DEBUG only).
+that ``import verl`` costs nothing more. A row that fails raises out of *that* import, where verl cannot swallow it
+(verl logs errors of the entry point itself at DEBUG only).
 """
 
 import importlib
@@ -33,6 +33,7 @@ class Extension:
 
 EXTENSIONS = (
     Extension("policy losses", "verl.trainer.ppo.core_algos", "verl_m2po.losses"),
+    Extension("actor worker", "verl.workers.engine_workers", "verl_m2po.worker"),
 )
 
 
