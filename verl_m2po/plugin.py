@@ -73,6 +73,17 @@ def install(extension: Extension) -> None:
     wrapt.register_post_import_hook(register, extension.host)
 
 
-for _extension in EXTENSIONS:
-    install(_extension)
-patches.install()
+def install_all() -> None:
+    """Install every row; one that fails at once does not keep the others out, and its error is raised at the end."""
+    errors = []
+    for extension in EXTENSIONS:
+        try:
+            install(extension)
+        except Exception as error:
+            errors.append(error)
+    patches.install()
+    if errors:
+        raise errors[0]
+
+
+install_all()

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from verl.plugin.platform.platform_base import PlatformBase
+
 from verl_m2po.cpu.device_module import device_module
 from verl_m2po.cpu.platform import PlatformCPU
 

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 from packaging.requirements import Requirement
+
 from verl_m2po.cpu.vllm_requirements import EXCLUDED, requirements
 
 

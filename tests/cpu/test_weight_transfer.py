@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transfer_peers
+
 from verl_m2po.cpu.weight_transfer import GlooCheckpointEngine, _buckets
 
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from compose import composed
+
 from verl_m2po.preflight import callback, inputs, losses, machine
 from verl_m2po.preflight.problem import Problem
 
@@ -184,5 +185,9 @@ def test_main_refuses_in_one_message_without_a_traceback(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "verl-m2po refuses this run:" in done.stderr
-    for key in ("actor_rollout_ref.model.path=/no/such/model", f"{LOSS}.threshold", "data.train_files=/no/such.parquet"):
+    for key in (
+        "actor_rollout_ref.model.path=/no/such/model",
+        f"{LOSS}.threshold",
+        "data.train_files=/no/such.parquet",
+    ):
         assert key in done.stderr
