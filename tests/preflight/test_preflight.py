@@ -174,8 +174,11 @@ def test_message_of_a_problem():
 def test_main_refuses_in_one_message_without_a_traceback(tmp_path):
     """Through verl's own entry point: every problem at once, exit status 1, nothing started."""
     done = subprocess.run(
-        [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name=arithmetic", "hardware=cpu"]
-        + ["actor_rollout_ref.model.path=/no/such/model", f"{LOSS}.threshold=-1", "data.train_files=/no/such.parquet"],
+        [
+            *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-name=arithmetic", "hardware=cpu"),
+            *("actor_rollout_ref.model.path=/no/such/model", f"{LOSS}.threshold=-1"),
+            "data.train_files=/no/such.parquet",
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,
