@@ -10,15 +10,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from verl_m2po.tasks.sets import DATA_SETS, DataSet
+
 if TYPE_CHECKING:
     from verl_m2po.tasks.prepare import Prepared
-    from verl_m2po.tasks.sets import DataSet
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 # Progress goes to stderr, results to stdout, so that a script can take over the paths that are printed.
 terminal = Console(stderr=True)
 # Unusable rows shown on the terminal; the file beside the data has all of them.
 LISTED_ROWS = 20
+SET_NAMES = ", ".join(DATA_SETS)
 
 
 def _print_path(path: Path) -> None:
@@ -86,7 +88,7 @@ def tiny_model(
 
 @app.command()
 def prepare(
-    name: Annotated[str, typer.Argument(help="gsm8k, math500, aime24, aime25, amc23, amc24, gaokao, minerva, ...")],
+    name: Annotated[str, typer.Argument(help=f"One of {SET_NAMES}.")],
     out: Annotated[Path, typer.Option(help="Folder for <split>.parquet.")],
     source: Annotated[Path | None, typer.Option(help="Local file, or folder of files; the hub without it.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if a row cannot be used.")] = False,
@@ -117,7 +119,7 @@ def prepare(
         raise _fail(ValueError(f"no row of {data_set.title} can be used in one of its splits"))
 
 
-def _table_of_splits(data_set: "DataSet", splits: "list[Prepared]") -> Table:
+def _table_of_splits(data_set: DataSet, splits: "list[Prepared]") -> Table:
     table = Table(title=f"{data_set.title}, scored as {data_set.data_source}")
     for header, justify in (("split", "left"), ("rows", "right"), ("unusable", "right"), ("file", "left")):
         table.add_column(header, justify=justify, overflow="fold")

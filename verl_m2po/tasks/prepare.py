@@ -201,9 +201,8 @@ def _files_in(data_set: DataSet, folder: Path) -> dict[str, Path]:
     for split in data_set.splits:
         candidates = [folder / f"{split}{ending}" for ending in BUILDERS if (folder / f"{split}{ending}").is_file()]
         if len(candidates) != 1:
-            problem = (
-                f"has both {candidates[0].name} and {candidates[1].name}" if candidates else f"has no {split} file"
-            )
+            names = " and ".join(candidate.name for candidate in candidates)
+            problem = f"has {names}" if candidates else f"has no {split} file"
             raise ValueError(
                 f"--source {folder} {problem}; {data_set.title} needs exactly one of "
                 f"{', '.join(split + ending for ending in BUILDERS)}"

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from verl_m2po.tasks.scoring import MATH_VERIFY
@@ -26,10 +27,10 @@ def after_hashes(answer: Any) -> str:
 def whole_number(answer: Any) -> str:
     """A whole number as people write it: ``025`` is 25 and ``27.0`` is 27."""
     try:
-        number = float(str(answer).strip())
-    except ValueError:
+        number = Decimal(str(answer).strip())
+    except InvalidOperation:
         raise UnusableRow(f"the answer is not a number: {answer!r}") from None
-    if not number.is_integer():
+    if not number.is_finite() or number != number.to_integral_value():
         raise UnusableRow(f"the answer is not a whole number: {answer!r}")
     return str(int(number))
 
