@@ -122,10 +122,8 @@ def _render(figure: Figure, kind: str) -> bytes:
 
 
 def _lacking(plot: Plot, groups: list[Group]) -> list[str]:
-    wanted = " or ".join(plot.needs)
-    return [
-        f"{plot.name}: {group.label} did not log {wanted}" for group in groups if not group.logged & set(plot.needs)
-    ]
+    names = [group.label for group in groups if not group.logged & set(plot.needs)]
+    return [f"figure {plot.name} lacks {'; '.join(names)}: no {' or '.join(plot.needs)} logged"] if names else []
 
 
 def draw(report: Report) -> tuple[list[tuple[Plot, Figure]], list[str]]:
@@ -135,9 +133,7 @@ def draw(report: Report) -> tuple[list[tuple[Plot, Figure]], list[str]]:
         try:
             drawn.append((plot, plot.draw(report.groups, report.tasks)))
         except figures.NothingToDraw as nothing:
-            problems.append(
-                f"no figure {plot.name}: {nothing} was logged" if plot.needs else f"no figure {plot.name}: {nothing}"
-            )
+            problems.append(f"no figure {plot.name}: {nothing} in the logs")
             continue
         if plot.needs:
             problems += _lacking(plot, report.groups)
