@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -37,6 +38,7 @@ def test_tensorboard_reads_the_layout_back(tmp_path):
 def test_the_plugin_itself_serves_the_layout(tmp_path):
     """The route that the browser asks, not only the file."""
     from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+    from tensorboard.context import RequestContext
     from tensorboard.plugins import base_plugin
     from tensorboard.plugins.custom_scalar import custom_scalars_plugin
 
@@ -47,9 +49,7 @@ def test_the_plugin_itself_serves_the_layout(tmp_path):
     provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path))
     context = base_plugin.TBContext(logdir=str(tmp_path), multiplexer=multiplexer, data_provider=provider)
     plugin = custom_scalars_plugin.CustomScalarsPlugin(context)
-    from tensorboard.context import RequestContext
-
-    layout = plugin.layout_impl(RequestContext(), "")
+    layout = json.loads(plugin.layout_impl(RequestContext(), ""))
     assert [category["title"] for category in layout["category"]] == list(LAYOUT)
 
 

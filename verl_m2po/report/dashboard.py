@@ -56,8 +56,9 @@ def write_tensorboard_layout(folder: Path) -> Path:
     try:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.plugins.custom_scalar import layout_pb2, summary
+        from tensorboard.plugins.custom_scalar import layout_pb2, metadata
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.util.tensor_util import make_tensor_proto
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the TensorBoard layout needs tensorboard: pip install tensorboard") from error
 
@@ -71,10 +72,17 @@ def write_tensorboard_layout(folder: Path) -> Path:
         )
         for group, charts in LAYOUT.items()
     ]
-    layout = summary.pb(layout_pb2.Layout(category=categories))
+    # tensorboard's own `custom_scalar.summary.pb` needs TensorFlow for these three lines.
+    layout = layout_pb2.Layout(category=categories).SerializeToString()
+    summary = Summary()
+    summary.value.add(
+        tag=metadata.CONFIG_SUMMARY_TAG,
+        tensor=make_tensor_proto(layout),
+        metadata=metadata.create_summary_metadata(),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
     writer = EventFileWriter(str(folder), filename_suffix=LAYOUT_SUFFIX)
-    writer.add_event(Event(summary=Summary.FromString(layout.SerializeToString())))
+    writer.add_event(Event(summary=summary))
     writer.close()
     return (set(folder.iterdir()) - before).pop()

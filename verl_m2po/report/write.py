@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from verl_m2po.report import figures, metrics
 from verl_m2po.report.build import Report
 from verl_m2po.report.groups import Group
 from verl_m2po.report.page import page
+from verl_m2po.report.style import RC
 from verl_m2po.report.tables import markdown, rows
 
 PNG_DPI = 150
@@ -117,7 +119,8 @@ def _render(figure: Figure, kind: str) -> bytes:
     buffer = BytesIO()
     # Without a date the same logs give the same bytes.
     metadata = {"Date": None} if kind == "svg" else None
-    figure.savefig(buffer, format=kind, dpi=PNG_DPI, metadata=metadata)
+    with mpl.rc_context(RC):
+        figure.savefig(buffer, format=kind, dpi=PNG_DPI, metadata=metadata)
     return buffer.getvalue()
 
 
