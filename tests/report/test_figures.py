@@ -138,12 +138,24 @@ def test_ages_between_the_smallest_and_the_largest_are_spread_evenly(tmp_path):
     np.testing.assert_allclose(shares.to_numpy(), [[0, 0.25, 0.25, 0.25, 0.25], [0, 0, 1, 0, 0]])
 
 
-def test_a_logged_histogram_of_ages_is_drawn_as_it_is(tmp_path):
-    name = "staleness/age_updates_histogram"
-    report = report_of(tmp_path, {1: {f"{name}/0": 6, f"{name}/4": 2}, 2: {f"{name}/4": 8}})
+def test_logged_buckets_of_ages_are_spread_over_the_ages_in_them(tmp_path):
+    """to_1 is age 1 alone, to_4 is 3 and 4, to_8 is 5 to 8; a bucket without tokens is not logged."""
+    name = "staleness/age_share/steps"
+    report = report_of(
+        tmp_path, {1: {f"{name}_to_0": 1.0}, 2: {f"{name}_to_1": 0.5, f"{name}_to_4": 0.5}, 3: {f"{name}_to_8": 1}}
+    )
     shares, unit = figures.age_shares(report.groups[0])
-    assert unit == "optimizer updates"
-    np.testing.assert_allclose(shares.loc[:, [0, 4]].to_numpy(), [[0.75, 0.25], [0, 1]])
+    assert unit == "trainer steps"
+    expected = [[1, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0.5, 0, 0.25, 0.25, 0, 0, 0, 0], [0] * 5 + [0.25] * 4]
+    np.testing.assert_allclose(shares.to_numpy(), expected)
+
+
+def test_a_trajectory_over_several_versions_is_as_old_as_its_oldest(tmp_path):
+    """verl counts the age from the freshest weights of a trajectory; a flat line must not come from that."""
+    name = "training/off_policy/trajectory_staleness"
+    report = report_of(tmp_path, {1: {f"{name}/min": 2, f"{name}/max": 2, f"{name}_worst/max": 4}})
+    shares, _ = figures.age_shares(report.groups[0])
+    np.testing.assert_allclose(shares.to_numpy(), [[0, 0, 1 / 3, 1 / 3, 1 / 3]])
 
 
 def test_the_phases_of_a_step_add_up_to_the_step(study):

@@ -69,3 +69,12 @@ def test_resolvers_are_never_run():
 
 def test_references_in_a_circle_end():
     assert settings("run", {"loss": "${a}", "a": "${b}", "b": "${a}"}).loss is None
+
+
+def test_vanilla_is_grpo_only_with_group_relative_advantages():
+    assert settings("run", {"loss": "vanilla", "algorithm.adv_estimator": "gae"}).loss == "vanilla"
+    assert settings("run", {"loss": "vanilla", "algorithm.adv_estimator": "grpo"}).loss == "grpo"
+
+
+def test_a_threshold_that_is_off_is_not_a_limit():
+    assert settings("m2po", {"threshold": float("inf")}).threshold is None

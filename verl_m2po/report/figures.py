@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from verl_m2po.report import metrics
 from verl_m2po.report.groups import Group, Seeds, over_seeds, result_seeds, seeds_of
+from verl_m2po.report.runs import Run
 from verl_m2po.report.style import PHASE_COLOURS, RC, Look, is_reference, looks, plain
 from verl_m2po.report.summary import left_out_metric, training_seconds
 
@@ -274,30 +275,58 @@ def accuracy_by_staleness(groups: list[Group], tasks: Tasks) -> Figure:
 
 
 def age_shares(group: Group) -> tuple[pd.DataFrame, str] | None:
-    """Share of the trained rows at each age (columns) and step (rows) for the group's first run that logged it.
+    """Share of the trained data at each age (columns) and step (rows) for the group's first run that logged it.
 
-    From the histogram where one is logged. Otherwise the rows of a step are spread evenly from the smallest to the
-    largest age, which is exact where the two are equal. Returns the shares and the unit of age, or None.
+    Exact where the smallest and largest age of every step are equal. Otherwise from the logged buckets of ages, else
+    from the smallest and largest age, with the data of a bucket, or of a step, spread evenly over its ages. Returns
+    the shares and the unit of age, or None.
     """
     for run in group.runs:
-        columns = [name for name in run.logged if name.startswith(metrics.AGE_HISTOGRAM)]
-        ages = {name: name.removeprefix(metrics.AGE_HISTOGRAM) for name in columns}
-        ages = {name: int(age) for name, age in ages.items() if age.isdigit()}
-        if ages:
-            counts = run.frame[list(ages)].rename(columns=ages).dropna(how="all").fillna(0.0).sort_index(axis=1)
-            return counts.div(counts.sum(axis=1), axis=0), "optimizer updates"
-        for pattern, unit in ((metrics.AGE_UPDATES, "optimizer updates"), (metrics.AGE_VERSIONS, "weight versions")):
-            low, high = run.series(pattern.format("min")), run.series(pattern.format("max"))
-            if len(low) and len(high):
-                return _spread_evenly(low, high), unit
-        mean, high = run.series(metrics.AGE_UPDATES.format("mean")), run.series(metrics.AGE_UPDATES.format("max"))
-        if len(mean) and len(high):
-            return _spread_evenly(mean, high), "optimizer updates, mean to largest"
+        ends = _smallest_and_largest(run)
+        if ends and (ends[0] == ends[1]).all():
+            return _spread_evenly(*ends[:2]), ends[2]
+        buckets = _age_buckets(run)
+        if buckets is not None:
+            return buckets, "trainer steps"
+        if ends:
+            return _spread_evenly(*ends[:2]), ends[2]
     return None
 
 
+def _smallest_and_largest(run: Run) -> tuple[pd.Series, pd.Series, str] | None:
+    """The ages of the freshest and the oldest data of each step, and their unit."""
+    versions = metrics.first_logged(
+        run.logged, (metrics.WORST_AGE_VERSIONS.format("max"), metrics.AGE_VERSIONS.format("max"))
+    )
+    for low, high, unit in (
+        (metrics.AGE_VERSIONS.format("min"), versions, "weight versions"),
+        (metrics.AGE_UPDATES.format("min"), metrics.AGE_UPDATES.format("max"), "optimizer updates"),
+        (metrics.AGE_UPDATES.format("mean"), metrics.AGE_UPDATES.format("max"), "optimizer updates, mean to largest"),
+    ):
+        if low in run.logged and high in run.logged:
+            aligned = run.series(low).align(run.series(high), join="inner")
+            if len(aligned[0]):
+                return (*aligned, unit)
+    return None
+
+
+def _age_buckets(run: Run) -> pd.DataFrame | None:
+    found = {name: match for name in run.logged if (match := metrics.AGE_BUCKET.match(name))}
+    if not found:
+        return None
+    ends = sorted({int(match["end"]) for match in found.values()} | {0})
+    shares = run.frame[list(found)].dropna(how="all").fillna(0.0)
+    largest = max(2 * ends[-1], 1) if any(match["kind"] == "over" for match in found.values()) else ends[-1]
+    spread = pd.DataFrame(0.0, index=shares.index, columns=np.arange(largest + 1))
+    for name, match in found.items():
+        end = int(match["end"])
+        # Buckets without a token are not logged, so the one before may be missing: it ends at half of this one.
+        first, last = (end + 1, largest) if match["kind"] == "over" else (end // 2 + 1 if end > 1 else end, end)
+        spread.loc[:, first:last] += shares[[name]].to_numpy() / (last - first + 1)
+    return spread
+
+
 def _spread_evenly(low: pd.Series, high: pd.Series) -> pd.DataFrame:
-    low, high = low.align(high, join="inner")
     first, last = np.floor(low).astype(int), np.ceil(high).astype(int)
     ages = np.arange(min(0, first.min()), last.max() + 1)
     inside = (ages >= first.to_numpy()[:, None]) & (ages <= last.to_numpy()[:, None])
@@ -306,9 +335,9 @@ def _spread_evenly(low: pd.Series, high: pd.Series) -> pd.DataFrame:
 
 @_styled
 def age_of_data(groups: list[Group], tasks: Tasks) -> Figure:
-    """Heat map of the age of the trained rows against the step, a panel for each group.
+    """Heat map of the age of the trained data against the step, a panel for each group.
 
-    A flat line at k is the exact mode: every row of every batch is of one age.
+    A flat line at k is the exact mode: every batch is of one age.
     """
     found = [(group, shares) for group in groups if (shares := age_shares(group)) is not None]
     if not found:

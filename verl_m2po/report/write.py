@@ -68,12 +68,17 @@ PLOTS = (
     Plot(
         "age_of_data",
         "Age of the data",
-        "One run of each group. A single dark line at k: every row of every batch is exactly of age k. Where only the "
-        "smallest and largest age are logged, rows are drawn evenly between them.",
+        "One run of each group. A single dark line at k: every batch is exactly of age k. Where only the smallest and "
+        "largest age, or buckets of ages, are logged, the data is drawn evenly between them.",
         figures.age_of_data,
         AGES,
     ),
-    Plot("buffer", "Staleness buffer", "Rows held, waiting, admitted and evicted.", figures.buffer),
+    Plot(
+        "buffer",
+        "Staleness buffer",
+        "Prompt groups held, waiting, admitted and evicted, and who waited for whom.",
+        figures.buffer,
+    ),
     Plot("health", "Health", "What moves first when a run goes wrong; a rolling median over steps.", figures.health),
     Plot(
         "time_per_step",
