@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +77,10 @@ def test_the_layout_is_not_taken_for_an_attempt(tmp_path):
     assert len(find_sources(tmp_path)[0][0].files) == 1
     (run,), problems = read_runs([tmp_path])
     assert len(run.frame) == 3 and problems == []
+
+
+def test_the_docs_name_every_metric_that_the_report_looks_at():
+    text = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+    watched = {name for panel in (*metrics.HEALTH, *metrics.BUFFER) for name in panel.metrics[:1]}
+    watched |= {metrics.MASKED_FRACTION, metrics.CLIP_FRACTION, metrics.SECOND_MOMENT_BEFORE, metrics.THROUGHPUT}
+    assert not [name for name in watched if name not in text and name.rsplit("/", 1)[-1] not in text]

@@ -61,7 +61,7 @@ HEALTH = (
     Panel("gradient norm", ("actor/grad_norm",), log=True),
     Panel(
         "largest importance ratio",
-        ("actor/m2po/ratio_max", "rollout_corr/rollout_is_max", "rollout_corr/ppl_ratio_max"),
+        ("rollout_corr/rollout_is_max",),
         log=True,
     ),
     Panel(
