@@ -35,15 +35,19 @@ class Page(HTMLParser):
         self.text += data
 
 
-def one_run(tmp_path, name="m2po-s256", **config):
-    write_log(tmp_path / name / "attempt-1.jsonl", stale_run("m2po", 64, seed=1, steps=30))
-    if config:
-        write_config(tmp_path / name, **config)
-    return build([tmp_path], target=0.4)
+def one_run(folder):
+    write_log(folder / "m2po-s256/attempt-1.jsonl", stale_run("m2po", 64, seed=1, steps=30))
+    return build([folder], target=0.4)
 
 
-def test_the_page_is_self_contained(tmp_path):
-    written = write(one_run(tmp_path / "runs"), tmp_path / "out")
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The report of one run, drawn once."""
+    root = tmp_path_factory.mktemp("written")
+    return write(one_run(root / "runs"), root / "out")
+
+
+def test_the_page_is_self_contained(written):
     text = written.page.read_text()
     page = Page(text)
     assert page.addresses and all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
@@ -53,25 +57,25 @@ def test_the_page_is_self_contained(tmp_path):
     assert "m2po, s=256" in page.text
 
 
-def test_every_figure_is_there_as_png_and_svg(tmp_path):
-    written = write(one_run(tmp_path / "runs"), tmp_path / "out")
+def test_every_figure_is_there_as_png_and_svg(written):
     assert {path.suffix for path in written.figures} == {".png", ".svg"}
     assert len(written.figures) == 2 * len(Page(written.page.read_text()).addresses)
     for path in written.figures:
         data = path.read_bytes()
         assert data.startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
-    assert not list((tmp_path / "out").glob(".*"))
+    assert not list(written.page.parent.glob(".*"))
 
 
-def test_the_same_logs_give_the_same_bytes(tmp_path):
-    report = one_run(tmp_path / "runs")
-    first, second = (write(report, tmp_path / out).page.read_bytes() for out in ("a", "b"))
-    assert first == second
+def test_the_same_logs_give_the_same_bytes(written, tmp_path):
+    again = write(one_run(tmp_path / "runs"), tmp_path / "out")
+    assert again.page.read_bytes() == written.page.read_bytes()
 
 
 def test_names_are_escaped_everywhere(tmp_path):
     """A loss name comes from a config file that somebody else may have written."""
-    report = one_run(tmp_path / "runs", loss=EVIL, staleness_updates=4)
+    write_log(tmp_path / "runs/x/attempt-1.jsonl", {1: {ACC: 0.5}})
+    write_config(tmp_path / "runs/x", loss=EVIL, staleness_updates=4)
+    report = build([tmp_path / "runs"])
     written = write(report, tmp_path / "out")
     text = written.page.read_text()
     assert "<script" not in text and EVIL in Page(text).text
@@ -103,7 +107,8 @@ def test_markdown_of_nothing_says_so():
 
 def test_a_figure_that_can_no_longer_be_drawn_is_not_left_behind(tmp_path):
     out = tmp_path / "out"
-    write(one_run(tmp_path / "a"), out)
+    write_log(tmp_path / "a/x/attempt-1.jsonl", {1: {ACC: 0.5, "perf/throughput": 9.0}})
+    write(build([tmp_path / "a"]), out)
     assert (out / "throughput.png").exists()
     write_log(tmp_path / "b/x/attempt-1.jsonl", {1: {ACC: 0.5}})
     written = write(build([tmp_path / "b"]), out)
