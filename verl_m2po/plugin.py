@@ -13,6 +13,8 @@ from types import ModuleType
 
 import wrapt
 
+from verl_m2po.cpu import patches
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,18 +24,33 @@ class Extension:
 
     Args:
         what: What is added, in the words of verl's documentation.
-        host: verl's module that holds the registry. Our side runs right after its import.
+        host: The module that holds the registry. Our side runs right after its import.
         module: Our module. Importing it registers; importing it twice registers once.
+        names: What must be in the registry afterwards. `verl-m2po doctor` looks for each of them.
     """
 
     what: str
     host: str
     module: str
+    names: tuple[str, ...]
 
 
 EXTENSIONS = (
-    Extension("policy losses", "verl.trainer.ppo.core_algos", "verl_m2po.losses"),
-    Extension("actor worker", "verl.workers.engine_workers", "verl_m2po.worker"),
+    Extension(
+        "policy loss", "verl.trainer.ppo.core_algos", "verl_m2po.losses", ("m2po", "m2po_clip", "no_trust_region")
+    ),
+    Extension("actor worker", "verl.workers.engine_workers", "verl_m2po.worker", ("M2POTrainingWorker",)),
+    Extension(
+        "Hydra addition",
+        "hydra.core.plugins",
+        "verl_m2po.config.hydra",
+        ("m2po://overlay", "pkg://verl_m2po.config"),
+    ),
+    Extension("platform", "verl.plugin.platform.platform_manager", "verl_m2po.cpu.platform", ("cpu",)),
+    Extension(
+        "training engine", "verl.workers.engine.fsdp.transformer_impl", "verl_m2po.cpu.engine", ("fsdp2 on cpu",)
+    ),
+    Extension("checkpoint engine", "verl.checkpoint_engine.base", "verl_m2po.cpu.weight_transfer", ("gloo",)),
 )
 
 
@@ -58,3 +75,4 @@ def install(extension: Extension) -> None:
 
 for _extension in EXTENSIONS:
     install(_extension)
+patches.install()
