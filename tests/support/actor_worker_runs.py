@@ -44,7 +44,7 @@ def rollouts(rows, seed, ages=None):
         if row == rows - 1:
             response_mask[:] = False
         # A heavy tail, and a different scale for each row: micro-batches that decide alone would disagree.
-        noise = torch.randn(length, generator=generator) * 0.05 * (1 + row)
+        noise = torch.randn(length, generator=generator) * 0.1 * (1 + row)
         # The size of the advantage tells the row.
         advantage = (1 + 0.01 * row) * (1 if torch.rand((), generator=generator) < 0.5 else -1)
         data.append(
@@ -59,7 +59,7 @@ def rollouts(rows, seed, ages=None):
     return data
 
 
-def build_worker(model_folder, policy_loss, micro_batch_size=None, max_tokens=None, ours=True):
+def build_worker(model_folder, policy_loss, ours=True):
     """verl's training worker (or ours), with learning rate 0, so that it can train on the same data again."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import (
@@ -71,6 +71,7 @@ def build_worker(model_folder, policy_loss, micro_batch_size=None, max_tokens=No
     )
     from verl.workers.engine_workers import TrainingWorker
     from verl.workers.utils.losses import ppo_loss
+
     from verl_m2po.losses.config import M2POPolicyLossConfig
     from verl_m2po.worker import M2POTrainingWorker
 
@@ -88,9 +89,6 @@ def build_worker(model_folder, policy_loss, micro_batch_size=None, max_tokens=No
         strategy="fsdp2",
         use_torch_compile=False,
         mixed_precision=precision,
-        use_dynamic_bsz=micro_batch_size is None,
-        max_token_len_per_gpu=max_tokens,
-        micro_batch_size_per_gpu=micro_batch_size,
         use_remove_padding=False,
     )
     worker = (M2POTrainingWorker if ours else TrainingWorker)(
@@ -112,6 +110,13 @@ def build_worker(model_folder, policy_loss, micro_batch_size=None, max_tokens=No
     )
     worker.set_loss_fn(functools.partial(ppo_loss, config=actor_config))
     return worker
+
+
+def pack(worker, micro_batch_size=None, max_tokens=None):
+    """Choose how `worker` cuts a mini-batch: by rows or by tokens."""
+    worker.engine_config.use_dynamic_bsz = micro_batch_size is None
+    worker.engine_config.max_token_len_per_gpu = max_tokens
+    worker.engine_config.micro_batch_size_per_gpu = micro_batch_size
 
 
 def as_data(rows, old_log_probs, global_batch_size, with_age=False, entropy=False):
@@ -148,7 +153,7 @@ def as_data(rows, old_log_probs, global_batch_size, with_age=False, entropy=Fals
 def behaviour_log_probs(worker, rows):
     """Log-probs of `rows` under the weights of `worker`, plus the noise of each row, on every rank."""
     own = as_data(rows, [torch.zeros(len(row["noise"])) for row in rows], len(rows))
-    worker.loss_fn = functools.partial(worker.loss_fn.func, **worker.loss_fn.keywords)
+    pack(worker, max_tokens=4096)
     log_ratios = {}
     for tokens in worker.look_ahead(own):
         for log_ratio, advantages in zip(tokens.log_ratio, tokens.advantages, strict=True):
@@ -164,6 +169,7 @@ def row_of(advantages):
 def recording(worker):
     """What happens inside `train_batch`: keep masks by row, whole gradients, the number of forward-only passes."""
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
     from verl_m2po.trust_region import current_mini_batch
 
     record = {"keep": {}, "gradients": {}, "forward_only_passes": 0}
@@ -174,9 +180,9 @@ def recording(worker):
         for keep, advantages, response_mask in zip(
             current_mini_batch().keep, arguments["advantages"], arguments["response_mask"], strict=True
         ):
-            record["keep"][row_of(advantages)] = keep[: int(response_mask.nonzero().max()) + 1].tolist() if (
-                response_mask.any()
-            ) else []
+            record["keep"][row_of(advantages)] = (
+                keep[: int(response_mask.nonzero().max()) + 1].tolist() if (response_mask.any()) else []
+            )
         return result
 
     def recorded_step():
@@ -212,8 +218,54 @@ def train(worker, rows, old_log_probs, **options):
 
 def run_packings(model_folder, rows, packings, policy_loss, entropy=False):
     """{packing: record} of training on `rows` with each way to cut them into micro-batches."""
+    worker = build_worker(model_folder, policy_loss)
+    old_log_probs = behaviour_log_probs(worker, rows)
     records = {}
     for name, packing in packings.items():
-        worker = build_worker(model_folder, policy_loss, **packing)
-        records[name] = train(worker, rows, behaviour_log_probs(worker, rows), entropy=entropy)
+        pack(worker, **packing)
+        records[name] = train(worker, rows, old_log_probs, entropy=entropy)
+    return records
+
+
+def run_seams(model_folder, rows):
+    """What the worker does where the loss asks for nothing, for statistics, or for what it cannot give."""
+    from verl.utils import tensordict_utils as tu
+
+    records = {}
+    two_rows = {"micro_batch_size": 2}
+    for name, policy_loss in {
+        "vanilla": {},
+        "vanilla with diagnostics": {"diagnostics": True},
+        "no_trust_region": {"selected": "no_trust_region"},
+        "m2po by micro_batch": {"selected": "m2po", "m2po": {"scope": "micro_batch"}},
+    }.items():
+        worker = build_worker(model_folder, policy_loss)
+        old_log_probs = behaviour_log_probs(worker, rows)
+        pack(worker, **two_rows)
+        records[name] = train(worker, rows, old_log_probs)
+    worker = build_worker(model_folder, {"selected": "m2po", "m2po": {"subtract_mismatch_floor": True}})
+    old_log_probs = behaviour_log_probs(worker, rows)
+    pack(worker, max_tokens=4096)
+    try:
+        train(worker, rows, old_log_probs)
+    except ValueError as error:
+        records["floor without ages"] = str(error)
+    records["floor"] = train(worker, rows, old_log_probs, with_age=True)
+    # Rows of age 0 have age 1 for the second update, so the floor stays what it was.
+    records["floor, second update"] = train(worker, rows, old_log_probs, with_age=True)
+    worker = build_worker(model_folder, {"selected": "m2po"}, ours=False)
+    pack(worker, **two_rows)
+    try:
+        worker.train_batch(as_data(rows, old_log_probs, len(rows)))
+    except RuntimeError as error:
+        records["verl's own worker"] = str(error)
+    worker = build_worker(model_folder, {"selected": "m2po"})
+    pack(worker, **two_rows)
+    # Two mini-batches of four rows, twice: verl's own loop around `train_batch`.
+    data = as_data(rows, old_log_probs, len(rows) // 2)
+    tu.assign_non_tensor(data, mini_batch_size=len(rows) // 2, epochs=2)
+    with recording(worker) as record:
+        output = worker.train_mini_batch(data)
+    record["metrics"] = dict(tu.get(output, "metrics"))
+    records["two mini-batches, two epochs"] = record
     return records
