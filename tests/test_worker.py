@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from actor_worker_runs import rollouts, run_packings, save_model
+from actor_worker_runs import rollouts, run_packings, run_seams, save_model
 from ranks import run_on_ranks
 
 ROWS = 8
