@@ -33,6 +33,7 @@ class Extension:
 
 EXTENSIONS = (
     Extension("policy losses", "verl.trainer.ppo.core_algos", "verl_m2po.losses"),
+    Extension("trainer modes", "verl.trainer.ppo.v1", "verl_m2po.staleness.trainer"),
 )
 
 
