@@ -25,7 +25,7 @@ class StaleKConfig:
         failed_window_groups: see `max_failed_fraction`; nothing is judged before that many groups have ended.
         buffer_memory_limit_gib: refuse to start if the waiting rollouts could need more than this, in GiB. null takes
             half of the machine's memory. TransferQueue can spill to disk; the error says how.
-        ledger_path: file to which each trained row and its weight versions are appended as JSON lines. null writes none.
+        ledger_path: file to which every trained row is appended, with its weight versions, as JSON lines. null: none.
     """
 
     staleness_updates: int = 0

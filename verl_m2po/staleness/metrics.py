@@ -7,6 +7,7 @@ import time
 from bisect import bisect_left
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from verl_m2po.staleness.records import Group, Row
 from verl_m2po.staleness.units import UpdateClock
@@ -36,7 +37,7 @@ class LengthBias:
         if len(ordered) < DECILES:
             return []
         ends = [len(ordered) * i // DECILES for i in range(DECILES + 1)]
-        tenths = [ordered[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        tenths = [ordered[a:b] for a, b in pairwise(ends)]
         return [sum(was_dropped for _, was_dropped in tenth) / len(tenth) for tenth in tenths]
 
 

@@ -13,7 +13,7 @@ from verl_m2po.staleness.config import StaleKConfig, load_mode_config
 from verl_m2po.staleness.units import StalenessUnitsError, UpdateClock
 
 ROW_OVERHEAD_BYTES = 4096
-"""What one trajectory costs besides its tokens: Python fields, TransferQueue's and our own records. An upper estimate."""
+"""Upper estimate of what one trajectory costs besides its tokens: Python fields, TransferQueue's records and ours."""
 
 SEPARATE_MODES = ("stale_k_separate", "bounded_async")
 
@@ -153,9 +153,7 @@ def _check_sampling(config: DictConfig) -> list[Problem]:
     rollout = config.actor_rollout_ref.rollout
     prefix = "actor_rollout_ref.rollout"
     problems = []
-    truncated = (
-        "tokens outside of it have behaviour probability 0 and those inside are renormalised, so the importance "
-    )
+    truncated = "what is inside is renormalised and what is outside has probability 0, so the importance "
     if rollout.get("top_p", 1.0) < 1:
         why = f"nucleus sampling truncates the behaviour policy: {truncated}ratio is biased"
         problems.append(Problem(f"{prefix}.top_p", rollout.top_p, why, "Set it to 1.0"))
@@ -190,9 +188,7 @@ def _check_trainer(config: DictConfig, mode: str) -> list[Problem]:
     sampler = OmegaConf.select(config, "trainer.v1.sampler.custom_sampler.path")
     if sampler:
         why = f"the mode {mode} brings its own sampler"
-        problems.append(
-            Problem("trainer.v1.sampler.custom_sampler.path", sampler, why, "Remove it, or use another mode")
-        )
+        problems.append(Problem("trainer.v1.sampler.custom_sampler.path", sampler, why, "Remove it"))
     manager = OmegaConf.select(config, "actor_rollout_ref.rollout.agent.agent_loop_manager_class")
     if manager and not manager.startswith("verl_m2po."):
         key = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
@@ -222,7 +218,8 @@ def _check_memory(
             settings.staleness_updates,
             f"{staleness_steps + 1} batches of rollouts wait, which needs up to {need_gib:.1f} GiB at full length; the "
             f"limit is {limit_gib:.1f} GiB",
-            "Let TransferQueue keep them on disk (transfer_queue.backend.SimpleStorage.ssd_offload.enabled=true, .path="
-            f"<folder>, .threshold_bytes=1024), raise trainer.v1.{mode}.buffer_memory_limit_gib, or lower the staleness",
+            "Let TransferQueue keep them on disk (transfer_queue.backend.SimpleStorage.ssd_offload.enabled=true, "
+            f".path=<folder>, .threshold_bytes=1024), raise trainer.v1.{mode}.buffer_memory_limit_gib, or lower the "
+            "staleness",
         )
     ]

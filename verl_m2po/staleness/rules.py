@@ -248,9 +248,7 @@ class ExactStale(StalenessRule):
 
     def select(self, version: int, count: int) -> Selection | None:
         if self.batch_size % count:
-            raise ValueError(
-                f"exact staleness hands out whole batches of {self.batch_size} in equal parts, not {count}"
-            )
+            raise ValueError(f"exact staleness hands out a batch of {self.batch_size} in equal parts, not {count}")
         batch = self._batches.get(self._next_batch, {})
         if len(batch) < self.batch_size:
             return None

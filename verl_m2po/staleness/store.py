@@ -78,7 +78,7 @@ class LotStore:
             tickets: one per row of `prompts`.
             prompts: what the data set gave.
         """
-        columns = [key for key in prompts.keys() if not isinstance(prompts.get(key), NonTensorData)]
+        columns = [key for key, column in prompts.items() if not isinstance(column, NonTensorData)]
         per_lot: dict[int, list[int]] = defaultdict(list)
         for i, ticket in enumerate(tickets):
             per_lot[ticket.lot].append(i)
@@ -184,8 +184,8 @@ class LotStore:
                 deleted += len(orphans)
         if missing := known - {key for rows in partitions.values() for key in rows}:
             raise RuntimeError(
-                f"the checkpoint lacks {len(missing)} of {len(known)} buffered rows, the first is {sorted(missing)[0]}; "
-                "it is incomplete: resume from an earlier one"
+                f"the checkpoint lacks {len(missing)} of {len(known)} buffered rows, the first is {sorted(missing)[0]}: "
+                "it is incomplete. Resume from an earlier one"
             )
         self._groups_in_lot = Counter(ticket.lot for ticket in tickets)
         self._groups_in_lot.update(group.ticket.lot for group in ready)

@@ -12,6 +12,7 @@ Importing this module registers them. verl's hooks decide when the rule is asked
 import json
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -76,6 +77,8 @@ def set_what_the_mode_needs(config: DictConfig) -> None:
         needs[f"trainer.v1.{mode}.parameter_sync_step"] = mini_batches
         needs["trainer.v1.separate_async.parameter_sync_step"] = mini_batches
     with open_dict(config):
+        # Workers read the section; without the overlay it may be incomplete, or absent.
+        config.trainer.v1[mode] = asdict(load_mode_config(config, mode))
         for key, value in needs.items():
             if OmegaConf.select(config, key) != value:
                 logger.info("trainer_mode=%s sets %s=%s", mode, key, value)
@@ -120,7 +123,8 @@ class _StalenessTrainer(PPOTrainer):
         rule.limit(self.total_training_steps)
 
     def on_train_begin(self) -> None:
-        """The rule admits the ramp; verl's warm-up batches would come on top of it."""
+        # Instead of verl's warm-up batches: the rule admits the ramp.
+        self.replay_buffer.pump()
 
     def prepare_step(self) -> dict:
         return {}
@@ -168,8 +172,8 @@ class _StalenessTrainer(PPOTrainer):
         path = Path(self._checkpoint_folder()) / STATE_FILE
         if not path.exists():
             raise FileNotFoundError(
-                f"{path} is missing: the checkpoint was not written by trainer_mode={self.trainer_mode}, so the ages of "
-                "its rollouts are unknown. Resume with the mode that wrote it, or set trainer.resume_mode=disable"
+                f"{path} is missing: the checkpoint was not written by trainer_mode={self.trainer_mode}, and the ages "
+                "of its rollouts are unknown. Resume with the mode that wrote it, or set trainer.resume_mode=disable"
             )
         self.replay_buffer.load_state_dict(json.loads(path.read_text()))
         self.replay_buffer.version = self.global_steps
