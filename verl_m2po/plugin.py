@@ -2,8 +2,8 @@
 
 verl imports this module (entry point group ``verl.plugins``) in every process that imports verl, Ray workers included.
 Nothing is registered right then: each row below waits until verl itself imports the module that we register with, so
-that ``import verl`` costs nothing more. A row that fails raises out of *that* import, where verl cannot swallow it (verl
-logs errors of the entry point itself at DEBUG only).
+that ``import verl`` costs nothing more. A row that fails raises out of *that* import, where verl cannot swallow it
+(verl logs errors of the entry point itself at DEBUG only).
 """
 
 import importlib
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import wrapt
+
+from verl_m2po.cpu import patches
 
 logger = logging.getLogger(__name__)
 
@@ -22,18 +24,39 @@ class Extension:
 
     Args:
         what: What is added, in the words of verl's documentation.
-        host: verl's module that holds the registry. Our side runs right after its import.
+        host: The module that holds the registry. Our side runs right after its import.
         module: Our module. Importing it registers; importing it twice registers once.
+        names: What must be in the registry afterwards. `verl-m2po doctor` looks for each of them.
     """
 
     what: str
     host: str
     module: str
+    names: tuple[str, ...]
 
 
 EXTENSIONS = (
-    Extension("policy losses", "verl.trainer.ppo.core_algos", "verl_m2po.losses"),
-    Extension("trainer modes", "verl.trainer.ppo.v1", "verl_m2po.staleness.trainer"),
+    Extension(
+        "policy loss", "verl.trainer.ppo.core_algos", "verl_m2po.losses", ("m2po", "m2po_clip", "no_trust_region")
+    ),
+    Extension("actor worker", "verl.workers.engine_workers", "verl_m2po.worker", ("M2POTrainingWorker",)),
+    Extension(
+        "Hydra addition",
+        "hydra.core.plugins",
+        "verl_m2po.config.hydra",
+        ("m2po://overlay", "pkg://verl_m2po.config"),
+    ),
+    Extension("platform", "verl.plugin.platform.platform_manager", "verl_m2po.cpu.platform", ("cpu",)),
+    Extension(
+        "training engine", "verl.workers.engine.fsdp.transformer_impl", "verl_m2po.cpu.engine", ("fsdp2 on cpu",)
+    ),
+    Extension("checkpoint engine", "verl.checkpoint_engine.base", "verl_m2po.cpu.weight_transfer", ("gloo",)),
+    Extension(
+        "trainer modes",
+        "verl.trainer.ppo.v1",
+        "verl_m2po.staleness.trainer",
+        ("stale_k", "stale_k_separate", "bounded_async"),
+    ),
 )
 
 
@@ -56,5 +79,17 @@ def install(extension: Extension) -> None:
     wrapt.register_post_import_hook(register, extension.host)
 
 
-for _extension in EXTENSIONS:
-    install(_extension)
+def install_all() -> None:
+    """Install every row; one that fails at once does not keep the others out, and its error is raised at the end."""
+    errors = []
+    for extension in EXTENSIONS:
+        try:
+            install(extension)
+        except Exception as error:
+            errors.append(error)
+    patches.install()
+    if errors:
+        raise errors[0]
+
+
+install_all()

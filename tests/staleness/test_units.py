@@ -64,7 +64,7 @@ def test_the_papers_setting():
 
 @pytest.mark.parametrize("wrong", [-1, 1.0, 0.5, True, "8", None])
 def test_staleness_that_is_not_a_count_is_refused_by_name(wrong):
-    with pytest.raises(StalenessUnitsError, match="trainer.v1.stale_k.staleness_updates is"):
+    with pytest.raises(StalenessUnitsError, match=r"trainer\.v1\.stale_k.staleness_updates is"):
         UpdateClock(8, 2).steps(wrong, "trainer.v1.stale_k.staleness_updates")
 
 

@@ -184,7 +184,7 @@ class LotStore:
                 deleted += len(orphans)
         if missing := known - {key for rows in partitions.values() for key in rows}:
             raise RuntimeError(
-                f"the checkpoint lacks {len(missing)} of {len(known)} buffered rows, the first is {sorted(missing)[0]}: "
+                f"the checkpoint lacks {len(missing)} of {len(known)} buffered rows, first {sorted(missing)[0]}: "
                 "it is incomplete. Resume from an earlier one"
             )
         self._groups_in_lot = Counter(ticket.lot for ticket in tickets)

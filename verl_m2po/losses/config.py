@@ -1,0 +1,121 @@
+"""Settings of this package's losses, under verl's own `actor_rollout_ref.actor.policy_loss`."""
+
+import difflib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl.base_config import BaseConfig
+from verl.workers.config import PolicyLossConfig
+
+from verl_m2po.second_moment import check_threshold
+
+logger = logging.getLogger(__name__)
+
+KEY = "actor_rollout_ref.actor.policy_loss"
+SCOPES = ("mini_batch", "micro_batch")
+
+
+@dataclass
+class M2POConfig(BaseConfig):
+    """Settings of the loss `m2po`.
+
+    Args:
+        threshold: Largest mean of (log r)^2 over the kept trust-region tokens. The paper uses 0.04 throughout. inf
+            switches the trust region off.
+        scope: "mini_batch": one decision for the whole optimizer mini-batch, whatever the micro-batches and ranks.
+            "micro_batch": one for each micro-batch on each rank, as other implementations do.
+        subtract_mismatch_floor: Count only what exceeds the second moment of tokens whose age is zero, which is due to
+            the inference engine and not to staleness. Needs scope mini_batch.
+    """
+
+    threshold: float = 0.04
+    scope: str = "mini_batch"
+    subtract_mismatch_floor: bool = False
+
+    def __post_init__(self):
+        check_positive_threshold(self.threshold, f"{KEY}.m2po.threshold")
+        if self.scope not in SCOPES:
+            raise ValueError(f"{KEY}.m2po.scope must be one of {', '.join(SCOPES)}, got {self.scope!r}.")
+        if self.subtract_mismatch_floor and self.scope != "mini_batch":
+            raise ValueError(
+                f"{KEY}.m2po.subtract_mismatch_floor=true needs {KEY}.m2po.scope=mini_batch: "
+                "the age of a token is not known inside a micro-batch."
+            )
+
+
+@dataclass
+class M2POClipConfig(BaseConfig):
+    """Settings of the loss `m2po_clip`.
+
+    Args:
+        threshold: Budget of the mean of (log r)^2 over trust-region tokens after clipping; 0.04 in the authors'
+            scripts. inf switches the clip off.
+    """
+
+    threshold: float = 0.04
+
+    def __post_init__(self):
+        check_positive_threshold(self.threshold, f"{KEY}.m2po_clip.threshold")
+
+
+@dataclass
+class M2POPolicyLossConfig(PolicyLossConfig):
+    """verl's policy loss settings with ours beside them.
+
+    Args:
+        selected: Registered name of the loss to use, from `algorithm.policy_loss`. It wins over `loss_mode`; None
+            leaves `loss_mode` as it is.
+        m2po: Settings of the loss `m2po`.
+        m2po_clip: Settings of the loss `m2po_clip`.
+        diagnostics: Log the second moments, the effective sample size and the rest of `actor/m2po/*` for any loss.
+    """
+
+    selected: str | None = None
+    m2po: M2POConfig = field(default_factory=M2POConfig)
+    m2po_clip: M2POClipConfig = field(default_factory=M2POClipConfig)
+    diagnostics: bool = False
+
+    def __post_init__(self):
+        for name, settings in (("m2po", M2POConfig), ("m2po_clip", M2POClipConfig)):
+            object.__setattr__(self, name, _as_config(getattr(self, name), settings))
+        if self.selected is not None:
+            check_registered(self.selected)
+            if self.loss_mode not in ("vanilla", self.selected):
+                logger.warning("algorithm.policy_loss=%s replaces %s.loss_mode=%s.", self.selected, KEY, self.loss_mode)
+            # verl freezes its configs; this is the one moment at which ours may still change.
+            object.__setattr__(self, "loss_mode", self.selected)
+
+
+def check_positive_threshold(threshold: Any, key: str) -> None:
+    """Raise unless `threshold` is a positive number or inf; `key` is the full name of the setting."""
+    check_threshold(threshold, key)
+    if threshold == 0:
+        raise ValueError(
+            f"{key}=0 would drop every trust-region token. Use a positive number (the paper: 0.04), or inf for none."
+        )
+
+
+def check_registered(name: str) -> None:
+    """Raise unless `name` is a policy loss that verl knows in this process."""
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    if name in POLICY_LOSS_REGISTRY:
+        return
+    nearest = difflib.get_close_matches(str(name), POLICY_LOSS_REGISTRY, n=1)
+    suggestion = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(
+        f"algorithm.policy_loss={name} is not a registered policy loss.{suggestion} "
+        f"Registered: {', '.join(sorted(POLICY_LOSS_REGISTRY))}. A loss of your own must be imported in every process: "
+        "name its module in VERL_USE_EXTERNAL_MODULES."
+    )
+
+
+def _as_config(settings: Any, config_class: type[BaseConfig]) -> BaseConfig:
+    """`settings` as `config_class`: a mapping without `_target_` arrives as plain keys and values."""
+    if isinstance(settings, config_class):
+        return settings
+    if isinstance(settings, Mapping):
+        return config_class(**{key: value for key, value in settings.items() if key != "_target_"})
+    raise TypeError(f"{KEY}: expected settings of {config_class.__name__}, got {settings!r}.")

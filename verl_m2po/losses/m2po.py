@@ -1,0 +1,76 @@
+"""The loss `m2po`: Algorithm 1 of M2PO (arXiv:2510.01161)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from verl.trainer.ppo.core_algos import register_policy_loss
+from verl.workers.config import ActorConfig
+
+from verl_m2po.losses import diagnostics
+from verl_m2po.losses.config import KEY, M2POConfig
+from verl_m2po.losses.surrogate import LOG_RATIO_LIMIT, aggregate, detached_log_ratio, negative_weighted_advantage
+from verl_m2po.second_moment import TrustRegion, check_tokens, find_trust_region, trust_region_magnitude
+from verl_m2po.trust_region import current_mini_batch
+
+
+@register_policy_loss("m2po")
+def m2po_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: ActorConfig | None = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """-A r on the tokens that Algorithm 1 of M2PO keeps, over all response tokens; nothing is clipped.
+
+    Args:
+        old_log_prob: log-probs under the behaviour policy, [batch, response].
+        log_prob: log-probs under the current policy, same shape.
+        advantages: Advantage of each token, same shape.
+        response_mask: bool, same shape. All of it is in the denominator, kept or not.
+        loss_agg_mode: verl's name of the aggregation; the paper's is "token-mean".
+        config: verl's actor settings; `policy_loss.m2po` holds ours.
+        rollout_is_weights: verl's rollout correction weights, multiplied onto each token; None: 1.
+
+    Returns:
+        The loss, and metrics where no actor worker of ours collects them.
+
+    Raises:
+        RuntimeError: scope=mini_batch, but nobody decided over the mini-batch.
+        ValueError: Arguments do not fit each other.
+    """
+    assert config is not None, "config must be verl's ActorConfig."
+    settings = config.policy_loss.get("m2po", None) or M2POConfig()
+    with torch.no_grad():
+        log_ratio = detached_log_ratio(log_prob, old_log_prob)
+        advantages = advantages.to(log_ratio.dtype)
+        check_tokens(log_ratio, advantages, response_mask)
+        magnitude = trust_region_magnitude(log_ratio, advantages, response_mask)
+        region = _region(magnitude, settings)
+        size = log_ratio.abs()
+        keep = (size < torch.inf).logical_and_(response_mask).logical_and_(magnitude <= region.threshold_log_ratio)
+        weighted = negative_weighted_advantage(log_ratio, advantages, keep, rollout_is_weights)
+        derivative = weighted.masked_fill(size > LOG_RATIO_LIMIT, 0.0)
+        metrics = diagnostics.report(log_ratio, magnitude, response_mask, keep, weighted, region)
+    return aggregate(log_prob, weighted, derivative, response_mask, loss_agg_mode, config), metrics
+
+
+def _region(magnitude: Tensor, settings: M2POConfig) -> TrustRegion:
+    """The trust region that holds for this micro-batch."""
+    if settings.scope == "micro_batch":
+        return find_trust_region([magnitude], settings.threshold)
+    mini_batch = current_mini_batch()
+    if mini_batch is not None and mini_batch.decide_in_loss:
+        if mini_batch.region is not None:
+            raise RuntimeError("The loss was called twice for a mini-batch that the actor worker took for one piece.")
+        mini_batch.region = find_trust_region([magnitude], settings.threshold, mini_batch.group)
+    if mini_batch is None or mini_batch.region is None:
+        raise RuntimeError(
+            f"{KEY}.m2po.scope=mini_batch needs the actor worker verl_m2po.worker.M2POTrainingWorker, which decides "
+            "over the whole optimizer mini-batch before verl splits it, but the loss was called without it. "
+            f"{KEY}.m2po.scope=micro_batch works with any actor worker: each micro-batch then decides for itself."
+        )
+    return mini_batch.region

@@ -1,0 +1,289 @@
+"""Algorithm 1 of M2PO in pure torch: which tokens keep their gradient.
+
+See "Prosperity before Collapse: How Far Can Off-Policy RL Reach with Stale Data on LLMs?" (arXiv:2510.01161).
+
+The paper removes the token with the largest (log r)^2 from the trust-region tokens until the mean of the rest is at
+most the threshold. Sorted by |log r|, that keeps the longest prefix whose mean is at most the threshold, so the whole
+decision is one number: a threshold on |log r|. It is found here by radix selection over the bits of |log r|, with
+integer sums: no sort, no loop over tokens, no order in which the tokens have to be added, and a constant amount of
+communication between ranks. Only tokens with (log r)^2 above the threshold can be dropped, so only they are searched.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# |log r| as a non-negative float sorts like its bit pattern. Digits of that pattern, from the top: (shift, bits).
+_DIGITS = {
+    torch.float32: ((20, 11), (9, 11), (0, 9)),
+    torch.float64: ((52, 11), (41, 11), (30, 11), (19, 11), (8, 11), (0, 8)),
+}
+_BIT_PATTERN = {torch.float32: torch.int32, torch.float64: torch.int64}
+# A square is held as count, whole part and two 32-bit fractions, in units that put the threshold between 1/4 and 1.
+_COLUMNS = 4
+_LOW_32_BITS = 2**32 - 1
+# Squares are clamped here before they are summed. It changes no decision: one alone exceeds the budget of 2^30 tokens.
+_LARGEST_SQUARE = 2.0**30
+# Tokens worked on at once, so that the float64 and int64 temporaries stay small whatever the batch.
+_CHUNK = 2**16
+
+
+class TrustRegion(NamedTuple):
+    """The decision of Algorithm 1, as 0-d tensors on the device of the tokens, in their dtype (at least float32).
+
+    Args:
+        threshold_log_ratio: Trust-region tokens with |log r| above it are dropped; inf where none is. It lies midway
+            between the two tokens that it separates, so that a later forward pass that differs in the last bits
+            decides the same.
+        largest_kept: The largest |log r| of a kept trust-region token; 0 where there is none.
+        first_dropped: The smallest |log r| of a dropped trust-region token; inf where there is none.
+    """
+
+    threshold_log_ratio: Tensor
+    largest_kept: Tensor
+    first_dropped: Tensor
+
+
+def keep_mask(log_ratio: Tensor, advantages: Tensor, response_mask: Tensor, threshold: float) -> Tensor:
+    """Which response tokens keep their gradient under Algorithm 1 of M2PO (arXiv:2510.01161).
+
+    Args:
+        log_ratio: log of current over behaviour policy, any shape, floating point, detached. Non-finite values are
+            dropped and never influence what happens to the others.
+        advantages: Same shape and dtype. Tokens with advantage 0 are outside the trust region, so they are kept.
+        response_mask: Same shape, bool or 0/1. Tokens outside it are never kept and never counted.
+        threshold: Largest allowed mean of (log r)^2 over the kept trust-region tokens. inf keeps every response
+            token; 0 drops every trust-region token.
+
+    Returns:
+        bool, same shape: True where a response token is kept. Equal |log r| at the boundary stay or go together.
+
+    Raises:
+        ValueError: An argument does not fit, or the response mask is empty. The last is not looked for on an
+            accelerator, where looking would stall it.
+        TypeError: An argument has the wrong type.
+    """
+    check_tokens(log_ratio, advantages, response_mask)
+    check_threshold(threshold)
+    if response_mask.device.type == "cpu" and not bool(response_mask.any()):
+        raise ValueError("response_mask selects no token, so there is nothing to take the second moment of.")
+    magnitude = trust_region_magnitude(log_ratio, advantages, response_mask)
+    region = find_trust_region([magnitude], threshold)
+    return response_mask.bool() & torch.isfinite(log_ratio) & (magnitude <= region.threshold_log_ratio)
+
+
+def trust_region_magnitude(log_ratio: Tensor, advantages: Tensor, response_mask: Tensor) -> Tensor:
+    """|log r| on trust-region tokens (A > 0 and r > 1, or A < 0 and r < 1), 0 on all others.
+
+    Args:
+        log_ratio: log of current over behaviour policy, any shape. Non-finite values count as outside.
+        advantages: Same shape.
+        response_mask: Same shape, bool or 0/1.
+
+    Returns:
+        Same shape; float32, or float64 where `log_ratio` is. A new tensor.
+    """
+    dtype = torch.float64 if log_ratio.dtype == torch.float64 else torch.float32
+    # sign(A) * log r is positive exactly on the trust region; a product A * log r could underflow to 0.
+    magnitude = torch.sign(advantages).to(dtype).mul_(log_ratio).relu_().mul_(response_mask)
+    return magnitude.nan_to_num_(nan=0.0, posinf=0.0)
+
+
+def find_trust_region(
+    magnitudes: Sequence[Tensor], threshold: float, group: dist.ProcessGroup | None = None
+) -> TrustRegion:
+    """The decision of Algorithm 1 over the tokens of all `magnitudes` of all ranks of `group`.
+
+    Nothing is read back to the host where the tokens are on an accelerator.
+
+    Args:
+        magnitudes: One tensor per micro-batch, as `trust_region_magnitude` gives them.
+        threshold: Largest allowed mean of (log r)^2 over the kept trust-region tokens; inf drops none, 0 drops all.
+        group: Ranks that decide together, each of which must call this. None: this process alone.
+
+    Returns:
+        TrustRegion, the same on every rank, for any order and split of the tokens.
+    """
+    search = TrustRegionSearch(threshold)
+    for magnitude in magnitudes:
+        search.add(magnitude)
+    return search.solve(group)
+
+
+class TrustRegionSearch:
+    """`find_trust_region` for tokens that arrive one micro-batch after the other.
+
+    Args:
+        threshold: Largest allowed mean of (log r)^2 over the kept trust-region tokens; inf drops none, 0 drops all.
+    """
+
+    def __init__(self, threshold: float):
+        check_threshold(threshold)
+        self.threshold = threshold
+        self.units = _Units(threshold)
+        self._inside: Tensor | None = None
+        self._largest_inside: Tensor | None = None
+        self._outside: list[Tensor] = []
+
+    def add(self, magnitude: Tensor) -> None:
+        """Count the tokens of one micro-batch: |log r| on trust-region tokens, 0 elsewhere, float32 or float64."""
+        magnitude = magnitude.flatten()
+        limit = self.units.largest_root(magnitude.dtype)
+        if self._inside is None or self._largest_inside is None:
+            self._inside = torch.zeros(_COLUMNS, dtype=torch.int64, device=magnitude.device)
+            self._largest_inside = magnitude.new_zeros(())
+        for chunk in magnitude.split(_CHUNK):
+            inside = chunk.masked_fill(chunk > limit, 0.0)
+            self._inside += self.units.squares(inside).sum(0)
+            self._largest_inside = torch.maximum(self._largest_inside, inside.amax())
+        # Only these can ever be dropped. Selecting them would stall an accelerator; there they keep their place.
+        self._outside.append(
+            magnitude[magnitude > limit]
+            if magnitude.device.type == "cpu"
+            else magnitude.masked_fill(magnitude <= limit, 0.0)
+        )
+
+    def solve(self, group: dist.ProcessGroup | None = None) -> TrustRegion:
+        """The decision over all tokens added so far, on all ranks of `group` (None: this process alone)."""
+        if self._inside is None or self._largest_inside is None:
+            raise ValueError("No micro-batch was added, so there is no trust region to find.")
+        first_dropped = self._first_dropped(self._inside, group)
+        largest_kept = self._largest_inside
+        for outside in self._outside:
+            if outside.numel():
+                largest_kept = torch.maximum(largest_kept, outside.masked_fill(outside >= first_dropped, 0.0).amax())
+        if group is not None:
+            dist.all_reduce(largest_kept, op=dist.ReduceOp.MAX, group=group)
+        middle = largest_kept + (first_dropped - largest_kept) / 2
+        separates = (middle > largest_kept) & (middle < first_dropped)
+        threshold_log_ratio = torch.where(separates | torch.isinf(first_dropped), middle, largest_kept)
+        return TrustRegion(threshold_log_ratio, largest_kept, first_dropped)
+
+    def _first_dropped(self, inside: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        """The smallest |log r| whose tokens, together with all smaller ones, exceed the budget; inf if none does."""
+        dtype = self._outside[0].dtype
+        spent = inside.clone()
+        prefix = torch.zeros((), dtype=torch.int64, device=inside.device)
+        over = None
+        for level, (shift, bits) in enumerate(_DIGITS[dtype]):
+            histogram = self._histogram(shift, bits, prefix, inside.device)
+            if level == 0:
+                # The tokens that are always kept travel with the first histogram.
+                histogram = torch.cat((spent.unsqueeze(0), histogram))
+            if group is not None:
+                dist.all_reduce(histogram, op=dist.ReduceOp.SUM, group=group)
+            if level == 0:
+                spent, histogram = histogram[0], histogram[1:]
+            running = torch.cat((spent.unsqueeze(0), spent + histogram.cumsum(0)))
+            exceeds = self.units.exceeds(running[1:])
+            bucket = (~exceeds).sum().clamp(max=2**bits - 1)
+            spent = running.index_select(0, bucket.unsqueeze(0)).squeeze(0)
+            prefix = (prefix << bits) | bucket
+            over = exceeds[-1] if over is None else over
+            if level == 0 and inside.device.type == "cpu" and not bool(over):
+                break
+        pattern = prefix.to(_BIT_PATTERN[dtype]).view(dtype)
+        return torch.where(over, pattern, torch.inf)
+
+    def _histogram(self, shift: int, bits: int, prefix: Tensor, device: torch.device) -> Tensor:
+        """Counts and sums of squares of the droppable tokens under `prefix`, by the next digit of |log r|."""
+        histogram = torch.zeros(2**bits, _COLUMNS, dtype=torch.int64, device=device)
+        for outside in self._outside:
+            for chunk in outside.split(_CHUNK):
+                key = chunk.view(_BIT_PATTERN[chunk.dtype]).to(torch.int64)
+                elsewhere = (key >> (shift + bits)) != prefix
+                squares = self.units.squares(chunk.masked_fill(elsewhere, 0.0))
+                histogram.index_add_(0, (key >> shift) & (2**bits - 1), squares)
+        return histogram
+
+
+class _Units:
+    """Fixed-point arithmetic on squares, in units that put the threshold between 1/4 and 1.
+
+    Sums of integers do not depend on their order. A square is exact down to 2^-64 of a unit and rounded up there, which
+    for float32 log ratios concerns only tokens whose square is below 2^-17 of the threshold.
+    """
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        exponent = math.frexp(threshold)[1] if 0 < threshold < math.inf else 0
+        half_exponent = (exponent + 1) // 2
+        self.scale = 2.0**-half_exponent
+        unit = Fraction(2) ** (2 * half_exponent)
+        fixed_point = int(Fraction(threshold) / unit * 2**64) if threshold < math.inf else 0
+        self.threshold_high, self.threshold_low = fixed_point >> 32, fixed_point & _LOW_32_BITS
+        self._largest_root: dict[torch.dtype, float] = {}
+
+    def largest_root(self, dtype: torch.dtype) -> float:
+        """The largest number of `dtype` whose exact square is at most the threshold."""
+        if dtype not in self._largest_root:
+            self._largest_root[dtype] = _largest_root(self.threshold, dtype)
+        return self._largest_root[dtype]
+
+    def squares(self, magnitude: Tensor) -> Tensor:
+        """int64 [tokens, 4]: is not 0, whole part of the square, its next 32 bits, the 32 after those."""
+        square = magnitude.to(torch.float64, copy=True).mul_(self.scale).square_().clamp_(max=_LARGEST_SQUARE)
+        columns = torch.empty(magnitude.numel(), _COLUMNS, dtype=torch.int64, device=magnitude.device)
+        columns[:, 0] = magnitude > 0
+        whole = square.floor()
+        columns[:, 1] = whole
+        high = square.sub_(whole).mul_(2.0**32).floor()
+        columns[:, 2] = high
+        columns[:, 3] = square.sub_(high).mul_(2.0**32).ceil_()
+        return columns
+
+    def exceeds(self, running: Tensor) -> Tensor:
+        """Whether the mean square of each row of [..., 4] sums is above the threshold."""
+        if self.threshold == math.inf:
+            return torch.zeros_like(running[..., 0], dtype=torch.bool)
+        count, whole, high, low = running.unbind(-1)
+        low = low - count * self.threshold_low
+        high = high - count * self.threshold_high + (low >> 32)
+        whole = whole + (high >> 32)
+        fraction = (high & _LOW_32_BITS) | (low & _LOW_32_BITS)
+        return (whole > 0) | ((whole == 0) & (fraction > 0))
+
+
+def _largest_root(threshold: float, dtype: torch.dtype) -> float:
+    """The largest number of `dtype` whose exact square is at most `threshold`."""
+    if threshold == math.inf:
+        return math.inf
+    root = torch.tensor(math.sqrt(threshold), dtype=dtype)
+    up, down = torch.tensor(math.inf, dtype=dtype), torch.tensor(0.0, dtype=dtype)
+    while Fraction(root.item()) ** 2 > Fraction(threshold):
+        root = torch.nextafter(root, down)
+    while Fraction(torch.nextafter(root, up).item()) ** 2 <= Fraction(threshold):
+        root = torch.nextafter(root, up)
+    return root.item()
+
+
+def check_threshold(threshold: float, name: str = "threshold") -> None:
+    """Raise unless `threshold` is a non-negative number; `name` is what the error calls it."""
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise TypeError(f"{name} must be a number, got {threshold!r} ({type(threshold).__name__}).")
+    if math.isnan(threshold) or threshold < 0:
+        raise ValueError(f"{name} must be at least 0 (the paper uses 0.04), got {threshold}.")
+
+
+def check_tokens(log_ratio: Tensor, advantages: Tensor, response_mask: Tensor) -> None:
+    """Raise unless the three describe the same tokens; looks at no value, so an accelerator is not stalled."""
+    for name, tensor in (("log_ratio", log_ratio), ("advantages", advantages), ("response_mask", response_mask)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+        if tensor.requires_grad:
+            raise ValueError(f"{name} requires grad, but the trust region is not differentiated: pass it detached.")
+        if tensor.shape != log_ratio.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but log_ratio has {tuple(log_ratio.shape)}.")
+        if tensor.device != log_ratio.device:
+            raise ValueError(f"{name} is on {tensor.device}, but log_ratio is on {log_ratio.device}.")
+    if not log_ratio.is_floating_point():
+        raise TypeError(f"log_ratio must be floating point, got {log_ratio.dtype}.")
+    if advantages.dtype != log_ratio.dtype:
+        raise TypeError(f"advantages has dtype {advantages.dtype}, but log_ratio has {log_ratio.dtype}.")
+    if response_mask.is_complex():
+        raise TypeError(f"response_mask must be bool or 0/1, got {response_mask.dtype}.")
