@@ -52,7 +52,7 @@ EXTENSIONS = (
     ),
     Extension("checkpoint engine", "verl.checkpoint_engine.base", "verl_m2po.cpu.weight_transfer", ("gloo",)),
     Extension(
-        "trainer modes",
+        "trainer mode",
         "verl.trainer.ppo.v1",
         "verl_m2po.staleness.trainer",
         ("stale_k", "stale_k_separate", "bounded_async"),

@@ -186,7 +186,8 @@ def _check_trainer(config: DictConfig, mode: str) -> list[Problem]:
         key = "trainer.v1.separate_async.hybrid_rollout.enable_switch"
         problems.append(Problem(key, True, why, "Set it to false"))
     sampler = OmegaConf.select(config, "trainer.v1.sampler.custom_sampler.path")
-    if sampler:
+    # hardware=cpu sets one of ours, which only makes verl's own buffer poll faster; it is not used here.
+    if sampler and not sampler.startswith("pkg://verl_m2po."):
         why = f"the mode {mode} brings its own sampler"
         problems.append(Problem("trainer.v1.sampler.custom_sampler.path", sampler, why, "Remove it"))
     manager = OmegaConf.select(config, "actor_rollout_ref.rollout.agent.agent_loop_manager_class")
