@@ -10,7 +10,8 @@ def transfer_queue():
     import transfer_queue as tq
     from omegaconf import OmegaConf
 
-    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    # Logical CPUs: the controller takes one, each storage unit another.
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1")
     backend = {"SimpleStorage": {"num_data_storage_units": 1}}
     tq.init(OmegaConf.create({"backend": backend}))
     yield tq

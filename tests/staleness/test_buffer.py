@@ -14,11 +14,10 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_m2po.staleness import codec
-from verl_m2po.staleness.agent_loop import GroupReport
 from verl_m2po.staleness.buffer import StalenessReplayBuffer
 from verl_m2po.staleness.failures import FailureWindow, TooManyFailures
 from verl_m2po.staleness.ledger import TrainedRowsLedger
-from verl_m2po.staleness.records import Row
+from verl_m2po.staleness.records import GroupReport, Row
 from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessViolation
 from verl_m2po.staleness.store import lot_partition
 from verl_m2po.staleness.units import UpdateClock

@@ -23,38 +23,13 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_m2po.staleness import codec
 from verl_m2po.staleness.client import GenerationAborted, Session, current_session
-from verl_m2po.staleness.records import Row
+from verl_m2po.staleness.records import GroupReport, Row
+from verl_m2po.staleness.store import LOT_FIELD
 
 logger = logging.getLogger(__name__)
 
-LOT_FIELD = "staleness_lot"
-"""Prompt field: the TransferQueue partition of the group. Without it a prompt is verl's own business (validation)."""
-
 REPORT_WAIT_S = 5.0
 """How long a worker holds the trainer's question before it answers that nothing has finished."""
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """How a group in flight ended.
-
-    Args:
-        uid: verl's group id.
-        rows: its trajectories; on failure those that were stored nevertheless, to be deleted.
-        error: None if every trajectory is there; else what went wrong, first line only.
-        was_aborted: ended because the trainer asked for it.
-        generated_tokens: over all its trajectories, finished or not.
-        responses: how many trajectories it was to have, at least 1.
-        finished_at: `time.time()` on the worker's machine, seconds.
-    """
-
-    uid: str
-    rows: tuple[Row, ...]
-    error: str | None = None
-    was_aborted: bool = False
-    generated_tokens: int = 0
-    responses: int = 1
-    finished_at: float = 0.0
 
 
 @dataclass

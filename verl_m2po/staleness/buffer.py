@@ -10,11 +10,10 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
 
-from verl_m2po.staleness.agent_loop import GroupReport
 from verl_m2po.staleness.failures import FailureWindow
 from verl_m2po.staleness.ledger import TrainedRowsLedger
 from verl_m2po.staleness.metrics import StalenessMetrics
-from verl_m2po.staleness.records import Group, Selection, Ticket
+from verl_m2po.staleness.records import Group, GroupReport, Selection, Ticket
 from verl_m2po.staleness.reports import Reports
 from verl_m2po.staleness.rules import StalenessRule, StalenessViolation
 from verl_m2po.staleness.store import LotStore

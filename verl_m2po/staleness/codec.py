@@ -1,7 +1,7 @@
 """How a trajectory is stored while it waits: only what training reads and what cannot be computed again.
 
-verl stores 48 bytes per response token (token ids three times as int64, two int64 masks, positions, log-probs, rewards)
-and 24 per prompt token. Packed it is 9 and 4: ids as int32, behaviour log-probs as float32, the mask as uint8. What the
+verl stores 48 bytes per response token (token ids twice, two masks and positions as int64; log-probs and rewards) and
+24 per prompt token. Packed it is 9 and 4: ids as int32, behaviour log-probs as float32, the mask as uint8. What the
 data set gave (messages, ground truth, ...) is stored once per group, with the prompt. `unpack` restores verl's row
 exactly; that runs once per row, when the row is selected.
 """

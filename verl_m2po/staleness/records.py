@@ -120,3 +120,26 @@ class Selection:
     groups: tuple[Group, ...]
     oldest_version: int | None
     evicted: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """How a group in flight ended.
+
+    Args:
+        uid: verl's group id.
+        rows: its trajectories; on failure those that were stored nevertheless, to be deleted.
+        error: None if every trajectory is there; else what went wrong, first line only.
+        was_aborted: ended because the trainer asked for it.
+        generated_tokens: over all its trajectories, finished or not.
+        responses: how many trajectories it was to have, at least 1.
+        finished_at: `time.time()` on the worker's machine, seconds.
+    """
+
+    uid: str
+    rows: tuple[Row, ...]
+    error: str | None = None
+    was_aborted: bool = False
+    generated_tokens: int = 0
+    responses: int = 1
+    finished_at: float = 0.0

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayActorError
 
-from verl_m2po.staleness.agent_loop import GroupReport
+from verl_m2po.staleness.records import GroupReport
 
 
 class Reports(Protocol):

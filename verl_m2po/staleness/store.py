@@ -19,6 +19,9 @@ from verl_m2po.staleness.records import Group, Row, Ticket
 
 TRAIN_PARTITION = "train"
 
+LOT_FIELD = "staleness_lot"
+"""Prompt field: the TransferQueue partition of the group. Without it a prompt is verl's own business (validation)."""
+
 
 def lot_partition(lot: int) -> str:
     """TransferQueue partition of a lot."""
@@ -79,16 +82,12 @@ class LotStore:
             prompts: what the data set gave.
         """
         columns = [key for key, column in prompts.items() if not isinstance(column, NonTensorData)]
-        per_lot: dict[int, list[int]] = defaultdict(list)
-        for i, ticket in enumerate(tickets):
-            per_lot[ticket.lot].append(i)
-        for lot, indices in per_lot.items():
-            tq.kv_batch_put(
-                keys=[tickets[i].uid for i in indices],
-                partition_id=lot_partition(lot),
-                fields=prompts.select(*columns)[indices],
-            )
-            self._groups_in_lot[lot] += len(indices)
+        rows_by_lot: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
+        for ticket, row in zip(tickets, _python_rows(prompts.select(*columns)), strict=True):
+            rows_by_lot[ticket.lot][ticket.uid] = row
+        for lot, rows in rows_by_lot.items():
+            tq.kv_batch_put(keys=list(rows), partition_id=lot_partition(lot), fields=_batch(list(rows.values())))
+            self._groups_in_lot[lot] += len(rows)
 
     def get_prompts(self, tickets: list[Ticket]) -> TensorDict:
         """The prompts of `tickets`, in their order."""

@@ -24,9 +24,8 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.utils import tensordict_utils as tu
 
-from verl_m2po.staleness import preflight
-from verl_m2po.staleness.agent_loop import LOT_FIELD
-from verl_m2po.staleness.buffer import StalenessReplayBuffer
+# As a module: where the buffer is imported first, verl imports this file before the buffer has its class.
+from verl_m2po.staleness import buffer, preflight
 from verl_m2po.staleness.client import SpanRecordingClient
 from verl_m2po.staleness.config import BoundedAsyncConfig, load_mode_config
 from verl_m2po.staleness.failures import FailureWindow
@@ -34,7 +33,7 @@ from verl_m2po.staleness.ledger import TrainedRowsLedger
 from verl_m2po.staleness.records import Ticket
 from verl_m2po.staleness.reports import WorkerReports
 from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessRule
-from verl_m2po.staleness.store import lot_partition
+from verl_m2po.staleness.store import LOT_FIELD, lot_partition
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ def set_what_the_mode_needs(config: DictConfig) -> None:
 class _StalenessTrainer(PPOTrainer):
     """What the modes share. A mixin in front of verl's trainer classes."""
 
-    replay_buffer: StalenessReplayBuffer
+    replay_buffer: "buffer.StalenessReplayBuffer"
 
     def __init__(self, config: DictConfig) -> None:
         require_sound(preflight.check(config, available_memory_bytes=psutil.virtual_memory().total))
@@ -98,10 +97,10 @@ class _StalenessTrainer(PPOTrainer):
     def _make_rule(self, staleness_steps: int, batch_size: int) -> StalenessRule:
         return ExactStale(staleness_steps, batch_size)
 
-    def _build_replay_buffer(self) -> StalenessReplayBuffer:
+    def _build_replay_buffer(self) -> "buffer.StalenessReplayBuffer":
         settings = load_mode_config(self.config, self.trainer_mode)
         clock = preflight.make_clock(self.config)
-        return StalenessReplayBuffer(
+        return buffer.StalenessReplayBuffer(
             rule=self._make_rule(clock.steps(settings.staleness_updates), clock.train_batch_size),
             clock=clock,
             failures=FailureWindow(settings.max_failed_fraction, settings.failed_window_groups),
