@@ -79,12 +79,12 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         """Listen to `reports` from now on."""
         self._reports = reports
 
-    def open_groups(self, uids: list[str], prompt_indices: list[int], prompts: TensorDict) -> list[Ticket]:
+    def open_groups(self, uids: list[str], prompt_indices: list[int | str], prompts: TensorDict) -> list[Ticket]:
         """Record groups that are about to be generated with the present weights.
 
         Args:
             uids: verl's group ids.
-            prompt_indices: positions in the data set, -1 where unknown.
+            prompt_indices: positions or names in the data set, -1 where unknown.
             prompts: what the data set gave, one row per group.
         """
         tickets = [self.rule.admit(uid, self.version, index) for uid, index in zip(uids, prompt_indices, strict=True)]

@@ -139,6 +139,10 @@ def _check_settings(mode: str, settings: StaleKConfig) -> list[Problem]:
         problems.append(
             Problem(f"trainer.v1.{mode}.failed_window_groups", value, "it counts groups", "Set it to 1 or more")
         )
+    if mode not in SEPARATE_MODES and settings.parameter_sync_step != 1:
+        key, value = f"trainer.v1.{mode}.parameter_sync_step", settings.parameter_sync_step
+        why = "where trainer and rollout share the devices, the weights are pushed once per trainer step"
+        problems.append(Problem(key, value, why, "Remove it; actor.ppo_mini_batch_size sets the updates per step"))
     timeout_s = settings.generation_timeout_s
     if timeout_s is not None and timeout_s <= 0:
         problems.append(

@@ -56,14 +56,14 @@ class Ticket:
         place: dispatch index. With exact staleness place // batch size is the batch that will train it.
         dispatch_version: weight version of the rollout when it was dispatched.
         lot: number of the TransferQueue partition that holds its rows until they are trained.
-        prompt_index: position of the prompt in the data set, -1 if unknown; survives restarts, unlike the uid.
+        prompt_index: position or name of the prompt in the data set, -1 if unknown; outlives restarts, unlike the uid.
     """
 
     uid: str
     place: int
     dispatch_version: int
     lot: int
-    prompt_index: int = -1
+    prompt_index: int | str = -1
 
     def to_json(self) -> list[Any]:
         return [self.uid, self.place, self.dispatch_version, self.lot, self.prompt_index]

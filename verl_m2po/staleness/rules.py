@@ -73,7 +73,7 @@ class StalenessRule(ABC):
     def _take_place(self, version: int) -> int:
         """The dispatch index of the next group."""
 
-    def admit(self, uid: str, version: int, prompt_index: int = -1) -> Ticket:
+    def admit(self, uid: str, version: int, prompt_index: int | str = -1) -> Ticket:
         """Record that a group starts with weight `version`.
 
         Raises:

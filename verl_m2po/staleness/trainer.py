@@ -14,6 +14,7 @@ import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import psutil
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -84,6 +85,12 @@ def set_what_the_mode_needs(config: DictConfig) -> None:
                 OmegaConf.update(config, key, value, force_add=True)
 
 
+def _plain(index: Any) -> int | str:
+    """A data set's index as JSON can hold it: data sets number their prompts, or name them."""
+    value = index.item() if hasattr(index, "item") else index
+    return value if isinstance(value, int) else str(value)
+
+
 class _StalenessTrainer(PPOTrainer):
     """What the modes share. A mixin in front of verl's trainer classes."""
 
@@ -130,7 +137,7 @@ class _StalenessTrainer(PPOTrainer):
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
         uids = list(batch["uid"])
-        indices = [int(index) for index in batch["index"]] if "index" in batch else [-1] * len(uids)
+        indices = [_plain(index) for index in batch["index"]] if "index" in batch else [-1] * len(uids)
         self._generate(self.replay_buffer.open_groups(uids, indices, batch), batch)
         return len(batch)
 
