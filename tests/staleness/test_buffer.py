@@ -232,8 +232,7 @@ def test_a_restart_continues_where_the_checkpoint_was(transfer_queue, tmp_path):
             transfer_queue.kv_clear(keys=list(rows), partition_id=partition)
     transfer_queue.load_checkpoint(tmp_path / "tq")
     again = Run(transfer_queue, ExactStale(2, BATCH), "after")
-    again.buffer.load_state_dict(state)
-    again.buffer.version = 4
+    again.buffer.load_state_dict(state, version=4)
     assert not set(batch.keys) & set(transfer_queue.kv_list("train").get("train", {})), "the trained batch came back"
     trained = []
     for step in (5, 6, 7):
@@ -257,9 +256,9 @@ def test_a_checkpoint_that_lacks_rows_is_refused(transfer_queue):
         if rows:
             transfer_queue.kv_clear(keys=list(rows), partition_id=partition)
     with pytest.raises(RuntimeError, match=r"lacks .* buffered rows"):
-        Run(transfer_queue, ExactStale(1, BATCH), "x").buffer.load_state_dict(state)
+        Run(transfer_queue, ExactStale(1, BATCH), "x").buffer.load_state_dict(state, version=0)
     with pytest.raises(ValueError, match="format 0"):
-        run.buffer.load_state_dict(state | {"state_version": 0})
+        run.buffer.load_state_dict(state | {"state_version": 0}, version=0)
 
 
 def test_groups_in_flight_at_the_checkpoint_start_again(transfer_queue):
@@ -268,8 +267,7 @@ def test_groups_in_flight_at_the_checkpoint_start_again(transfer_queue):
     run.buffer.pump()
     state = run.buffer.state_dict()
     again = Run(transfer_queue, BoundedAsync(1, BATCH), "other")
-    again.buffer.load_state_dict(state)
-    again.buffer.version = 3
+    again.buffer.load_state_dict(state, version=3)
     tickets, prompts = again.buffer.reopen_groups()
     assert [ticket.uid for ticket in tickets] == prompts["uid"].tolist() == [f"inflight-{i}" for i in range(8)]
     assert {ticket.dispatch_version for ticket in tickets} == {3}

@@ -176,6 +176,21 @@ def test_resuming_under_another_schedule_is_refused_by_name():
         BoundedAsync(3, 4).load_state_dict(state)
 
 
+def test_a_run_that_was_to_end_cannot_be_made_longer_at_the_same_staleness():
+    """At its last step nothing is generated any more; batch 4 would have needed the weights of step 2."""
+    simulation = Simulation(ExactStale(2, 4), Workload(length=short), seed=0)
+    simulation.run(4)
+    for total_steps, is_refused in ((4, False), (8, True)):
+        longer = ExactStale(2, 4)
+        longer.limit(total_steps)
+        longer.load_state_dict(simulation.rule.state_dict())
+        if is_refused:
+            with pytest.raises(StalenessViolation, match="was to end at trainer step 4"):
+                longer.check_resumable(4)
+        else:
+            longer.check_resumable(4)
+
+
 def row(version: int, key: str = "a_0_0") -> Row:
     return Row(key, 1, 3, ((version, 3),))
 

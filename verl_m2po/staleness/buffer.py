@@ -230,11 +230,16 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         self._take_reports(timeout_s=0.0)
         return {"state_version": STATE_VERSION, "version": self.version, "rule": self.rule.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], version: int) -> None:
         """Go on from `state`, after TransferQueue has loaded its checkpoint.
+
+        Args:
+            state: what `state_dict` returned.
+            version: weights of the checkpoint, which the rollout will hold.
 
         Raises:
             ValueError: it was written by another version of this package or under another schedule.
+            StalenessViolation: it ends a run, and cannot be made longer at the same staleness.
             RuntimeError: TransferQueue lacks rows that the state waits for.
         """
         if state.get("state_version") != STATE_VERSION:
@@ -243,6 +248,8 @@ class StalenessReplayBuffer(ReplayBufferAsync):
                 f"verl-m2po reads {STATE_VERSION}; resume with the version that wrote it"
             )
         self.rule.load_state_dict(state["rule"])
+        self.rule.check_resumable(version)
+        self.version = version
         ready = [Group.from_json(data) for data in state["rule"]["ready"]]
         deleted = self._store.restore(self.rule.in_flight_tickets(), ready)
         logger.info(

@@ -168,6 +168,10 @@ class StalenessRule(ABC):
         tickets = [Ticket.from_json(data) for data in state["in_flight"]]
         self._in_flight = {ticket.uid: ticket for ticket in tickets}
 
+    def check_resumable(self, version: int) -> None:
+        """Whether the loaded state can go on from weight `version`; raise StalenessViolation if not."""
+        return
+
     def reissue(self, uid: str, version: int) -> Ticket:
         """A group that was in flight at the checkpoint starts again, in its old place, with weight `version`."""
         old = self._in_flight[uid]
@@ -271,6 +275,15 @@ class ExactStale(StalenessRule):
 
     def settled(self, version: int) -> bool:
         return not self._in_flight and self.admissible(version) == 0
+
+    def check_resumable(self, version: int) -> None:
+        if self._next_place < min(self._end(version), (version + self.staleness_steps) * self.batch_size):
+            generated = self._next_place // self.batch_size
+            raise StalenessViolation(
+                f"the checkpoint after trainer step {version} holds batches up to {generated - 1}: it belongs to a run "
+                f"that was to end at trainer step {generated}, and the weights that would have generated the next "
+                f"batches are gone. Keep trainer.total_training_steps={generated}, or start the longer run anew"
+            )
 
     def reissue(self, uid: str, version: int) -> Ticket:
         self._check_version(self._in_flight[uid].place, version, f"group {uid} would be generated again")

@@ -181,8 +181,7 @@ class _StalenessTrainer(PPOTrainer):
                 f"{path} is missing: the checkpoint was not written by trainer_mode={self.trainer_mode}, and the ages "
                 "of its rollouts are unknown. Resume with the mode that wrote it, or set trainer.resume_mode=disable"
             )
-        self.replay_buffer.load_state_dict(json.loads(path.read_text()))
-        self.replay_buffer.version = self.global_steps
+        self.replay_buffer.load_state_dict(json.loads(path.read_text()), version=self.global_steps)
 
     def _checkpoint_folder(self) -> str:
         trainer = self.config.trainer
