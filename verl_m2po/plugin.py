@@ -51,6 +51,12 @@ EXTENSIONS = (
         "training engine", "verl.workers.engine.fsdp.transformer_impl", "verl_m2po.cpu.engine", ("fsdp2 on cpu",)
     ),
     Extension("checkpoint engine", "verl.checkpoint_engine.base", "verl_m2po.cpu.weight_transfer", ("gloo",)),
+    Extension(
+        "trainer mode",
+        "verl.trainer.ppo.v1",
+        "verl_m2po.staleness.trainer",
+        ("stale_k", "stale_k_separate", "bounded_async"),
+    ),
 )
 
 
