@@ -36,9 +36,15 @@ class Extension:
 
 
 EXTENSIONS = (
-    Extension("policy loss", "verl.trainer.ppo.core_algos", "verl_m2po.losses", ("m2po", "no_trust_region")),
     Extension(
-        "Hydra addition", "hydra.core.plugins", "verl_m2po.config.hydra", ("m2po://overlay", "pkg://verl_m2po.config")
+        "policy loss", "verl.trainer.ppo.core_algos", "verl_m2po.losses", ("m2po", "m2po_clip", "no_trust_region")
+    ),
+    Extension("actor worker", "verl.workers.engine_workers", "verl_m2po.worker", ("M2POTrainingWorker",)),
+    Extension(
+        "Hydra addition",
+        "hydra.core.plugins",
+        "verl_m2po.config.hydra",
+        ("m2po://overlay", "pkg://verl_m2po.config"),
     ),
     Extension("platform", "verl.plugin.platform.platform_manager", "verl_m2po.cpu.platform", ("cpu",)),
     Extension(
@@ -67,6 +73,17 @@ def install(extension: Extension) -> None:
     wrapt.register_post_import_hook(register, extension.host)
 
 
-for _extension in EXTENSIONS:
-    install(_extension)
-patches.install()
+def install_all() -> None:
+    """Install every row; one that fails at once does not keep the others out, and its error is raised at the end."""
+    errors = []
+    for extension in EXTENSIONS:
+        try:
+            install(extension)
+        except Exception as error:
+            errors.append(error)
+    patches.install()
+    if errors:
+        raise errors[0]
+
+
+install_all()

@@ -27,7 +27,7 @@ _BIT_PATTERN = {torch.float32: torch.int32, torch.float64: torch.int64}
 # A square is held as count, whole part and two 32-bit fractions, in units that put the threshold between 1/4 and 1.
 _COLUMNS = 4
 _LOW_32_BITS = 2**32 - 1
-# Squares are clamped here before they are summed. It changes no decision: one of them exceeds the budget of 2^30 tokens.
+# Squares are clamped here before they are summed. It changes no decision: one alone exceeds the budget of 2^30 tokens.
 _LARGEST_SQUARE = 2.0**30
 # Tokens worked on at once, so that the float64 and int64 temporaries stay small whatever the batch.
 _CHUNK = 2**16

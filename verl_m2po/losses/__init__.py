@@ -3,6 +3,7 @@
 from verl_m2po.losses.bapo import bapo_loss
 from verl_m2po.losses.decoupled_loglinear import decoupled_loglinear_loss
 from verl_m2po.losses.m2po import m2po_loss
+from verl_m2po.losses.m2po_clip import m2po_clip_loss
 from verl_m2po.losses.mix_ppg import mix_ppg_loss
 from verl_m2po.losses.no_trust_region import no_trust_region_loss
 from verl_m2po.losses.oapl import oapl_loss
@@ -13,6 +14,7 @@ from verl_m2po.losses.topr import topr_loss
 __all__ = [
     "bapo_loss",
     "decoupled_loglinear_loss",
+    "m2po_clip_loss",
     "m2po_loss",
     "mix_ppg_loss",
     "no_trust_region_loss",

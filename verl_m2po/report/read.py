@@ -1,0 +1,148 @@
+"""Read one log of one attempt: a JSON lines file of verl's `file` logger, or one TensorBoard event file.
+
+Nothing from a log is ever executed: values become floats, everything else is counted and left out.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+# A step is an index into a float64 axis: beyond this, neighbouring steps would be drawn as one.
+LARGEST_STEP = 2**53
+
+
+@dataclass
+class Log:
+    """What one file holds.
+
+    Args:
+        path: The file.
+        rows: Step (trainer steps) to metric to value; a value that was logged as NaN is NaN here.
+        problems: One line for each thing that could not be read.
+    """
+
+    path: Path
+    rows: dict[int, dict[str, float]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def frame(self) -> pd.DataFrame:
+        """Float columns by metric, sorted by step; NaN where a metric was not logged."""
+        frame = pd.DataFrame.from_dict(self.rows, orient="index", dtype=float).sort_index()
+        frame.index = frame.index.astype("int64")
+        return frame
+
+
+def _number(value: object) -> float | None:
+    """A float; NaN for null, which is how verl's logger writes NaN and infinities; None for what is not a number."""
+    if value is None:
+        return math.nan
+    if not isinstance(value, bool | int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parse(line: str) -> tuple[int, dict] | None:
+    """The (step, data) of one line of verl's `file` logger, or None if it is not one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("data"), dict):
+        return None
+    step = record.get("step")
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < LARGEST_STEP:
+        return None
+    return step, record["data"]
+
+
+def is_json_log(path: Path) -> bool:
+    """Whether the file is verl's `file` log, and not, say, a dump of generations; an empty or cut file passes."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        first, second = lines.readline(), lines.readline()
+    if _parse(first) is not None or _parse(second) is not None:
+        return True
+    return not second and not _is_json(first)
+
+
+def read_json_lines(path: Path) -> Log:
+    """Read a log of verl's `file` logger (verl/utils/tracking.py `FileLogger`): one {"step", "data"} object a line.
+
+    Lines that are not that, such as the last line of a run that died while writing, are counted, not raised.
+    """
+    log = Log(path)
+    cut: list[int] = []
+    not_numbers: set[str] = set()
+    line_number = 0
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line_number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            parsed = _parse(line)
+            if parsed is None:
+                cut.append(line_number)
+                continue
+            step, data = parsed
+            row = log.rows.setdefault(step, {})
+            for name, value in data.items():
+                number = _number(value)
+                if number is None:
+                    not_numbers.add(name)
+                else:
+                    row[name] = number
+    log.problems += _cut_lines(path, cut, line_number)
+    if not log.rows and not cut:
+        log.problems.append(f"{path}: empty, no step was logged")
+    if not_numbers:
+        log.problems.append(f"{path}: left out {len(not_numbers)} metric(s) that are not numbers: {_some(not_numbers)}")
+    return log
+
+
+def _cut_lines(path: Path, cut: list[int], last: int) -> list[str]:
+    if not cut:
+        return []
+    if cut == [last]:
+        return [f"{path}: the last line ({last}) is cut; the run died while writing it, or is writing it now"]
+    return [f'{path}: {len(cut)} line(s) are not {{"step", "data"}} objects and were left out, first line {cut[0]}']
+
+
+def _some(names: set[str], most: int = 5) -> str:
+    shown = sorted(names)[:most]
+    return ", ".join(shown) + (", ..." if len(names) > most else "")
+
+
+def read_event_file(path: Path) -> Log:
+    """Read one TensorBoard event file, as verl's `tensorboard` logger writes it.
+
+    Raises:
+        ModuleNotFoundError: tensorboard is not installed; the message says how to get it.
+    """
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{path} is a TensorBoard log; reading it needs tensorboard: pip install tensorboard"
+        ) from error
+    log = Log(path)
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    events.Reload()
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            if 0 <= event.step < LARGEST_STEP:
+                log.rows.setdefault(int(event.step), {})[name] = float(event.value)
+    if not log.rows:
+        log.problems.append(f"{path}: empty, no step was logged")
+    return log

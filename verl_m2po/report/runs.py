@@ -1,0 +1,226 @@
+"""Find the runs under the given paths, and join the attempts of each run into one series by step."""
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from verl_m2po.report.dashboard import LAYOUT_SUFFIX
+from verl_m2po.report.read import Log, is_json_log, read_event_file, read_json_lines
+from verl_m2po.report.settings import Settings, read_config, settings
+
+ATTEMPT = re.compile(r"^attempt-(\d+)\.jsonl$")
+EVENTS = "events.out.tfevents."
+# File names that say nothing about the run: the folder's name is the run's.
+GENERIC_STEMS = ("metrics", "log", "logs", "train", "run", "verl", "file")
+# Folders that never hold a log but may hold very many files.
+SKIPPED_FOLDER = re.compile(r"^(\.|global_step_\d+$)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one run's logs are: files in the order of their attempts, and the folder that may hold a config."""
+
+    name: str
+    files: tuple[Path, ...]
+    folder: Path | None
+
+
+@dataclass
+class Run:
+    """One training run.
+
+    Args:
+        name: Unique among the runs of a report.
+        path: The first log file.
+        frame: Metric columns (float, NaN where not logged or not finite) by step (trainer steps).
+        settings: What the run was.
+        problems: One line for each thing that is missing or wrong.
+        not_finite: Metric to the steps at which it was logged as NaN or infinite.
+    """
+
+    name: str
+    path: Path
+    frame: pd.DataFrame
+    settings: Settings
+    problems: list[str] = field(default_factory=list)
+    not_finite: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def logged(self) -> set[str]:
+        """Metrics with at least one finite value."""
+        return set(self.frame.columns[self.frame.notna().any()])
+
+    def series(self, metric: str) -> pd.Series:
+        """Finite values of one metric by step; empty if it was not logged."""
+        return self.frame[metric].dropna() if metric in self.frame else pd.Series(dtype=float)
+
+
+def _attempt_number(path: Path) -> int:
+    match = ATTEMPT.match(path.name)
+    assert match
+    return int(match[1])
+
+
+def _event_time(path: Path) -> tuple[int, str]:
+    stamp = path.name.removeprefix(EVENTS).split(".")[0]
+    return (int(stamp) if stamp.isdigit() else 0, path.name)
+
+
+def _file_name(path: Path) -> str:
+    if ATTEMPT.match(path.name) or path.stem.lower() in GENERIC_STEMS or path.name.startswith(EVENTS):
+        return path.resolve().parent.name
+    return path.stem
+
+
+def _in_folder(folder: Path, names: list[str]) -> tuple[list[Source], bool, list[str]]:
+    """The runs whose logs lie directly in `folder`, whether it is itself one run, and a line for each odd file."""
+    files = [folder / name for name in sorted(names)]
+    attempts = sorted((path for path in files if ATTEMPT.match(path.name)), key=_attempt_number)
+    own_name = folder.resolve().name
+    if attempts:
+        return [Source(own_name, tuple(attempts), folder)], True, []
+    candidates = [path for path in files if path.suffix == ".jsonl"]
+    logs = [path for path in candidates if is_json_log(path)]
+    odd = [path for path in candidates if path not in logs]
+    lines = [f"{folder}: left out {len(odd)} .jsonl file(s) that are not verl logs, e.g. {odd[0].name}"] if odd else []
+    if logs:
+        # A config beside several logs belongs to none of them for certain.
+        config_folder = folder if len(logs) == 1 else None
+        return [Source(_file_name(path), (path,), config_folder) for path in logs], False, lines
+    events = [path for path in files if path.name.startswith(EVENTS) and path.suffix != LAYOUT_SUFFIX]
+    events = sorted(events, key=_event_time)
+    if events:
+        return [Source(own_name, tuple(events), folder)], True, lines
+    return [], False, lines
+
+
+def find_sources(path: Path) -> tuple[list[Source], list[str]]:
+    """The runs at `path`, and a line for each thing that is not one.
+
+    A folder with ``attempt-1.jsonl``, ``attempt-2.jsonl`` ... or with TensorBoard event files is one run. Any other
+    ``.jsonl`` log is a run of its own. Folders are searched to any depth.
+    """
+    if path.is_file():
+        return [Source(_file_name(path), (path,), path.parent)], []
+    if not path.is_dir():
+        return [], [f"{path}: not there"]
+    sources: list[Source] = []
+    problems: list[str] = []
+    for folder, subfolders, names in os.walk(path):
+        found, is_one_run, lines = _in_folder(Path(folder), names)
+        sources += found
+        problems += lines
+        subfolders[:] = [] if is_one_run else sorted(name for name in subfolders if not SKIPPED_FOLDER.match(name))
+    if not sources:
+        problems.append(f"{path}: no .jsonl log and no TensorBoard events in it")
+    return sources, problems
+
+
+def _restart_step(frame: pd.DataFrame) -> int | None:
+    """The first step that an attempt trained; a resumed run first validates at the step it resumes from."""
+    trained = frame[[name for name in frame.columns if not name.startswith("val-")]].dropna(how="all")
+    return int(trained.index[0]) if len(trained) else None
+
+
+def join_attempts(logs: list[Log]) -> tuple[pd.DataFrame, list[str]]:
+    """Join the attempts of one run, oldest first; a later attempt wins.
+
+    What an earlier attempt logged from the step on at which a later one trained again belongs to weights that were
+    thrown away, so it is dropped, and a line says so where that shortens the run.
+    """
+    joined, problems = pd.DataFrame(), []
+    for log in logs:
+        if not log.rows:
+            continue
+        frame = log.frame()
+        restart = _restart_step(frame)
+        if restart is not None and len(joined):
+            abandoned = joined.index[joined.index > max(frame.index)]
+            if len(abandoned):
+                problems.append(
+                    f"{log.path}: trained again from step {restart}; steps {abandoned[0]} to {abandoned[-1]} "
+                    "of the attempt before are of discarded weights and were dropped"
+                )
+            joined = joined[joined.index < restart]
+        joined = frame.combine_first(joined)
+    return joined.sort_index(), problems
+
+
+def _take_out_not_finite(logs: list[Log], frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, list[int]]]:
+    """NaN and infinities become gaps; returns at which steps they were, per metric."""
+    last: dict[tuple[int, str], float] = {}
+    for log in logs:
+        last.update({(step, name): value for step, row in log.rows.items() for name, value in row.items()})
+    not_finite: dict[str, list[int]] = {}
+    for (step, name), value in sorted(last.items()):
+        if not np.isfinite(value) and step in frame.index and not np.isfinite(frame.at[step, name]):
+            not_finite.setdefault(name, []).append(step)
+    return frame.replace([np.inf, -np.inf], np.nan), not_finite
+
+
+def read_run(source: Source) -> Run:
+    """Read all attempts of one run. An unreadable file becomes a line in `problems`."""
+    logs, problems = [], []
+    for path in source.files:
+        try:
+            logs.append(read_event_file(path) if EVENTS in path.name else read_json_lines(path))
+        except OSError as error:
+            problems.append(f"{path}: not readable ({error.strerror or type(error).__name__})")
+    for log in logs:
+        problems += log.problems
+    frame, joining = join_attempts(logs)
+    frame, not_finite = _take_out_not_finite(logs, frame)
+    config, config_problems = read_config(source.folder) if source.folder else ({}, [])
+    return Run(
+        name=source.name,
+        path=source.files[0],
+        frame=frame,
+        settings=settings(source.name, config),
+        problems=problems + joining + config_problems,
+        not_finite=not_finite,
+    )
+
+
+def _unique_names(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """Tell runs of the same name apart by the shortest end of their paths that differs."""
+    problems = []
+    for name, count in Counter(run.name for run in runs).items():
+        if count == 1:
+            continue
+        same = [run for run in runs if run.name == name]
+        folders = {id(run): run.path.resolve().parent.parts for run in same}
+        ends: dict[int, str] = {}
+        for depth in range(1, max(len(parts) for parts in folders.values()) + 1):
+            ends = {key: "/".join(parts[-depth:]) for key, parts in folders.items()}
+            if len(set(ends.values())) == count:
+                break
+        for run in same:
+            end = ends[id(run)]
+            run.name = end if f"/{end}".endswith(f"/{name}") else f"{end}/{name}"
+            run.settings = settings(run.name, run.settings.config)
+        problems.append(f"{count} runs are called {name}: shown as {', '.join(run.name for run in same)}")
+    return runs, problems
+
+
+def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
+    """All runs under `paths` that logged at least one step, and a line for each thing that is not there.
+
+    A path given twice, or under another given path, is read once.
+    """
+    sources: dict[Path, Source] = {}
+    problems: list[str] = []
+    for path in paths:
+        found, lines = find_sources(path)
+        problems += lines
+        for source in found:
+            sources.setdefault(source.files[0].resolve(), source)
+    runs = [read_run(source) for source in sources.values()]
+    runs, same_names = _unique_names(runs)
+    for run in runs:
+        problems += run.problems
+    return [run for run in runs if len(run.frame)], problems + same_names

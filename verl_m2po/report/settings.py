@@ -1,0 +1,144 @@
+"""What a run was: its loss, staleness and seed, from the config beside its log, else from its name."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+CONFIG_FILES = ("config.yaml", "config.json", ".hydra/config.yaml")
+# A resolved verl config is about 60 kB; anything far beyond is not one.
+LARGEST_CONFIG_BYTES = 5_000_000
+
+# At the end of the name or of one of its folders: "m2po-s256-seed3", "seed3/m2po-s256".
+SEED_IN_NAME = re.compile(r"(?:^|(?<=/)|[-_.])seed[-_=]?(\d+)(?=$|/)", re.IGNORECASE)
+STALENESS_IN_NAME = re.compile(r"(?:^|[-_./])(?:s|stale|staleness)[-_=]?(\d+)(?=$|[-_./])", re.IGNORECASE)
+ON_POLICY_IN_NAME = re.compile(r"(?:^|[-_./])on[-_]?policy(?=$|[-_./])", re.IGNORECASE)
+# Longest first, so that m2po_clip is not read as m2po.
+LOSSES_IN_NAME = ("no_trust_region", "m2po_clip", "vanilla", "cispo", "m2po", "grpo", "gspo", "bapo", "topr", "oapl")
+# verl's `vanilla` is PPO's clip; with group-relative advantages the field calls it GRPO.
+FIELD_NAME = {"vanilla": "grpo"}
+
+LOSS_KEYS = (
+    "algorithm.policy_loss",
+    "actor_rollout_ref.actor.policy_loss.selected",
+    "actor_rollout_ref.actor.policy_loss.loss_mode",
+    "loss",
+)
+SEED_KEYS = ("seed", "data.seed", "actor_rollout_ref.actor.data_loader_seed")
+INTERPOLATION = re.compile(r"^\$\{([\w.]+)\}$")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is known of a run.
+
+    Args:
+        base_name: The run's name without its seed.
+        loss: Name of the policy loss; None if unknown.
+        staleness_updates: Age of the data in optimizer updates, 0 for on-policy; None if unknown.
+        mode: verl's trainer mode, None if unknown.
+        seed: None if unknown.
+        threshold: M2PO's limit on the second moment; None if unknown.
+        config: Dotted key to value of the config beside the log; empty if there is none.
+    """
+
+    base_name: str
+    loss: str | None = None
+    staleness_updates: int | None = None
+    mode: str | None = None
+    seed: int | None = None
+    threshold: float | None = None
+    config: dict[str, object] = field(default_factory=dict)
+
+
+def flatten(tree: object, prefix: str = "") -> dict[str, object]:
+    """Dotted keys of nested mappings; lists are leaves."""
+    if not isinstance(tree, dict):
+        return {prefix: tree} if prefix else {}
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def read_config(folder: Path) -> tuple[dict[str, object], list[str]]:
+    """The flattened config in `folder`, as data only, and a line if it could not be read; ({}, []) if there is none."""
+    path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
+    if path is None:
+        return {}, []
+    if path.stat().st_size > LARGEST_CONFIG_BYTES:
+        return {}, [f"{path}: larger than {LARGEST_CONFIG_BYTES} bytes, so not read as a config"]
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        return {}, [f"{path}: not readable as YAML ({type(error).__name__}); loss and staleness come from the name"]
+    return flatten(tree), []
+
+
+def lookup(config: dict[str, object], key: str) -> object:
+    """The value at `key`, following plain ${other.key} references; no resolver is ever run."""
+    value = config.get(key)
+    for _ in range(10):
+        match = INTERPOLATION.match(value) if isinstance(value, str) else None
+        if match is None:
+            break
+        value = config.get(match[1])
+    return None if isinstance(value, str) and "${" in value else value
+
+
+def _first(config: dict[str, object], keys: tuple[str, ...], kind: type) -> object:
+    for key in keys:
+        value = lookup(config, key)
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _loss(config: dict[str, object], name: str) -> str | None:
+    loss = _first(config, LOSS_KEYS, str)
+    if loss is None:
+        plain = re.sub(r"[-./]", "_", name.lower())
+        loss = next((known for known in LOSSES_IN_NAME if f"_{known}_" in f"_{plain}_"), None)
+    return FIELD_NAME.get(str(loss), str(loss)) if loss else None
+
+
+def _staleness(config: dict[str, object], mode: str | None, name: str) -> int | None:
+    keys = (f"trainer.v1.{mode}.staleness_updates", "staleness_updates")
+    staleness = _first(config, keys, int)
+    if staleness is not None:
+        return int(staleness)  # pyright: ignore[reportArgumentType]
+    if mode == "sync":
+        return 0
+    match = STALENESS_IN_NAME.search(name)
+    if match:
+        return int(match[1])
+    return 0 if ON_POLICY_IN_NAME.search(name) else None
+
+
+def _threshold(config: dict[str, object], loss: str | None) -> float | None:
+    keys = (f"actor_rollout_ref.actor.policy_loss.{loss}.threshold", "threshold")
+    for key in keys:
+        value = lookup(config, key)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    return None
+
+
+def settings(name: str, config: dict[str, object]) -> Settings:
+    """Settings from the config where it says them, else from the name, such as ``m2po-s256-seed3``."""
+    in_name = SEED_IN_NAME.search(name)
+    base_name = SEED_IN_NAME.sub("", name).replace("//", "/").strip("/") or name
+    seed = int(in_name[1]) if in_name else _first(config, SEED_KEYS, int)
+    mode = lookup(config, "trainer.v1.trainer_mode")
+    mode = mode if isinstance(mode, str) else None
+    loss = _loss(config, base_name)
+    return Settings(
+        base_name=base_name,
+        loss=loss,
+        staleness_updates=_staleness(config, mode, base_name),
+        mode=mode,
+        seed=seed,  # pyright: ignore[reportArgumentType]
+        threshold=_threshold(config, loss),
+        config=config,
+    )

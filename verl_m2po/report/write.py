@@ -1,0 +1,175 @@
+"""Draw the figures of a report and write everything to a folder."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from verl_m2po.report import figures, metrics
+from verl_m2po.report.build import Report
+from verl_m2po.report.groups import Group
+from verl_m2po.report.page import page
+from verl_m2po.report.tables import markdown, rows
+
+PNG_DPI = 150
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure of the report.
+
+    Args:
+        name: File name without ending.
+        title, caption: What the page says over and under it.
+        draw: From groups and tasks to a Figure.
+        needs: A group that logged none of these is named as missing; empty where `draw` or the table says so.
+    """
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[..., Figure]
+    needs: tuple[str, ...] = ()
+
+
+AGES = tuple(pattern.format("mean") for pattern in (metrics.AGE_UPDATES, metrics.AGE_VERSIONS))
+PLOTS = (
+    Plot(
+        "accuracy",
+        "Result against step",
+        "Validation accuracy; dotted where the shortest seed has ended.",
+        figures.accuracy,
+    ),
+    Plot(
+        "left_out_fraction",
+        "Tokens clipped or masked",
+        "Share of response tokens without gradient, as a rolling median. Linear under 0.01%.",
+        figures.left_out_fraction,
+        (metrics.MASKED_FRACTION, metrics.CLIP_FRACTION),
+    ),
+    Plot(
+        "second_moment",
+        "Second moment",
+        "Mean squared log ratio of the trust-region tokens. After the mask it stays under the threshold.",
+        figures.second_moment,
+        (metrics.SECOND_MOMENT_BEFORE, metrics.SECOND_MOMENT_AFTER),
+    ),
+    Plot(
+        "accuracy_by_staleness",
+        "Result against staleness",
+        "Final value (filled) and best value (hollow) of each loss; bars from the lowest to the highest seed.",
+        figures.accuracy_by_staleness,
+    ),
+    Plot(
+        "age_of_data",
+        "Age of the data",
+        "One run of each group. A single dark line at k: every row of every batch is exactly of age k. Where only the "
+        "smallest and largest age are logged, rows are drawn evenly between them.",
+        figures.age_of_data,
+        AGES,
+    ),
+    Plot("buffer", "Staleness buffer", "Rows held, waiting, admitted and evicted.", figures.buffer),
+    Plot("health", "Health", "What moves first when a run goes wrong; a rolling median over steps.", figures.health),
+    Plot(
+        "time_per_step",
+        "Time per step",
+        "Phases as verl times them; in an asynchronous mode generation overlaps them and is not part of the step.",
+        figures.time_per_step,
+        metrics.STEP_SECONDS,
+    ),
+    Plot(
+        "accuracy_by_time",
+        "Result against time",
+        "Seconds of training; validation, start-up and lost attempts are not counted.",
+        figures.accuracy_by_time,
+    ),
+    Plot(
+        "throughput",
+        "Throughput",
+        "verl's perf/throughput, a rolling median.",
+        figures.throughput,
+        (metrics.THROUGHPUT,),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Files of a written report, and all lines about what is missing, those of the figures included."""
+
+    page: Path
+    table: Path
+    figures: list[Path]
+    problems: list[str]
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write so that a reader never sees half a file."""
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_bytes(data)
+    os.replace(unfinished, path)
+
+
+def _render(figure: Figure, kind: str) -> bytes:
+    buffer = BytesIO()
+    # Without a date the same logs give the same bytes.
+    metadata = {"Date": None} if kind == "svg" else None
+    figure.savefig(buffer, format=kind, dpi=PNG_DPI, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _lacking(plot: Plot, groups: list[Group]) -> list[str]:
+    wanted = " or ".join(plot.needs)
+    return [
+        f"{plot.name}: {group.label} did not log {wanted}" for group in groups if not group.logged & set(plot.needs)
+    ]
+
+
+def draw(report: Report) -> tuple[list[tuple[Plot, Figure]], list[str]]:
+    """The figures that can be drawn, and a line for each that cannot or that lacks a group."""
+    drawn, problems = [], []
+    for plot in PLOTS:
+        try:
+            drawn.append((plot, plot.draw(report.groups, report.tasks)))
+        except figures.NothingToDraw as nothing:
+            problems.append(
+                f"no figure {plot.name}: {nothing} was logged" if plot.needs else f"no figure {plot.name}: {nothing}"
+            )
+            continue
+        if plot.needs:
+            problems += _lacking(plot, report.groups)
+    return drawn, problems
+
+
+def write(report: Report, out: Path, refresh_s: float | None = None) -> Written:
+    """Write report.html, report.md and each figure as PNG and SVG to `out`, which is made if it is not there.
+
+    A figure that an earlier report left there and that can no longer be drawn is removed.
+
+    Args:
+        report: From `build.build`.
+        out: Folder.
+        refresh_s: Seconds after which a browser reloads the page; None for never.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    drawn, problems = draw(report)
+    problems = report.problems + problems
+    paths: list[Path] = []
+    in_page = []
+    for plot, figure in drawn:
+        for kind in ("png", "svg"):
+            data = _render(figure, kind)
+            paths.append(out / f"{plot.name}.{kind}")
+            _replace(paths[-1], data)
+        in_page.append((plot.title, plot.caption, data))
+    for plot in PLOTS:
+        for kind in ("png", "svg"):
+            if out / f"{plot.name}.{kind}" not in paths:
+                (out / f"{plot.name}.{kind}").unlink(missing_ok=True)
+    _replace(out / "report.md", markdown(report.summaries, report.target, problems).encode())
+    html = page(rows(report.summaries, report.target), in_page, problems, refresh_s)
+    _replace(out / "report.html", html.encode())
+    return Written(out / "report.html", out / "report.md", paths, problems)
