@@ -61,6 +61,25 @@ def sequence_keep_mask(log_ratio: Tensor, advantages: Tensor, response_mask: Ten
     return ~((advantages < 0) & (moved > delta))
 
 
+def restrict(
+    keep: Tensor, log_ratio: Tensor, advantages: Tensor, response_mask: Tensor, config: ActorConfig | None
+) -> Tensor:
+    """`keep` without the responses that `policy_loss.opsm.delta` masks; the one place where our losses honour it.
+
+    Args:
+        keep: bool; the tokens to which a loss leaves a gradient, [batch, response].
+        log_ratio: log of current over behaviour policy, same shape. Non-finite ones do not count.
+        advantages: Advantage of each token, same shape.
+        response_mask: bool, same shape.
+        config: verl's actor settings.
+    """
+    delta = settings_of(config, NAME, OPSMConfig).delta
+    if delta is None:
+        return keep
+    finite = torch.isfinite(log_ratio) & response_mask
+    return keep & sequence_keep_mask(log_ratio, advantages, finite, delta)
+
+
 @register_policy_loss(NAME)
 def opsm_loss(
     old_log_prob: Tensor,

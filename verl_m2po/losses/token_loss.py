@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from verl.workers.config import ActorConfig
 
-from verl_m2po.losses import diagnostics
-from verl_m2po.losses.opsm import OPSMConfig, sequence_keep_mask
-from verl_m2po.losses.settings import settings_of
+from verl_m2po.losses import diagnostics, opsm
 from verl_m2po.losses.surrogate import LOG_RATIO_LIMIT, aggregate, detached_log_ratio
 from verl_m2po.second_moment import check_tokens, trust_region_magnitude
 
@@ -99,8 +97,7 @@ def evaluate(
     Raises:
         ValueError: Arguments do not fit each other.
     """
-    delta = settings_of(config, "opsm", OPSMConfig).delta
-    assert config is not None
+    assert config is not None, "config must be verl's ActorConfig."
     with torch.no_grad():
         log_ratio = detached_log_ratio(log_prob, old_log_prob)
         advantages = advantages.to(log_ratio.dtype)
@@ -110,14 +107,11 @@ def evaluate(
         loss = rule(tokens)
         if rollout_is_weights is not None and not weights_in_rule:
             loss = loss._replace(value=loss.value * rollout_is_weights, derivative=loss.derivative * rollout_is_weights)
-        keep = loss.keep & tokens.mask
-        if delta is not None:
-            old_ratio = tokens.log_ratio if loss.log_ratio is None else loss.log_ratio
-            keep = keep & sequence_keep_mask(old_ratio, advantages, tokens.mask, delta)
-            loss = loss._replace(value=torch.where(keep, loss.value, 0.0))
-        value = torch.where(tokens.mask, loss.value, 0.0)
-        derivative = torch.where(keep, loss.derivative, 0.0)
         log_ratio = log_ratio if loss.log_ratio is None else loss.log_ratio
+        counts = opsm.restrict(tokens.mask, log_ratio, advantages, response_mask, config)
+        keep = loss.keep & counts
+        value = torch.where(counts, loss.value, 0.0)
+        derivative = torch.where(keep, loss.derivative, 0.0)
         magnitude = trust_region_magnitude(log_ratio, advantages, response_mask)
         metrics = diagnostics.report(log_ratio, magnitude, response_mask, keep, derivative, None)
     return aggregate(log_prob, value, derivative, response_mask, loss_agg_mode, config), {
