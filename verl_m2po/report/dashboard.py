@@ -4,6 +4,9 @@ TensorBoard shows it in its "Custom Scalars" tab, from an event file beside the 
 same panels for wandb.
 """
 
+# Generated protobuf modules have no types.
+# pyright: reportAttributeAccessIssue=false
+
 from pathlib import Path
 
 LAYOUT_SUFFIX = ".layout"
