@@ -12,6 +12,7 @@ communication between ranks. Only tokens with (log r)^2 above the threshold can 
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -134,7 +135,7 @@ class TrustRegionSearch:
     def add(self, magnitude: Tensor) -> None:
         """Count the tokens of one micro-batch: |log r| on trust-region tokens, 0 elsewhere, float32 or float64."""
         magnitude = magnitude.flatten()
-        limit = self.units.largest_root(magnitude.dtype)
+        limit = largest_root(self.threshold, magnitude.dtype)
         if self._inside is None or self._largest_inside is None:
             self._inside = torch.zeros(_COLUMNS, dtype=torch.int64, device=magnitude.device)
             self._largest_inside = magnitude.new_zeros(())
@@ -232,13 +233,6 @@ class _Units:
         unit = Fraction(2) ** (2 * half_exponent)
         fixed_point = int(Fraction(threshold) / unit * 2**64) if threshold < math.inf else 0
         self.threshold_high, self.threshold_low = fixed_point >> 32, fixed_point & _LOW_32_BITS
-        self._largest_root: dict[torch.dtype, float] = {}
-
-    def largest_root(self, dtype: torch.dtype) -> float:
-        """The largest number of `dtype` whose exact square is at most the threshold."""
-        if dtype not in self._largest_root:
-            self._largest_root[dtype] = _largest_root(self.threshold, dtype)
-        return self._largest_root[dtype]
 
     def sum_of_small_squares(self, magnitude: Tensor) -> Tensor:
         """int64 [4]: the sum of `squares` of up to 2^21 numbers, none of whose squares is above the threshold."""
@@ -272,7 +266,8 @@ class _Units:
         return (whole > 0) | ((whole == 0) & (fraction > 0))
 
 
-def _largest_root(threshold: float, dtype: torch.dtype) -> float:
+@cache
+def largest_root(threshold: float, dtype: torch.dtype) -> float:
     """The largest number of `dtype` whose exact square is at most `threshold`."""
     if threshold == math.inf:
         return math.inf

@@ -235,7 +235,7 @@ def _age_zero_sums(seen: Seen) -> Tensor:
     assert seen.is_age_zero is not None
     tokens = seen.tokens
     of_age_zero = tokens.response_mask & seen.is_age_zero.unsqueeze(-1).expand(tokens.shape).reshape(-1)
-    sums = weigh(tokens._replace(response_mask=of_age_zero), math.inf).sums
+    sums = weigh(tokens._replace(response_mask=of_age_zero, seen=[]), math.inf).sums
     return sums[[TOKEN_SUMS.index("square"), TOKEN_SUMS.index("counted_tokens")]]
 
 

@@ -18,7 +18,10 @@ LOG_RATIO_LIMIT = 20.0
 
 
 class Tokens(NamedTuple):
-    """Detached tokens of a micro-batch, flat: log-probs, advantages, the bool response mask, weights (None: 1)."""
+    """Detached tokens of a micro-batch, flat: log-probs, advantages, the bool response mask, weights (None: 1).
+
+    `seen` keeps the work of the first of two passes where that is little.
+    """
 
     log_prob: Tensor
     old_log_prob: Tensor
@@ -27,6 +30,7 @@ class Tokens(NamedTuple):
     weights: Tensor | None
     shape: torch.Size
     dtype: torch.dtype
+    seen: list["_Chunk"]
 
 
 class Weighted(NamedTuple):
@@ -66,6 +70,7 @@ def as_tokens(
         None if weights is None else weights.reshape(-1),
         log_prob.shape,
         dtype,
+        [],
     )
 
 
@@ -132,6 +137,9 @@ class _Chunk(NamedTuple):
 
 def _chunks(tokens: Tokens) -> Iterator[_Chunk]:
     size = chunk_size(tokens.log_prob.device)
+    if tokens.seen:
+        yield from tokens.seen
+        return
     for start in range(0, tokens.log_prob.numel(), size):
         where = slice(start, min(start + size, tokens.log_prob.numel()))
         log_ratio = tokens.log_prob[where].to(tokens.dtype) - tokens.old_log_prob[where]
@@ -144,4 +152,7 @@ def _chunks(tokens: Tokens) -> Iterator[_Chunk]:
         log_ratio.mul_(counted)
         # sign(A) * log r is positive exactly on the trust region; a product A * log r could underflow to 0.
         magnitude = torch.sign(tokens.advantages[where]).to(tokens.dtype).mul_(log_ratio).relu_()
-        yield _Chunk(where, log_ratio, counted, magnitude, responses)
+        chunk = _Chunk(where, log_ratio, counted, magnitude, responses)
+        if tokens.log_prob.numel() <= size:
+            tokens.seen.append(chunk)
+        yield chunk
