@@ -51,6 +51,12 @@ EXTENSIONS = (
         "training engine", "verl.workers.engine.fsdp.transformer_impl", "verl_m2po.cpu.engine", ("fsdp2 on cpu",)
     ),
     Extension("checkpoint engine", "verl.checkpoint_engine.base", "verl_m2po.cpu.weight_transfer", ("gloo",)),
+    Extension(
+        "trainer mode",
+        "verl.trainer.ppo.v1",
+        "verl_m2po.staleness.trainer",
+        ("stale_k", "stale_k_separate", "bounded_async"),
+    ),
 )
 
 
@@ -73,6 +79,17 @@ def install(extension: Extension) -> None:
     wrapt.register_post_import_hook(register, extension.host)
 
 
-for _extension in EXTENSIONS:
-    install(_extension)
-patches.install()
+def install_all() -> None:
+    """Install every row; one that fails at once does not keep the others out, and its error is raised at the end."""
+    errors = []
+    for extension in EXTENSIONS:
+        try:
+            install(extension)
+        except Exception as error:
+            errors.append(error)
+    patches.install()
+    if errors:
+        raise errors[0]
+
+
+install_all()

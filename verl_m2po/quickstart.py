@@ -19,9 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from verl_m2po.tasks import arithmetic, tiny_model
 
-ACCURACY = "val-core/arithmetic/reward/mean@1"
-REWARD = "critic/score/mean"
-TRAINING_ROWS, VALIDATION_ROWS = 8192, 512
+ACCURACY = "val-core/arithmetic/acc/mean@1"
+TRAINING_ROWS, VALIDATION_ROWS = 8192, 256
 _POLL_S = 0.5
 _TAIL_LINES = 40
 
@@ -75,7 +74,7 @@ class Run:
             f"loss={self.loss}",
             f"actor_rollout_ref.model.path={model}",
             f"data.train_files={data / 'train.parquet'}",
-            f"data.val_files={data / 'test.parquet'}",
+            f"data.val_files={data / 'validation.parquet'}",
             f"data.seed={self.seed}",
             f"actor_rollout_ref.rollout.seed={self.seed}",
             f"trainer.total_training_steps={self.steps}",
@@ -167,4 +166,4 @@ def run_quickstart(run: Run, console: Console) -> int:
 def _report(run: Run, console: Console) -> None:
     from verl_m2po.report.command import write_report
 
-    write_report([run.folder], run.out / "report", console)
+    write_report(console, [run.folder], run.out / "report")

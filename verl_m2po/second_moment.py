@@ -140,7 +140,8 @@ class TrustRegionSearch:
         for chunk in magnitude.split(_CHUNK):
             inside = chunk.masked_fill(chunk > limit, 0.0)
             self._inside += self.units.squares(inside).sum(0)
-            self._largest_inside = torch.maximum(self._largest_inside, inside.amax())
+            if chunk.numel():
+                self._largest_inside = torch.maximum(self._largest_inside, inside.amax())
         # Only these can ever be dropped. Selecting them would stall an accelerator; there they keep their place.
         self._outside.append(
             magnitude[magnitude > limit]

@@ -35,13 +35,24 @@ class Result:
 
 
 def run_main(
-    folder: Path, *overrides: str, config_name: str = "arithmetic", timeout_s: float = 420, environment: dict | None = None
+    folder: Path,
+    *overrides: str,
+    config_name: str = "arithmetic",
+    timeout_s: float = 420,
+    environment: dict | None = None,
 ) -> Result:
     """Run ``python -m verl.trainer.main_ppo`` with `overrides`; fail after `timeout_s`, and kill whatever is left."""
     folder.mkdir(parents=True, exist_ok=True)
     metrics = folder / "metrics.jsonl"
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", f"--config-name={config_name}", "hardware=cpu", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "verl.trainer.main_ppo",
+        f"--config-name={config_name}",
+        "hardware=cpu",
+        *overrides,
+    ]
     log = folder / "output.txt"
     with log.open("w") as stream:
         process = subprocess.Popen(

@@ -9,11 +9,18 @@ from typing import Any
 from verl.base_config import BaseConfig
 from verl.workers.config import PolicyLossConfig
 
+from verl_m2po.losses.bapo import BAPOConfig
+from verl_m2po.losses.decoupled_loglinear import DecoupledLoglinearConfig
+from verl_m2po.losses.mix_ppg import MixPPGConfig
+from verl_m2po.losses.oapl import OAPLConfig
+from verl_m2po.losses.opsm import OPSMConfig
+from verl_m2po.losses.rec import RECConfig
+from verl_m2po.losses.settings import KEY
+from verl_m2po.losses.topr import TOPRConfig
 from verl_m2po.second_moment import check_threshold
 
 logger = logging.getLogger(__name__)
 
-KEY = "actor_rollout_ref.actor.policy_loss"
 SCOPES = ("mini_batch", "micro_batch")
 
 
@@ -60,6 +67,20 @@ class M2POClipConfig(BaseConfig):
         check_positive_threshold(self.threshold, f"{KEY}.m2po_clip.threshold")
 
 
+# Sub-keys of the policy loss settings that are ours.
+SETTINGS: dict[str, type[BaseConfig]] = {
+    "m2po": M2POConfig,
+    "m2po_clip": M2POClipConfig,
+    "rec": RECConfig,
+    "oapl": OAPLConfig,
+    "decoupled_loglinear": DecoupledLoglinearConfig,
+    "bapo": BAPOConfig,
+    "topr": TOPRConfig,
+    "mix_ppg": MixPPGConfig,
+    "opsm": OPSMConfig,
+}
+
+
 @dataclass
 class M2POPolicyLossConfig(PolicyLossConfig):
     """verl's policy loss settings with ours beside them.
@@ -69,16 +90,30 @@ class M2POPolicyLossConfig(PolicyLossConfig):
             leaves `loss_mode` as it is.
         m2po: Settings of the loss `m2po`.
         m2po_clip: Settings of the loss `m2po_clip`.
+        rec: Settings of the loss `rec`.
+        oapl: Settings of the loss `oapl`.
+        decoupled_loglinear: Settings of the loss `decoupled_loglinear`.
+        bapo: Settings of the loss `bapo`.
+        topr: Settings of the loss `topr`.
+        mix_ppg: Settings of the loss `mix_ppg`.
+        opsm: Settings of off-policy sequence masking, for every loss of this package and for the loss `opsm`.
         diagnostics: Log the second moments, the effective sample size and the rest of `actor/m2po/*` for any loss.
     """
 
     selected: str | None = None
     m2po: M2POConfig = field(default_factory=M2POConfig)
     m2po_clip: M2POClipConfig = field(default_factory=M2POClipConfig)
+    rec: RECConfig = field(default_factory=RECConfig)
+    oapl: OAPLConfig = field(default_factory=OAPLConfig)
+    decoupled_loglinear: DecoupledLoglinearConfig = field(default_factory=DecoupledLoglinearConfig)
+    bapo: BAPOConfig = field(default_factory=BAPOConfig)
+    topr: TOPRConfig = field(default_factory=TOPRConfig)
+    mix_ppg: MixPPGConfig = field(default_factory=MixPPGConfig)
+    opsm: OPSMConfig = field(default_factory=OPSMConfig)
     diagnostics: bool = False
 
     def __post_init__(self):
-        for name, settings in (("m2po", M2POConfig), ("m2po_clip", M2POClipConfig)):
+        for name, settings in SETTINGS.items():
             object.__setattr__(self, name, _as_config(getattr(self, name), settings))
         if self.selected is not None:
             check_registered(self.selected)

@@ -7,7 +7,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import register_policy_loss
 from verl.workers.config import ActorConfig
 
-from verl_m2po.losses import diagnostics
+from verl_m2po.losses import diagnostics, opsm
 from verl_m2po.losses.config import KEY, M2POConfig
 from verl_m2po.losses.surrogate import LOG_RATIO_LIMIT, aggregate, detached_log_ratio, negative_weighted_advantage
 from verl_m2po.second_moment import TrustRegion, check_tokens, find_trust_region, trust_region_magnitude
@@ -52,6 +52,7 @@ def m2po_loss(
         region = _region(magnitude, settings)
         size = log_ratio.abs()
         keep = (size < torch.inf).logical_and_(response_mask).logical_and_(magnitude <= region.threshold_log_ratio)
+        keep = opsm.restrict(keep, log_ratio, advantages, response_mask, config)
         weighted = negative_weighted_advantage(log_ratio, advantages, keep, rollout_is_weights)
         derivative = weighted.masked_fill(size > LOG_RATIO_LIMIT, 0.0)
         metrics = diagnostics.report(log_ratio, magnitude, response_mask, keep, weighted, region)

@@ -11,7 +11,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import register_policy_loss
 from verl.workers.config import ActorConfig
 
-from verl_m2po.losses import diagnostics
+from verl_m2po.losses import diagnostics, opsm
 from verl_m2po.losses.config import M2POClipConfig
 from verl_m2po.losses.surrogate import LOG_RATIO_LIMIT, aggregate, detached_log_ratio, importance_ratio
 from verl_m2po.second_moment import TrustRegion, check_tokens, trust_region_magnitude
@@ -43,6 +43,7 @@ def m2po_clip_loss(
         magnitude = trust_region_magnitude(log_ratio, advantages, response_mask)
         tau = clip_bound(magnitude, settings.threshold)
         finite = torch.isfinite(log_ratio) & response_mask
+        finite = opsm.restrict(finite, log_ratio, advantages, response_mask, config)
         clipped = magnitude > tau
         bounded = torch.where(clipped, tau * torch.sign(advantages), log_ratio)
         value = importance_ratio(bounded).mul_(advantages).neg_()

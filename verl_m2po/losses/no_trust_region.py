@@ -7,7 +7,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import register_policy_loss
 from verl.workers.config import ActorConfig
 
-from verl_m2po.losses import diagnostics
+from verl_m2po.losses import diagnostics, opsm
 from verl_m2po.losses.surrogate import LOG_RATIO_LIMIT, aggregate, detached_log_ratio, negative_weighted_advantage
 from verl_m2po.second_moment import check_tokens, trust_region_magnitude
 
@@ -34,6 +34,7 @@ def no_trust_region_loss(
         check_tokens(log_ratio, advantages, response_mask)
         size = log_ratio.abs()
         keep = (size < torch.inf).logical_and_(response_mask)
+        keep = opsm.restrict(keep, log_ratio, advantages, response_mask, config)
         weighted = negative_weighted_advantage(log_ratio, advantages, keep, rollout_is_weights)
         derivative = weighted.masked_fill(size > LOG_RATIO_LIMIT, 0.0)
         magnitude = trust_region_magnitude(log_ratio, advantages, response_mask)

@@ -93,6 +93,5 @@ def _ray(config: DictConfig) -> Iterator[Problem]:
             None,
             f"Ray would join the cluster at {found}, which a `ray start` left behind, and refuse the logical resources "
             "of hardware=cpu",
-            "Run `ray stop` (and unset RAY_ADDRESS), or set ray_kwargs.ray_init.address=local to start a cluster beside "
-            "it",
+            "Run `ray stop` and unset RAY_ADDRESS, or start a cluster beside it with ray_kwargs.ray_init.address=local",
         )

@@ -36,15 +36,15 @@ def _signature(paths: list[Path]) -> tuple:
     return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists())
 
 
-def _once(
+def write_report(
     console: Console,
     paths: list[Path],
     out: Path,
-    target: float | None,
-    metric: str | None,
-    final_points: int,
-    figures: bool,
-    refresh_s: float | None,
+    target: float | None = None,
+    metric: str | None = None,
+    final_points: int = 1,
+    figures: bool = True,
+    refresh_s: float | None = None,
 ) -> bool:
     """Read, show and write one report; False if there was no run in it."""
     from verl_m2po.report.build import build
@@ -107,7 +107,7 @@ def report(
         while True:
             current = _signature(runs)
             if current != seen:
-                found = _once(console, runs, out, target, metric, final_points, figures, refresh_s)
+                found = write_report(console, runs, out, target, metric, final_points, figures, refresh_s)
                 if not watch:
                     raise typer.Exit(0 if found else 1)
                 seen = current

@@ -1,0 +1,31 @@
+"""End-to-end runs: real Ray, TransferQueue, FSDP and vLLM, a handful of small steps each."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cpu_run
+import pytest
+
+
+@pytest.fixture
+def train(tmp_path: Path, tiny: Path, addition: Path) -> Callable[..., cpu_run.Result]:
+    """Train the tiny model on addition: 8 prompts x 4 responses a step, two optimizer updates a step."""
+
+    def run(*overrides: str, **kwargs: object) -> cpu_run.Result:
+        result = cpu_run.run_main(
+            tmp_path,
+            f"actor_rollout_ref.model.path={tiny}",
+            f"data.train_files={addition / 'train.parquet'}",
+            f"data.val_files={addition / 'validation.parquet'}",
+            "data.train_batch_size=8",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+            "actor_rollout_ref.rollout.n=4",
+            "trainer.val_before_train=false",
+            "trainer.test_freq=-1",
+            *overrides,
+            **kwargs,
+        )
+        assert result.status == 0, result.tail
+        return result
+
+    return run

@@ -1,0 +1,42 @@
+"""The advantage estimator `asymre`: asymmetric REINFORCE, which leans towards what was good.
+
+See "Asymmetric REINFORCE for off-policy Reinforcement Learning" (arXiv:2506.20520), and `asymre` in Trinity-RFT.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from torch import Tensor
+from verl.trainer.ppo.core_algos import register_adv_est
+
+from verl_m2po.advantages.groups import group_advantages, setting
+
+BASELINE_SHIFT = -0.1
+
+
+@register_adv_est("asymre")
+def asymre_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Sequence[Hashable],
+    config: Any = None,
+    **_ignored: Any,
+) -> tuple[Tensor, Tensor]:
+    """Reward minus (group mean + shift).
+
+    With REINFORCE on top this equals the forward-KL regulariser of the loss `rec` with coefficient -shift.
+
+    Args:
+        token_level_rewards: Sums over a response to its reward, [batch, response].
+        response_mask: Tokens of the response, same shape.
+        index: Prompt of each row, [batch].
+        config: verl's algorithm settings; `asymre.baseline_shift` (default -0.1, in units of reward): below 0 good
+            responses weigh more than bad ones; 0 is the plain group mean.
+
+    Returns:
+        Advantages and returns, the same tensor.
+    """
+    shift = setting(config, "asymre.baseline_shift", BASELINE_SHIFT)
+    return group_advantages(
+        token_level_rewards, response_mask, index, lambda rewards, _group: rewards - (rewards.mean() + shift)
+    )

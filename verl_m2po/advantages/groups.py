@@ -1,0 +1,51 @@
+"""Rewards by prompt: what all group-relative advantage estimators share."""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# An estimator for one group: rewards [n] and what names the group, to advantages [n].
+GroupRule = Callable[[Tensor, Hashable], Tensor]
+
+
+def group_advantages(
+    token_level_rewards: Tensor, response_mask: Tensor, index: Sequence[Hashable], rule: GroupRule
+) -> tuple[Tensor, Tensor]:
+    """Advantages of outcome rewards, group by group, spread over the tokens of each response.
+
+    Args:
+        token_level_rewards: Sums over a response to its reward, [batch, response].
+        response_mask: Tokens of the response, same shape.
+        index: What names the group of each row (verl: the uid of its prompt), [batch].
+        rule: The estimator.
+
+    Returns:
+        Advantages and returns, the same tensor, in the shape of `token_level_rewards`.
+    """
+    if index is None or len(index) != len(token_level_rewards):
+        raise ValueError(
+            f"Group advantages need the group of each of the {len(token_level_rewards)} responses, got "
+            f"{'none' if index is None else len(index)}."
+        )
+    with torch.no_grad():
+        rewards = token_level_rewards.sum(-1)
+        rows: dict[Hashable, list[int]] = defaultdict(list)
+        for row, group in enumerate(index):
+            rows[group].append(row)
+        advantages = torch.empty_like(rewards)
+        for group, members in rows.items():
+            advantages[members] = rule(rewards[members], group)
+        spread = advantages.unsqueeze(-1) * response_mask
+    return spread, spread
+
+
+def setting(config: Any, name: str, default: Any) -> Any:
+    """`algorithm.<name>` with dots, as verl hands the config of the algorithm to an estimator."""
+    for part in name.split("."):
+        if config is None:
+            return default
+        config = config.get(part, None)
+    return default if config is None else config

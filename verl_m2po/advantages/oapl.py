@@ -1,0 +1,54 @@
+"""The advantage estimator `oapl`: reward minus the soft value of the prompt, for the loss `oapl`.
+
+See OAPL (arXiv:2602.19362), Eq. 2.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from verl.trainer.ppo.core_algos import register_adv_est
+
+from verl_m2po.advantages.groups import group_advantages, setting
+
+BETA1 = 1.0
+
+
+@register_adv_est("oapl")
+def oapl_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Sequence[Hashable],
+    config: Any = None,
+    **_ignored: Any,
+) -> tuple[Tensor, Tensor]:
+    """R - V with V = beta1 log mean exp(R / beta1) over the responses to a prompt.
+
+    Args:
+        token_level_rewards: Sums over a response to its reward, [batch, response].
+        response_mask: Tokens of the response, same shape.
+        index: Prompt of each row, [batch].
+        config: verl's algorithm settings; `oapl.beta1` (default 1, in units of reward): towards 0 V is the largest
+            reward of the group, towards inf the mean.
+
+    Returns:
+        Advantages and returns, the same tensor.
+
+    Raises:
+        ValueError: beta1 is not a positive number.
+    """
+    beta1 = setting(config, "oapl.beta1", BETA1)
+    if not beta1 > 0:
+        raise ValueError(f"algorithm.oapl.beta1 must be positive, got {beta1}.")
+    return group_advantages(
+        token_level_rewards, response_mask, index, lambda rewards, _group: rewards - soft_value(rewards, beta1)
+    )
+
+
+def soft_value(rewards: Tensor, beta1: float) -> Tensor:
+    """beta1 log mean exp(R / beta1), a scalar."""
+    if math.isinf(beta1):
+        return rewards.mean()
+    return beta1 * (torch.logsumexp(rewards / beta1, 0) - math.log(len(rewards)))
