@@ -55,10 +55,10 @@ class OverlayConfigSource(ConfigSource):
 
     def __init__(self, provider: str, path: str) -> None:
         super().__init__(provider=provider, path=path)
-        verl = ImportlibResourcesConfigSource(provider=provider, path=VERL_CONFIGS)
+        self._verl = ImportlibResourcesConfigSource(provider=provider, path=VERL_CONFIGS)
         self._ours = ImportlibResourcesConfigSource(provider=provider, path=OUR_CONFIGS)
-        self._main = verl if self.path == OVERLAY else _source(provider, self.path)
-        self._bases = (self._main, verl)
+        self._main = self._verl if self.path == OVERLAY else _source(provider, self.path)
+        self._bases = (self._main, self._verl)
 
     @staticmethod
     def scheme() -> str:
@@ -86,8 +86,8 @@ class OverlayConfigSource(ConfigSource):
         return merged
 
     def _has_own(self, group: str) -> bool:
-        """Whether the directory given with ``--config-path`` has a group of this name: it is left to its owner."""
-        return self._main is not self._bases[1] and self._main.is_group(group)
+        """Whether the directory given with ``--config-path`` has a group of this name, which verl has not."""
+        return self._main.is_group(group) and not self._verl.is_group(group)
 
     def available(self) -> bool:
         return any(base.available() for base in self._bases)
