@@ -192,6 +192,18 @@ def test_bad_input_is_named(change, error, message):
         keep_mask(**{**arguments, **change})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threshold", [0.0, 0.01, 0.04, 1.0])
+def test_radix_selection_equals_sorting(dtype, threshold):
+    # An accelerator searches by radix selection among all tokens, with 0 for those that cannot be dropped.
+    magnitude = trust_region_magnitude(*heavy_tailed(6, 40, seed=6, dtype=dtype)).flatten()
+    search = TrustRegionSearch(threshold)
+    search.add(magnitude)
+    by_sorting = search._first_dropped_by_sorting(search._inside)
+    search._outside = [torch.where(part > math.sqrt(threshold), part, 0.0) for part in magnitude.split(100)]
+    assert search._first_dropped(search._inside, None) == by_sorting
+
+
 def test_search_without_tokens_is_refused():
     with pytest.raises(ValueError, match="No micro-batch"):
         TrustRegionSearch(0.04).solve()

@@ -89,7 +89,9 @@ def weigh(tokens: Tokens, threshold_log_ratio: Tensor | float) -> Weighted:
         threshold_log_ratio: 0-d; inf keeps every finite response token.
     """
     device = tokens.log_prob.device
-    threshold_log_ratio = torch.as_tensor(threshold_log_ratio, dtype=tokens.dtype, device=device)
+    if not isinstance(threshold_log_ratio, Tensor):
+        # Not `torch.tensor`, which would copy from the host and wait for it.
+        threshold_log_ratio = torch.full((), threshold_log_ratio, dtype=tokens.dtype, device=device)
     gain = torch.empty(tokens.log_prob.numel(), dtype=tokens.dtype, device=device)
     keep = torch.empty(tokens.log_prob.numel(), dtype=torch.bool, device=device)
     sums = torch.zeros(len(TOKEN_SUMS), dtype=torch.float64, device=device)
