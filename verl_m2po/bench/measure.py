@@ -57,7 +57,7 @@ class Call:
         self.batch = batch
         self.config = _actor_config(contestant, batch)
         loss = contestant.loss
-        self.loss = get_policy_loss_fn(loss) if isinstance(loss, str) else loss
+        self.loss: Callable[..., Any] = get_policy_loss_fn(loss) if isinstance(loss, str) else loss
         tokens = as_tokens(batch.log_prob, batch.old_log_prob, batch.advantages, batch.response_mask)
         self.region = add_tokens(TrustRegionSearch(batch.threshold), tokens).solve()
 
