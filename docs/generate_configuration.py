@@ -12,6 +12,7 @@ import yaml
 CONFIG = Path(__file__).parents[1] / "verl_m2po" / "config"
 PAGE = Path(__file__).with_name("configuration.md")
 GROUPS = {
+    "advantage": "How advantages are made.",
     "loss": "Which loss, with everything that it needs.",
     "staleness": "How old the training data is. Ages are in optimizer updates; see staleness.md for the units.",
     "model": "Which model.",

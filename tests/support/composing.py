@@ -105,13 +105,8 @@ def option_values(group: str, option: str) -> dict[str, Any]:
 
 # The one value of verl's that the overlay replaces: its class is closed to new keys, ours is a subclass of it.
 REPLACED = {"actor_rollout_ref.actor.policy_loss._target_"}
-ADDED_BELOW = (
-    "algorithm.policy_loss",
-    "actor_rollout_ref.actor.policy_loss.",
-    "trainer.v1.stale_k.",
-    "trainer.v1.stale_k_separate.",
-    "trainer.v1.bounded_async.",
-)
+# Every key that the overlay adds.
+ADDED = own_values("overlay").keys() - REPLACED
 
 
 def changes(before: dict, after: dict) -> set[str]:
