@@ -89,3 +89,8 @@ def test_its_staleness_can_be_honoured(script, composed_with_plugin, monkeypatch
     monkeypatch.setenv("HOME", "/home/someone")
     config = OmegaConf.create(composed_with_plugin[1][script])
     assert not [str(problem) for problem in preflight.check(config) if problem.is_fatal]
+
+
+def test_the_compatibility_page_lists_them_all():
+    page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
+    assert not [script for script in SCRIPTS if f"`{script}`" not in page]
