@@ -37,7 +37,19 @@ class Extension:
 
 EXTENSIONS = (
     Extension(
-        "policy loss", "verl.trainer.ppo.core_algos", "verl_m2po.losses", ("m2po", "m2po_clip", "no_trust_region")
+        "policy loss",
+        "verl.trainer.ppo.core_algos",
+        "verl_m2po.losses",
+        (
+            *("m2po", "m2po_clip", "no_trust_region"),
+            *("bapo", "decoupled_loglinear", "mix_ppg", "oapl", "opsm", "rec", "topr"),
+        ),
+    ),
+    Extension(
+        "advantage estimator",
+        "verl.trainer.ppo.core_algos",
+        "verl_m2po.advantages",
+        ("asymre", "max_at_k", "oapl", "red_drop", "red_weight"),
     ),
     Extension("actor worker", "verl.workers.engine_workers", "verl_m2po.worker", ("M2POTrainingWorker",)),
     Extension(

@@ -116,6 +116,7 @@ def test_accuracy_by_staleness_is_evenly_spaced_in_octaves_with_zero_to_the_left
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "16", "32", "64"]
     assert np.diff(axes.get_xticks()).tolist() == [1, 1, 1]
     final, best = (container.lines[0] for container in axes.containers)
+    assert final.get_xdata().tolist() == best.get_xdata().tolist() == axes.get_xticks().tolist()
     np.testing.assert_allclose(final.get_ydata().astype(float), [0.8, 0.7, 0.6, 0.5])
     np.testing.assert_allclose(best.get_ydata().astype(float), [0.9, 0.8, 0.7, 0.6])
 

@@ -9,7 +9,7 @@ from report_logs import stale_run, write_config, write_log
 from rich.console import Console
 
 from verl_m2po.report.build import build
-from verl_m2po.report.tables import markdown, terminal
+from verl_m2po.report.tables import markdown, rows, terminal
 from verl_m2po.report.write import draw, write
 
 ACC = "val-core/addition/acc/mean@1"
@@ -89,15 +89,20 @@ def test_names_are_escaped_everywhere(tmp_path):
     assert "[red]" in console.export_text()
 
 
-def test_the_table_in_the_terminal_fits_80_columns_and_keeps_every_number(tmp_path):
-    report = one_run(tmp_path / "runs")
+def test_the_table_in_the_terminal_fits_80_columns_and_folds_no_number(tmp_path):
+    for seed in (1, 2, 3):
+        folder = tmp_path / f"no_trust_region-s256-seed{seed}"
+        write_log(folder / "attempt-1.jsonl", stale_run("no_trust_region", 64, seed))
+    report = build([tmp_path], target=0.55)
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(terminal(report.summaries, report.target))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
-    (summary,) = report.summaries
-    for number in (f"{summary.start.mean:.3f}", f"{summary.final.mean:.3f}", f"{summary.best.mean:.3f}", "m2po, s=256"):
-        assert number in text
+    (row,) = rows(report.summaries, report.target)
+    assert "±" in row["final"] and "/3)" in row["steps to 0.55"]
+    for title, cell in row.items():
+        assert cell in text, title
+        assert all(word in text for word in title.split()), title
 
 
 def test_markdown_of_nothing_says_so():

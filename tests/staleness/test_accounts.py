@@ -98,6 +98,7 @@ def test_drop_rates_show_which_lengths_are_dropped():
     for tokens in range(100):
         bias.add(tokens, was_dropped=tokens >= 90)
     assert bias.drop_rates() == [0.0] * 9 + [1.0]
+    assert LengthBias().drop_rates() == []
 
 
 def test_the_ledger_continues_an_existing_file(tmp_path):

@@ -143,6 +143,11 @@ class Run:
         return batches
 
 
+def as_list(column) -> list:
+    """Python objects come back from TransferQueue as a list or as a stack."""
+    return column.tolist() if hasattr(column, "tolist") else list(column)
+
+
 def assert_rows_are_those_that_were_generated(tq, batch) -> None:
     data = tq.kv_batch_get(keys=batch.keys, partition_id="train")
     assert data["responses"].is_nested and data["prompts"].is_nested
@@ -152,8 +157,8 @@ def assert_rows_are_those_that_were_generated(tq, batch) -> None:
         data["responses"].unbind(),
         data["response_mask"].unbind(),
         data["rollout_log_probs"].unbind(),
-        list(data["raw_prompt"].tolist()),
-        data["uid"].tolist(),
+        as_list(data["raw_prompt"]),
+        as_list(data["uid"]),
         strict=True,
     ):
         group, session, _ = key.rsplit("_", 2)
@@ -269,7 +274,7 @@ def test_groups_in_flight_at_the_checkpoint_start_again(transfer_queue):
     again = Run(transfer_queue, BoundedAsync(1, BATCH), "other")
     again.buffer.load_state_dict(state, version=3)
     tickets, prompts = again.buffer.reopen_groups()
-    assert [ticket.uid for ticket in tickets] == prompts["uid"].tolist() == [f"inflight-{i}" for i in range(8)]
+    assert [ticket.uid for ticket in tickets] == as_list(prompts["uid"]) == [f"inflight-{i}" for i in range(8)]
     assert {ticket.dispatch_version for ticket in tickets} == {3}
     assert prompts["index"].tolist() == list(range(8))
     again.workers.version = 3

@@ -10,8 +10,10 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopO
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
-from verl_m2po.staleness.agent_loop import check_output, spans_of
+from verl_m2po.staleness.agent_loop import StalenessAgentLoopWorker, check_output, spans_of
 from verl_m2po.staleness.client import GenerationAborted, Session, SpanRecordingClient, current_session
+from verl_m2po.staleness.records import Row
+from verl_m2po.staleness.store import LOT_FIELD
 
 
 def output(mask: list[int], log_probs: list[float] | None = None, reward: float | None = 1.0) -> AgentLoopOutput:
@@ -148,3 +150,67 @@ def test_an_aborted_session_cancels_its_request_and_starts_no_other(generate):
     with pytest.raises(GenerationAborted):
         generate(server, of)
     assert len(server.aborted) == 1 and of.generated_tokens == 3
+
+
+class Worker(StalenessAgentLoopWorker):
+    """The worker without its tokenizer and servers: every session does as its number says."""
+
+    def __init__(self, sessions: int, timeout_s: float | None = None) -> None:
+        self.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=SimpleNamespace(n=sessions)))
+        self._generation_timeout_s = timeout_s
+        self._running, self._reports, self._has_report = {}, [], asyncio.Event()
+        self.server = FakeServer()
+
+    async def _run_agent_loop(self, sampling_params, *, trajectory, trace, session_id, uid, behaviour, **_):
+        of = current_session.get()
+        of.record(3, session_id + 1)
+        match behaviour:
+            case "fails" if session_id == 1:
+                raise ValueError("no answer\nand more lines")
+            case "hangs" if session_id == 1:
+                of.server, of.server_request_id = self.server, "the request"
+                await asyncio.sleep(3600)
+            case "waits for the abort":
+                while not of.is_aborted:
+                    await asyncio.sleep(0)
+                raise GenerationAborted(uid)
+        self._running[uid].rows.append(Row(f"{uid}_{session_id}_0", 1, session_id + 1, ((3, session_id + 1),)))
+
+    def run(self, behaviour: str, abort: bool = False):
+        async def body():
+            prompt = {"uid": "u", "behaviour": behaviour, LOT_FIELD: "lot"}
+            work = asyncio.create_task(self._run_prompt(prompt, {}, trajectory={"validate": False}))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            if abort:
+                await self.abort_groups(["u", "of another worker"])
+            (report,) = await self.take_reports()
+            await work
+            assert not self._running and not self._reports and not self._has_report.is_set()
+            return report
+
+        return asyncio.run(body())
+
+
+def test_a_finished_group_is_reported_with_all_its_rows():
+    report = Worker(3).run("answers")
+    assert report.error is None and [row.key for row in report.rows] == ["u_0_0", "u_1_0", "u_2_0"]
+    assert (report.generated_tokens, report.responses) == (6, 3)
+
+
+def test_a_session_that_raises_fails_its_group_and_leaves_its_siblings_rows_to_be_deleted():
+    report = Worker(3).run("fails")
+    assert report.error == "ValueError: no answer" and not report.was_aborted
+    assert [row.key for row in report.rows] == ["u_0_0", "u_2_0"]
+
+
+def test_a_generation_that_never_ends_is_cancelled_at_its_server():
+    worker = Worker(2, timeout_s=0.05)
+    report = worker.run("hangs")
+    assert report.error == "TimeoutError: no answer within generation_timeout_s=0.05"
+    assert worker.server.aborted == ["the request"]
+
+
+def test_an_aborted_group_says_so():
+    report = Worker(2).run("waits for the abort", abort=True)
+    assert report.was_aborted and report.error == "GenerationAborted: u" and report.rows == ()

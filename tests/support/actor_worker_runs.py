@@ -155,9 +155,10 @@ def behaviour_log_probs(worker, rows):
     own = as_data(rows, [torch.zeros(len(row["noise"])) for row in rows], len(rows))
     pack(worker, max_tokens=4096)
     log_ratios = {}
-    for tokens in worker.look_ahead(own):
-        for log_ratio, advantages in zip(tokens.log_ratio, tokens.advantages, strict=True):
-            log_ratios[row_of(advantages)] = log_ratio
+    for tokens, _ in worker.look_ahead(own):
+        log_prob, advantages = tokens.log_prob.view(tokens.shape), tokens.advantages.view(tokens.shape)
+        for i in range(tokens.shape[0]):
+            log_ratios[row_of(advantages[i])] = log_prob[i]
     return [log_ratios[i][: len(row["noise"])] - row["noise"] for i, row in enumerate(rows)]
 
 
@@ -211,9 +212,12 @@ def train(worker, rows, old_log_probs, **options):
     data = as_data([rows[i] for i in share], [old_log_probs[i] for i in share], len(rows), **options)
     with recording(worker) as record:
         output = worker.train_batch(data)
-    record["metrics"] = dict(tu.get(output, "metrics"))
-    record["metrics"] = {key: value for key, value in record["metrics"].items() if isinstance(value, float | int)}
+    record["metrics"] = m2po_metrics(tu.get(output, "metrics"))
     return record
+
+
+def m2po_metrics(metrics):
+    return {name: value for name, value in metrics.items() if name.startswith("actor/m2po/")}
 
 
 def run_packings(model_folder, rows, packings, policy_loss, entropy=False):
@@ -266,6 +270,6 @@ def run_seams(model_folder, rows):
     tu.assign_non_tensor(data, mini_batch_size=len(rows) // 2, epochs=2)
     with recording(worker) as record:
         output = worker.train_mini_batch(data)
-    record["metrics"] = dict(tu.get(output, "metrics"))
+    record["metrics"] = m2po_metrics(tu.get(output, "metrics"))
     records["two mini-batches, two epochs"] = record
     return records

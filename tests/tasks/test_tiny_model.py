@@ -231,14 +231,17 @@ def test_the_folder_does_not_exist_before_it_is_complete(tmp_path: Path) -> None
 def test_two_builders_at_once_agree(tmp_path: Path) -> None:
     # The inner build finishes while the outer one is at work: the outer one keeps what it finds.
     inner: list[Path] = []
+    weights: list[int] = []
 
     def build_meanwhile(*_: object) -> None:
         thread = threading.Thread(target=lambda: inner.append(tiny_model.build(HASTY, cache=tmp_path)))
         thread.start()
         thread.join()
+        weights.append((inner[0] / "model.safetensors").stat().st_ino)
 
     outer = tiny_model.build(HASTY, cache=tmp_path, on_progress=build_meanwhile)
     assert inner == [outer]
+    assert weights == [(outer / "model.safetensors").stat().st_ino]
     assert [path.name for path in tmp_path.iterdir()] == [outer.name]
 
 

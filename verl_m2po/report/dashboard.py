@@ -4,6 +4,9 @@ TensorBoard shows it in its "Custom Scalars" tab, from an event file beside the 
 same panels for wandb.
 """
 
+# Generated protobuf modules have no types.
+# pyright: reportAttributeAccessIssue=false
+
 from pathlib import Path
 
 LAYOUT_SUFFIX = ".layout"
@@ -34,7 +37,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "gradient norm": [r"^actor/grad_norm$"],
         "KL, behaviour to current (nats)": [r"^actor/(ppo_kl|m2po/kl)$"],
         "response length (tokens)": [r"^response_length/mean$"],
-        "responses cut at the limit (share)": [r"^response_length/clip_ratio$"],
+        "responses of full length (share)": [r"^response_length/clip_ratio$"],
         "rollout to trainer mismatch (probability)": [r"^training/rollout_probs_diff_(mean|max)$"],
     },
     "5 speed": {

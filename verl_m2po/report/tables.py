@@ -7,7 +7,7 @@ from rich.text import Text
 
 from verl_m2po.report.summary import Spread, Summary
 
-RESULT = ("seeds", "steps", "start", "final", "best", "best at step")
+RESULT = ("seeds", "steps", "start", "final", "best")
 
 
 def _share(spread: Spread | None) -> str:
@@ -29,7 +29,7 @@ def _some(spread: Spread | None, count: int, seeds: int) -> str:
     """A mean over those seeds for which it exists, and how many those are."""
     if spread is None:
         return "-"
-    return _whole(spread) if count == seeds else f"{_whole(spread)} ({count} of {seeds})"
+    return _whole(spread) if count == seeds else f"{_whole(spread)} ({count}/{seeds})"
 
 
 def cells(summary: Summary, with_task: bool, target: float | None) -> dict[str, str]:
@@ -43,7 +43,7 @@ def cells(summary: Summary, with_task: bool, target: float | None) -> dict[str, 
         "start": _share(summary.start),
         "final": _share(summary.final),
         "best": _share(summary.best),
-        "best at step": _whole(summary.best_step),
+        "best at": _whole(summary.best_step),
     }
     if target is not None:
         row[f"steps to {target:g}"] = _some(summary.steps_to_target, summary.reached, summary.seeds)
@@ -72,12 +72,14 @@ def terminal(summaries: list[Summary], target: float | None = None) -> RenderGro
 
 
 def _half(shown: list[dict[str, str]], titles: list[str]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    """Names fold where the terminal is narrow; numbers never do, and of titles no word."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for title in titles:
-        is_name = title in ("run", "task")
-        table.add_column(
-            title, justify="left" if is_name else "right", overflow="fold", min_width=22 if title == "run" else None
-        )
+        if title in ("run", "task"):
+            table.add_column(title, overflow="fold")
+        else:
+            widest = max(len(text) for text in (*title.split(), *(row[title] for row in shown)))
+            table.add_column(title, justify="right", min_width=widest)
     for row in shown:
         table.add_row(*(Text(row[title]) for title in titles))
     return table

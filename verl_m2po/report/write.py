@@ -1,5 +1,8 @@
 """Draw the figures of a report and write everything to a folder."""
 
+# Matplotlib wants its own type for the keys of rcParams.
+# pyright: reportArgumentType=false
+
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -164,14 +164,16 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
     ) -> None:
         session = group.sessions[session_id]
         current_session.set(session)
-        generation = self._run_agent_loop(
-            sampling_params, trajectory=trajectory, trace=trace, session_id=session_id, **prompt
+        generation = asyncio.create_task(
+            self._run_agent_loop(sampling_params, trajectory=trajectory, trace=trace, session_id=session_id, **prompt)
         )
-        try:
-            await asyncio.wait_for(generation, self._generation_timeout_s)
-        except asyncio.TimeoutError:
-            session.abort()
-            raise TimeoutError(f"no answer within generation_timeout_s={self._generation_timeout_s}") from None
+        await asyncio.wait({generation}, timeout=self._generation_timeout_s)
+        if not generation.done():
+            session.abort()  # before the cancellation: it needs the request that is still running
+            generation.cancel()
+            await asyncio.wait({generation})
+            raise TimeoutError(f"no answer within generation_timeout_s={self._generation_timeout_s}")
+        generation.result()
 
     async def _agent_loop_postprocess(
         self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any

@@ -134,8 +134,8 @@ class StalenessReplayBuffer(ReplayBufferAsync):
                 f"trainer step {global_steps} trains from weight version {version}, the rollout holds {self.version}"
             )
         selection = self._wait_for_selection(batch_size)
-        batch = self._store.move_to_train(selection.groups, selection.oldest_version)
         self._check(selection)
+        batch = self._store.move_to_train(selection.groups, selection.oldest_version)
         self.metrics.trained(selection.groups, version, selection.oldest_version)
         if self._ledger is not None:
             self._ledger.trained(global_steps, version, selection.oldest_version, selection.groups)

@@ -32,9 +32,12 @@ class LengthBias:
         self._groups.append((tokens_per_response, was_dropped))
 
     def drop_rates(self) -> list[float]:
-        """Share of dropped groups in each tenth of the window, from the shortest answers to the longest."""
+        """Share of dropped groups in each tenth of the window, from the shortest answers to the longest.
+
+        Empty if nothing was dropped, or too little has ended to be divided.
+        """
         ordered = sorted(self._groups)
-        if len(ordered) < DECILES:
+        if len(ordered) < DECILES or not any(was_dropped for _, was_dropped in ordered):
             return []
         ends = [len(ordered) * i // DECILES for i in range(DECILES + 1)]
         tenths = [ordered[a:b] for a, b in pairwise(ends)]
@@ -68,7 +71,12 @@ class StalenessMetrics:
         self._clock = clock
         self._step = _Step()
         self._length_bias = LengthBias()
-        self._generator_idle_since: float | None = time.time()
+        self._generator_idle_since: float | None = None
+
+    def begin(self) -> None:
+        """Training begins now; what came before, like starting the rollout servers, is no step's time."""
+        self._step.began_at = time.time()
+        self._step.generator_idle_s = 0.0
 
     def admitted(self, groups: int) -> None:
         self._step.admitted += groups

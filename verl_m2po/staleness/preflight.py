@@ -3,11 +3,9 @@
 Pure: configuration in, problems out. Nothing is changed here; what a mode needs it sets itself, in trainer.py.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 from omegaconf import DictConfig, OmegaConf
 
+from verl_m2po.preflight.problem import Problem
 from verl_m2po.staleness.codec import BYTES_PER_PROMPT_TOKEN, BYTES_PER_RESPONSE_TOKEN
 from verl_m2po.staleness.config import StaleKConfig, load_mode_config
 from verl_m2po.staleness.units import StalenessUnitsError, UpdateClock
@@ -20,28 +18,6 @@ SEPARATE_MODES = ("stale_k_separate", "bounded_async")
 
 class PreflightError(ValueError):
     """The configuration contradicts the staleness that it asks for."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One contradiction.
-
-    Args:
-        key: configuration key.
-        value: what it was.
-        why: what is wrong with it.
-        remedy: what to set.
-        is_fatal: whether the run must not start; otherwise it is worth a warning.
-    """
-
-    key: str
-    value: Any
-    why: str
-    remedy: str
-    is_fatal: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.key}={self.value!r}: {self.why}. {self.remedy}"
 
 
 def make_clock(config: DictConfig) -> UpdateClock:

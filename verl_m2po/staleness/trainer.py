@@ -129,6 +129,7 @@ class _StalenessTrainer(PPOTrainer):
         rule.limit(self.total_training_steps)
 
     def on_train_begin(self) -> None:
+        self.replay_buffer.metrics.begin()
         # Instead of verl's warm-up batches: the rule admits the ramp.
         self.replay_buffer.pump()
 

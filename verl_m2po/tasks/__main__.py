@@ -121,8 +121,10 @@ def prepare(
 
 def _table_of_splits(data_set: DataSet, splits: "list[Prepared]") -> Table:
     table = Table(title=f"{data_set.title}, scored as {data_set.data_source}")
-    for header, justify in (("split", "left"), ("rows", "right"), ("unusable", "right"), ("file", "left")):
-        table.add_column(header, justify=justify, overflow="fold")
+    table.add_column("split")
+    table.add_column("rows", justify="right")
+    table.add_column("unusable", justify="right")
+    table.add_column("file", overflow="fold")
     for split in splits:
         table.add_row(split.split, str(split.rows), str(len(split.unusable)), str(split.path or "-"))
     return table

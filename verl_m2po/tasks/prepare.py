@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,13 @@ def prepare(
     data_set = find(name)
     tables = _load_local(data_set, Path(source).expanduser()) if source else _load_hub(data_set)
     scoring.start(data_set.data_source)
+    report = on_row or (lambda split, done, total: None)
     return [
-        _prepare_split(
-            data_set, split, table, Path(out), (lambda done, total, s=split: on_row(s, done, total)) if on_row else None
-        )
-        for split, table in tables.items()
+        _prepare_split(data_set, split, table, Path(out), partial(report, split)) for split, table in tables.items()
     ]
 
 
-def _prepare_split(data_set: DataSet, split: str, table: Sequence, out: Path, on_row: OnRow | None) -> Prepared:
+def _prepare_split(data_set: DataSet, split: str, table: Sequence, out: Path, on_row: OnRow) -> Prepared:
     rows: list[parquet.Row] = []
     unusable: list[Unusable] = []
     for index, result in enumerate(_convert_all(data_set, split, table)):
@@ -109,8 +108,7 @@ def _prepare_split(data_set: DataSet, split: str, table: Sequence, out: Path, on
             unusable.append(result)
         else:
             rows.append(result)
-        if on_row:
-            on_row(index + 1, len(table))
+        on_row(index + 1, len(table))
     path = parquet.write(rows, out / f"{split}.parquet") if rows else None
     return Prepared(path, split, len(rows), tuple(unusable), _write_unusable(unusable, out / f"{split}.unusable.jsonl"))
 
@@ -226,6 +224,7 @@ def _split_of_file(data_set: DataSet, file: Path) -> str:
 
 def _load_file(file: Path) -> Any:
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     # The source is on this disk already: no second copy of it stays in the cache of `datasets`.
     with tempfile.TemporaryDirectory() as cache, _quiet_datasets():
@@ -233,7 +232,7 @@ def _load_file(file: Path) -> Any:
             return datasets.load_dataset(
                 BUILDERS[file.suffix], data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True
             )
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        except (DatasetGenerationError, ValueError) as error:
             raise ValueError(f"--source {file} cannot be read: {error.__cause__ or error}") from error
 
 
@@ -254,6 +253,7 @@ def _quiet_datasets() -> Iterator[None]:
 
 def _load_hub(data_set: DataSet) -> dict[str, Any]:
     import datasets
+    from datasets.exceptions import DatasetNotFoundError
 
     remedy = f"Fetch {data_set.hub} elsewhere and pass it with --source FILE."
     try:
@@ -261,7 +261,7 @@ def _load_hub(data_set: DataSet) -> dict[str, Any]:
             split: datasets.load_dataset(data_set.hub, data_set.config, split=hub_split)
             for split, hub_split in data_set.splits.items()
         }
-    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (ConnectionError, DatasetNotFoundError) as error:
         raise ConnectionError(f"{data_set.hub} could not be fetched from the hub: {error}. {remedy}") from error
     except ValueError as error:
         raise ValueError(f"{data_set.hub} on the hub is not as expected: {error}. {remedy}") from error
