@@ -22,8 +22,6 @@ REFUSED_BY_VERL = {
 }
 
 
-
-
 def overrides(script: str) -> list[str]:
     """What `script` passes on its command line, in the grammar of Hydra."""
     return [f"{key}={literal(value)}" for key, value in SCRIPTS[script].items()]
@@ -51,7 +49,9 @@ def composed_with_plugin():
     requests = [("ppo_trainer", overrides(script)) for script in SCRIPTS]
     m2po = [("ppo_trainer", overrides(script) + M2PO_AT_256) for script in SCRIPTS]
     found = all_composed(requests + m2po, plugin=True)
-    return dict(zip(SCRIPTS, found[: len(SCRIPTS)], strict=True)), dict(zip(SCRIPTS, found[len(SCRIPTS) :], strict=True))
+    return dict(zip(SCRIPTS, found[: len(SCRIPTS)], strict=True)), dict(
+        zip(SCRIPTS, found[len(SCRIPTS) :], strict=True)
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
