@@ -74,7 +74,7 @@ def test_three_overrides_train_it_with_m2po_at_staleness_256(script, composed_wi
     assert config.trainer.v1.trainer_mode == "stale_k"
     assert config.trainer.v1.stale_k.staleness_updates == 256
     if any(key.startswith("+actor_rollout_ref.actor.policy_loss.") for key in SCRIPTS[script]):
-        # verl's own PolicyLossConfig has no such field either: this script fails in verl 0.9.1 with its own loss as well.
+        # verl's own PolicyLossConfig has no such field: in verl 0.9.1 this script fails with its own loss as well.
         with pytest.raises(Exception, match="tau_pos"):
             omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         return

@@ -36,7 +36,7 @@ json.dump(composed, sys.stdout)
 
 @cache
 def composed(config_name: str, *overrides: str) -> DictConfig:
-    """The config of ``main_ppo --config-name=<config_name> <overrides>``, with the plugin, not resolved. Do not change it."""
+    """The config of ``main_ppo --config-name=<config_name> <overrides>``, not resolved. Shared: do not change it."""
     with initialize_config_module(ENTRY_POINT_CONFIGS, version_base=None):
         return compose(config_name, overrides=list(overrides))
 
@@ -58,7 +58,7 @@ def all_composed(requests: list[tuple[str, list[str]]], plugin: bool) -> list[di
 
 
 def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (dotted key, value) of `config`, interpolations as they are written; lists and empty mappings are leaves."""
+    """Every (dotted key, value) of `config`, interpolations as written; lists and empty mappings are leaves."""
     if isinstance(config, DictConfig | ListConfig):
         config = OmegaConf.to_container(config)
     if not isinstance(config, Mapping) or not config:
