@@ -72,8 +72,8 @@ _NEEDS_BEHAVIOUR = (
     Need(
         BYPASS,
         (True,),
-        "the ratio is taken to the behaviour policy, but old_log_probs are recomputed with the current weights, and the "
-        "age of the data disappears from the ratio",
+        "the ratio is taken to the behaviour policy, but old_log_probs are recomputed with the current weights, and "
+        "the age of the data disappears from the ratio",
         _does_not_recompute_on_policy,
     ),
 )
