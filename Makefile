@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_CPU_INDEX ?=
 
 # Quickstart: trainer steps, results, loss, seed
-STEPS ?= 60
+STEPS ?= 80
 OUT ?= outputs/quickstart
 LOSS ?= m2po
 SEED ?= 1

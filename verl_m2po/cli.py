@@ -29,7 +29,7 @@ def doctor(
 @app.command()
 def quickstart(
     overrides: Annotated[list[str] | None, typer.Argument(help="Further Hydra overrides.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Trainer steps.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Trainer steps.")] = 80,
     out: Annotated[Path, typer.Option(help="Folder of everything that the run writes.")] = Path("outputs/quickstart"),
     loss: Annotated[str, typer.Option(help="Option of the Hydra group loss: m2po, grpo, no_trust_region ...")] = "m2po",
     seed: Annotated[int, typer.Option(help="Seed of the order of prompts and of the rollouts.")] = 1,

@@ -37,7 +37,19 @@ class Extension:
 
 EXTENSIONS = (
     Extension(
-        "policy loss", "verl.trainer.ppo.core_algos", "verl_m2po.losses", ("m2po", "m2po_clip", "no_trust_region")
+        "policy loss",
+        "verl.trainer.ppo.core_algos",
+        "verl_m2po.losses",
+        (
+            *("m2po", "m2po_clip", "no_trust_region"),
+            *("bapo", "decoupled_loglinear", "mix_ppg", "oapl", "opsm", "rec", "topr"),
+        ),
+    ),
+    Extension(
+        "advantage estimator",
+        "verl.trainer.ppo.core_algos",
+        "verl_m2po.advantages",
+        ("asymre", "max_at_k", "oapl", "red_drop", "red_weight"),
     ),
     Extension("actor worker", "verl.workers.engine_workers", "verl_m2po.worker", ("M2POTrainingWorker",)),
     Extension(
@@ -51,6 +63,12 @@ EXTENSIONS = (
         "training engine", "verl.workers.engine.fsdp.transformer_impl", "verl_m2po.cpu.engine", ("fsdp2 on cpu",)
     ),
     Extension("checkpoint engine", "verl.checkpoint_engine.base", "verl_m2po.cpu.weight_transfer", ("gloo",)),
+    Extension(
+        "trainer mode",
+        "verl.trainer.ppo.v1",
+        "verl_m2po.staleness.trainer",
+        ("stale_k", "stale_k_separate", "bounded_async"),
+    ),
 )
 
 

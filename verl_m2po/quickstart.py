@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from verl_m2po.tasks import arithmetic, tiny_model
 
 ACCURACY = "val-core/arithmetic/acc/mean@1"
-TRAINING_ROWS, VALIDATION_ROWS = 8192, 512
+TRAINING_ROWS, VALIDATION_ROWS = 8192, 256
 _POLL_S = 0.5
 _TAIL_LINES = 40
 

@@ -12,6 +12,7 @@ communication between ranks. Only tokens with (log r)^2 above the threshold can 
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,13 +25,12 @@ _DIGITS = {
     torch.float64: ((52, 11), (41, 11), (30, 11), (19, 11), (8, 11), (0, 8)),
 }
 _BIT_PATTERN = {torch.float32: torch.int32, torch.float64: torch.int64}
-# A square is held as count, whole part and two 32-bit fractions, in units that put the threshold between 1/4 and 1.
+# A sum of squares is held as count, whole part and two 32-bit fractions, in units that put the threshold between 1/4
+# and 1. The float64 sums of such parts are exact for up to 2^21 tokens at a time, and the int64 sums for 2^30.
 _COLUMNS = 4
 _LOW_32_BITS = 2**32 - 1
 # Squares are clamped here before they are summed. It changes no decision: one alone exceeds the budget of 2^30 tokens.
 _LARGEST_SQUARE = 2.0**30
-# Tokens worked on at once, so that the float64 and int64 temporaries stay small whatever the batch.
-_CHUNK = 2**16
 
 
 class TrustRegion(NamedTuple):
@@ -68,7 +68,9 @@ def keep_mask(log_ratio: Tensor, advantages: Tensor, response_mask: Tensor, thre
             accelerator, where looking would stall it.
         TypeError: An argument has the wrong type.
     """
-    check_tokens(log_ratio, advantages, response_mask)
+    check_tokens("log_ratio", log_ratio, advantages=advantages, response_mask=response_mask)
+    if advantages.dtype != log_ratio.dtype:
+        raise TypeError(f"advantages has dtype {advantages.dtype}, but log_ratio has {log_ratio.dtype}.")
     check_threshold(threshold)
     if response_mask.device.type == "cpu" and not bool(response_mask.any()):
         raise ValueError("response_mask selects no token, so there is nothing to take the second moment of.")
@@ -133,26 +135,30 @@ class TrustRegionSearch:
     def add(self, magnitude: Tensor) -> None:
         """Count the tokens of one micro-batch: |log r| on trust-region tokens, 0 elsewhere, float32 or float64."""
         magnitude = magnitude.flatten()
-        limit = self.units.largest_root(magnitude.dtype)
+        limit = largest_root(self.threshold, magnitude.dtype)
         if self._inside is None or self._largest_inside is None:
             self._inside = torch.zeros(_COLUMNS, dtype=torch.int64, device=magnitude.device)
             self._largest_inside = magnitude.new_zeros(())
-        for chunk in magnitude.split(_CHUNK):
-            inside = chunk.masked_fill(chunk > limit, 0.0)
-            self._inside += self.units.squares(inside).sum(0)
+            self._outside.append(magnitude[:0])
+        for chunk in magnitude.split(chunk_size(magnitude.device)) if magnitude.numel() else ():
+            inside = torch.le(chunk, limit, out=torch.empty_like(chunk)).mul_(chunk)
+            self._inside += self.units.sum_of_small_squares(inside)
             self._largest_inside = torch.maximum(self._largest_inside, inside.amax())
-        # Only these can ever be dropped. Selecting them would stall an accelerator; there they keep their place.
-        self._outside.append(
-            magnitude[magnitude > limit]
-            if magnitude.device.type == "cpu"
-            else magnitude.masked_fill(magnitude <= limit, 0.0)
-        )
+            # Only these can ever be dropped. To select them would stall an accelerator; there they keep their place.
+            if magnitude.device.type != "cpu":
+                self._outside.append(chunk - inside)
+            elif chunk.amax() > limit:
+                self._outside.append(chunk[chunk > limit])
 
     def solve(self, group: dist.ProcessGroup | None = None) -> TrustRegion:
         """The decision over all tokens added so far, on all ranks of `group` (None: this process alone)."""
         if self._inside is None or self._largest_inside is None:
             raise ValueError("No micro-batch was added, so there is no trust region to find.")
-        first_dropped = self._first_dropped(self._inside, group)
+        alone = group is None or dist.get_world_size(group) == 1
+        if alone and self._inside.device.type == "cpu":
+            first_dropped = self._first_dropped_by_sorting(self._inside)
+        else:
+            first_dropped = self._first_dropped(self._inside, group)
         largest_kept = self._largest_inside
         for outside in self._outside:
             if outside.numel():
@@ -170,8 +176,9 @@ class TrustRegionSearch:
         spent = inside.clone()
         prefix = torch.zeros((), dtype=torch.int64, device=inside.device)
         over = None
+        chunks = [chunk for outside in self._outside for chunk in outside.split(chunk_size(inside.device))]
         for level, (shift, bits) in enumerate(_DIGITS[dtype]):
-            histogram = self._histogram(shift, bits, prefix, inside.device)
+            histogram = self._histogram(chunks, shift, bits, prefix)
             if level == 0:
                 # The tokens that are always kept travel with the first histogram.
                 histogram = torch.cat((spent.unsqueeze(0), histogram))
@@ -190,16 +197,25 @@ class TrustRegionSearch:
         pattern = prefix.to(_BIT_PATTERN[dtype]).view(dtype)
         return torch.where(over, pattern, torch.inf)
 
-    def _histogram(self, shift: int, bits: int, prefix: Tensor, device: torch.device) -> Tensor:
+    def _histogram(self, chunks: Sequence[Tensor], shift: int, bits: int, prefix: Tensor) -> Tensor:
         """Counts and sums of squares of the droppable tokens under `prefix`, by the next digit of |log r|."""
-        histogram = torch.zeros(2**bits, _COLUMNS, dtype=torch.int64, device=device)
-        for outside in self._outside:
-            for chunk in outside.split(_CHUNK):
-                key = chunk.view(_BIT_PATTERN[chunk.dtype]).to(torch.int64)
-                elsewhere = (key >> (shift + bits)) != prefix
-                squares = self.units.squares(chunk.masked_fill(elsewhere, 0.0))
-                histogram.index_add_(0, (key >> shift) & (2**bits - 1), squares)
+        histogram = torch.zeros(2**bits, _COLUMNS, dtype=torch.int64, device=prefix.device)
+        for chunk in chunks:
+            key = chunk.view(_BIT_PATTERN[chunk.dtype]).to(torch.int64)
+            counted = ((key >> (shift + bits)) == prefix) & (chunk > 0)
+            # Tokens that do not count add nothing. They are spread out, since one bucket for all would be a bottleneck.
+            anywhere = torch.arange(chunk.numel(), device=chunk.device)
+            bucket = torch.where(counted, key >> shift, anywhere) & (2**bits - 1)
+            histogram.index_add_(0, bucket, self.units.squares(torch.where(counted, chunk, 0.0)))
         return histogram
+
+    def _first_dropped_by_sorting(self, inside: Tensor) -> Tensor:
+        """`_first_dropped` for a single process on the CPU, where the few droppable tokens are at hand."""
+        outside = torch.cat(self._outside).sort().values
+        exceeds = self.units.exceeds(inside + self.units.squares(outside).cumsum(0))
+        # Once the sum exceeds the budget it does so for good. Tokens before it with the same |log r| go with it.
+        first = int((~exceeds).sum())
+        return outside[first] if first < outside.numel() else outside.new_tensor(torch.inf)
 
 
 class _Units:
@@ -217,13 +233,14 @@ class _Units:
         unit = Fraction(2) ** (2 * half_exponent)
         fixed_point = int(Fraction(threshold) / unit * 2**64) if threshold < math.inf else 0
         self.threshold_high, self.threshold_low = fixed_point >> 32, fixed_point & _LOW_32_BITS
-        self._largest_root: dict[torch.dtype, float] = {}
 
-    def largest_root(self, dtype: torch.dtype) -> float:
-        """The largest number of `dtype` whose exact square is at most the threshold."""
-        if dtype not in self._largest_root:
-            self._largest_root[dtype] = _largest_root(self.threshold, dtype)
-        return self._largest_root[dtype]
+    def sum_of_small_squares(self, magnitude: Tensor) -> Tensor:
+        """int64 [4]: the sum of `squares` of up to 2^21 numbers, none of whose squares is above the threshold."""
+        high_and_low = magnitude.to(torch.float64, copy=True).mul_(self.scale * 2.0**16).square_()
+        high = high_and_low.floor()
+        low = high_and_low.sub_(high).mul_(2.0**32).ceil_()
+        count = torch.sign(magnitude).sum(dtype=torch.float64)
+        return torch.stack((count, torch.zeros_like(count), high.sum(), low.sum())).to(torch.int64)
 
     def squares(self, magnitude: Tensor) -> Tensor:
         """int64 [tokens, 4]: is not 0, whole part of the square, its next 32 bits, the 32 after those."""
@@ -249,7 +266,8 @@ class _Units:
         return (whole > 0) | ((whole == 0) & (fraction > 0))
 
 
-def _largest_root(threshold: float, dtype: torch.dtype) -> float:
+@cache
+def largest_root(threshold: float, dtype: torch.dtype) -> float:
     """The largest number of `dtype` whose exact square is at most `threshold`."""
     if threshold == math.inf:
         return math.inf
@@ -262,6 +280,11 @@ def _largest_root(threshold: float, dtype: torch.dtype) -> float:
     return root.item()
 
 
+def chunk_size(device: torch.device) -> int:
+    """Tokens to work on at once: few enough for the cache of a CPU, and for small temporaries on an accelerator."""
+    return 2**15 if device.type == "cpu" else 2**20
+
+
 def check_threshold(threshold: float, name: str = "threshold") -> None:
     """Raise unless `threshold` is a non-negative number; `name` is what the error calls it."""
     if isinstance(threshold, bool) or not isinstance(threshold, int | float):
@@ -270,20 +293,24 @@ def check_threshold(threshold: float, name: str = "threshold") -> None:
         raise ValueError(f"{name} must be at least 0 (the paper uses 0.04), got {threshold}.")
 
 
-def check_tokens(log_ratio: Tensor, advantages: Tensor, response_mask: Tensor) -> None:
-    """Raise unless the three describe the same tokens; looks at no value, so an accelerator is not stalled."""
-    for name, tensor in (("log_ratio", log_ratio), ("advantages", advantages), ("response_mask", response_mask)):
+def check_tokens(name: str, reference: Tensor, **others: Tensor) -> None:
+    """Raise unless all describe the same tokens; looks at no value, so an accelerator is not stalled.
+
+    Args:
+        name: What an error calls `reference`.
+        reference: Floating point, detached.
+        others: By name; same shape and device, detached.
+    """
+    for other_name, tensor in {name: reference, **others}.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+            raise TypeError(f"{other_name} must be a tensor, got {type(tensor).__name__}.")
         if tensor.requires_grad:
-            raise ValueError(f"{name} requires grad, but the trust region is not differentiated: pass it detached.")
-        if tensor.shape != log_ratio.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but log_ratio has {tuple(log_ratio.shape)}.")
-        if tensor.device != log_ratio.device:
-            raise ValueError(f"{name} is on {tensor.device}, but log_ratio is on {log_ratio.device}.")
-    if not log_ratio.is_floating_point():
-        raise TypeError(f"log_ratio must be floating point, got {log_ratio.dtype}.")
-    if advantages.dtype != log_ratio.dtype:
-        raise TypeError(f"advantages has dtype {advantages.dtype}, but log_ratio has {log_ratio.dtype}.")
-    if response_mask.is_complex():
-        raise TypeError(f"response_mask must be bool or 0/1, got {response_mask.dtype}.")
+            raise ValueError(f"{other_name} requires grad, but nothing is differentiated by it: pass it detached.")
+        if tensor.shape != reference.shape:
+            raise ValueError(f"{other_name} has shape {tuple(tensor.shape)}, but {name} has {tuple(reference.shape)}.")
+        if tensor.device != reference.device:
+            raise ValueError(f"{other_name} is on {tensor.device}, but {name} is on {reference.device}.")
+        if tensor.is_complex():
+            raise TypeError(f"{other_name} must be real, got {tensor.dtype}.")
+    if not reference.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {reference.dtype}.")

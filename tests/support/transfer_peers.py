@@ -29,7 +29,7 @@ def _receive(rank: int, world_size: int, master: dict, version: int | None, resu
     async def collect(engine: GlooCheckpointEngine) -> list[tuple[str, torch.Tensor]]:
         return [(name, tensor) async for name, tensor in engine.receive_weights(version)]
 
-    engine = GlooCheckpointEngine(bucket_size=BUCKET_BYTES, timeout_s=30)
+    engine = GlooCheckpointEngine(bucket_size=BUCKET_BYTES, timeout_s=120)
     try:
         engine.init_process_group(rank, world_size, master)
         got = asyncio.run(collect(engine))
@@ -46,7 +46,7 @@ def transfer(receivers: int, sent_version: int, expected_version: int | None) ->
 
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    sender = GlooCheckpointEngine(bucket_size=BUCKET_BYTES, is_master=True, timeout_s=30)
+    sender = GlooCheckpointEngine(bucket_size=BUCKET_BYTES, is_master=True, timeout_s=120)
     master = sender.prepare()
     trainer, rollout = GlooCheckpointEngine.build_topology(1, receivers, [master])
     peers = [
@@ -60,7 +60,7 @@ def transfer(receivers: int, sent_version: int, expected_version: int | None) ->
         asyncio.run(sender.send_weights(iter(weights()), sent_version))
     except RuntimeError:
         assert expected_version not in (None, sent_version), "the sender may fail only after a receiver refused"
-    seen = dict(results.get(timeout=60) for _ in peers)
+    seen = dict(results.get(timeout=180) for _ in peers)
     sender.finalize()
     for peer in peers:
         peer.join(30)

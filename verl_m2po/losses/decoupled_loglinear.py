@@ -14,8 +14,8 @@ from verl.workers.config import ActorConfig
 
 from verl_m2po.losses.clipped import clipped_surrogate
 from verl_m2po.losses.settings import KEY, check_number, settings_of
-from verl_m2po.losses.surrogate import LOG_RATIO_LIMIT
 from verl_m2po.losses.token_loss import TokenLoss, Tokens, evaluate, importance_weight
+from verl_m2po.losses.token_pass import LOG_RATIO_LIMIT
 
 
 @dataclass

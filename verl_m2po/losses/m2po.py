@@ -9,8 +9,9 @@ from verl.workers.config import ActorConfig
 
 from verl_m2po.losses import diagnostics, opsm
 from verl_m2po.losses.config import KEY, M2POConfig
-from verl_m2po.losses.surrogate import LOG_RATIO_LIMIT, aggregate, detached_log_ratio, negative_weighted_advantage
-from verl_m2po.second_moment import TrustRegion, check_tokens, find_trust_region, trust_region_magnitude
+from verl_m2po.losses.surrogate import negative_aggregate
+from verl_m2po.losses.token_pass import Tokens, add_tokens, as_tokens, weigh
+from verl_m2po.second_moment import TrustRegion, TrustRegionSearch
 from verl_m2po.trust_region import current_mini_batch
 
 
@@ -45,29 +46,23 @@ def m2po_loss(
     assert config is not None, "config must be verl's ActorConfig."
     settings = config.policy_loss.get("m2po", None) or M2POConfig()
     with torch.no_grad():
-        log_ratio = detached_log_ratio(log_prob, old_log_prob)
-        advantages = advantages.to(log_ratio.dtype)
-        check_tokens(log_ratio, advantages, response_mask)
-        magnitude = trust_region_magnitude(log_ratio, advantages, response_mask)
-        region = _region(magnitude, settings)
-        size = log_ratio.abs()
-        keep = (size < torch.inf).logical_and_(response_mask).logical_and_(magnitude <= region.threshold_log_ratio)
-        keep = opsm.restrict(keep, log_ratio, advantages, response_mask, config)
-        weighted = negative_weighted_advantage(log_ratio, advantages, keep, rollout_is_weights)
-        derivative = weighted.masked_fill(size > LOG_RATIO_LIMIT, 0.0)
-        metrics = diagnostics.report(log_ratio, magnitude, response_mask, keep, weighted, region)
-    return aggregate(log_prob, weighted, derivative, response_mask, loss_agg_mode, config), metrics
+        trained = opsm.trained_tokens(log_prob, old_log_prob, advantages, response_mask, config)
+        tokens = as_tokens(log_prob, old_log_prob, advantages, trained, rollout_is_weights)
+        region = _region(tokens, settings)
+        gain, keep, sums = weigh(tokens, region.threshold_log_ratio)
+        metrics = diagnostics.report(sums, keep, region)
+    return negative_aggregate(log_prob, gain, gain, response_mask, loss_agg_mode, config), metrics
 
 
-def _region(magnitude: Tensor, settings: M2POConfig) -> TrustRegion:
+def _region(tokens: Tokens, settings: M2POConfig) -> TrustRegion:
     """The trust region that holds for this micro-batch."""
     if settings.scope == "micro_batch":
-        return find_trust_region([magnitude], settings.threshold)
+        return add_tokens(TrustRegionSearch(settings.threshold), tokens).solve()
     mini_batch = current_mini_batch()
     if mini_batch is not None and mini_batch.decide_in_loss:
         if mini_batch.region is not None:
             raise RuntimeError("The loss was called twice for a mini-batch that the actor worker took for one piece.")
-        mini_batch.region = find_trust_region([magnitude], settings.threshold, mini_batch.group)
+        mini_batch.region = add_tokens(TrustRegionSearch(settings.threshold), tokens).solve(mini_batch.group)
     if mini_batch is None or mini_batch.region is None:
         raise RuntimeError(
             f"{KEY}.m2po.scope=mini_batch needs the actor worker verl_m2po.worker.M2POTrainingWorker, which decides "

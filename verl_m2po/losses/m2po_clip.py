@@ -13,8 +13,9 @@ from verl.workers.config import ActorConfig
 
 from verl_m2po.losses import diagnostics, opsm
 from verl_m2po.losses.config import M2POClipConfig
-from verl_m2po.losses.surrogate import LOG_RATIO_LIMIT, aggregate, detached_log_ratio, importance_ratio
-from verl_m2po.second_moment import TrustRegion, check_tokens, trust_region_magnitude
+from verl_m2po.losses.surrogate import negative_aggregate
+from verl_m2po.losses.token_pass import LOG_RATIO_LIMIT, as_tokens, weigh
+from verl_m2po.second_moment import TrustRegion, trust_region_magnitude
 
 
 @register_policy_loss("m2po_clip")
@@ -37,23 +38,18 @@ def m2po_clip_loss(
     assert config is not None, "config must be verl's ActorConfig."
     settings = config.policy_loss.get("m2po_clip", None) or M2POClipConfig()
     with torch.no_grad():
-        log_ratio = detached_log_ratio(log_prob, old_log_prob)
-        advantages = advantages.to(log_ratio.dtype)
-        check_tokens(log_ratio, advantages, response_mask)
-        magnitude = trust_region_magnitude(log_ratio, advantages, response_mask)
+        trained = opsm.trained_tokens(log_prob, old_log_prob, advantages, response_mask, config)
+        tokens = as_tokens(log_prob, old_log_prob, advantages, trained, rollout_is_weights)
+        log_ratio = (tokens.log_prob.to(tokens.dtype) - tokens.old_log_prob).view(tokens.shape)
+        magnitude = trust_region_magnitude(log_ratio, advantages, trained)
         tau = clip_bound(magnitude, settings.threshold)
-        finite = torch.isfinite(log_ratio) & response_mask
-        finite = opsm.restrict(finite, log_ratio, advantages, response_mask, config)
-        clipped = magnitude > tau
-        bounded = torch.where(clipped, tau * torch.sign(advantages), log_ratio)
-        value = importance_ratio(bounded).mul_(advantages).neg_()
+        derivative, keep, sums = weigh(tokens, tau)
+        bound = torch.exp(torch.sign(advantages) * tau.clamp(max=LOG_RATIO_LIMIT)).mul_(advantages)
         if rollout_is_weights is not None:
-            value.mul_(rollout_is_weights)
-        value.masked_fill_(~finite, 0.0)
-        derivative = value.masked_fill(clipped | (log_ratio.abs() > LOG_RATIO_LIMIT), 0.0)
-        region = TrustRegion(tau, tau, tau)
-        metrics = diagnostics.report(log_ratio, magnitude, response_mask, finite & ~clipped, derivative, region)
-    return aggregate(log_prob, value, derivative, response_mask, loss_agg_mode, config), metrics
+            bound.mul_(rollout_is_weights)
+        gain = torch.where(magnitude > tau, bound, derivative)
+        metrics = diagnostics.report(sums, keep, TrustRegion(tau, magnitude.amax(), tau))
+    return negative_aggregate(log_prob, gain, derivative, response_mask, loss_agg_mode, config), metrics
 
 
 def clip_bound(magnitude: Tensor, threshold: float) -> Tensor:

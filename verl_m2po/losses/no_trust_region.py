@@ -1,5 +1,6 @@
 """The loss `no_trust_region`: plain importance weighting, the paper's prosperity-before-collapse baseline."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from verl.trainer.ppo.core_algos import register_policy_loss
 from verl.workers.config import ActorConfig
 
 from verl_m2po.losses import diagnostics, opsm
-from verl_m2po.losses.surrogate import LOG_RATIO_LIMIT, aggregate, detached_log_ratio, negative_weighted_advantage
-from verl_m2po.second_moment import check_tokens, trust_region_magnitude
+from verl_m2po.losses.surrogate import negative_aggregate
+from verl_m2po.losses.token_pass import as_tokens, weigh
 
 
 @register_policy_loss("no_trust_region")
@@ -29,14 +30,8 @@ def no_trust_region_loss(
     """
     assert config is not None, "config must be verl's ActorConfig."
     with torch.no_grad():
-        log_ratio = detached_log_ratio(log_prob, old_log_prob)
-        advantages = advantages.to(log_ratio.dtype)
-        check_tokens(log_ratio, advantages, response_mask)
-        size = log_ratio.abs()
-        keep = (size < torch.inf).logical_and_(response_mask)
-        keep = opsm.restrict(keep, log_ratio, advantages, response_mask, config)
-        weighted = negative_weighted_advantage(log_ratio, advantages, keep, rollout_is_weights)
-        derivative = weighted.masked_fill(size > LOG_RATIO_LIMIT, 0.0)
-        magnitude = trust_region_magnitude(log_ratio, advantages, response_mask)
-        metrics = diagnostics.report(log_ratio, magnitude, response_mask, keep, weighted, None)
-    return aggregate(log_prob, weighted, derivative, response_mask, loss_agg_mode, config), metrics
+        trained = opsm.trained_tokens(log_prob, old_log_prob, advantages, response_mask, config)
+        tokens = as_tokens(log_prob, old_log_prob, advantages, trained, rollout_is_weights)
+        gain, keep, sums = weigh(tokens, math.inf)
+        metrics = diagnostics.report(sums, keep, None)
+    return negative_aggregate(log_prob, gain, gain, response_mask, loss_agg_mode, config), metrics

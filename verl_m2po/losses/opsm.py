@@ -81,6 +81,19 @@ def restrict(
     return keep & sequence_keep_mask(log_ratio, advantages, finite, delta)
 
 
+def trained_tokens(
+    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, response_mask: Tensor, config: ActorConfig | None
+) -> Tensor:
+    """`response_mask` without the responses that `policy_loss.opsm.delta` masks, before any trust region is looked at.
+
+    Arguments as verl gives them to a loss. Without a delta it is `response_mask` itself, at no cost.
+    """
+    if settings_of(config, NAME, OPSMConfig).delta is None:
+        return response_mask
+    log_ratio = detached_log_ratio(log_prob, old_log_prob)
+    return restrict(response_mask.bool(), log_ratio, advantages, response_mask.bool(), config)
+
+
 @register_policy_loss(NAME)
 def opsm_loss(
     old_log_prob: Tensor,
@@ -118,7 +131,7 @@ def opsm_loss(
         raise ValueError(f"The loss {NAME} masks nothing without {KEY}.opsm.delta: set it, or select {settings.base}.")
     with torch.no_grad():
         log_ratio = detached_log_ratio(log_prob, old_log_prob)
-        check_tokens(log_ratio, advantages.to(log_ratio.dtype), response_mask)
+        check_tokens("log_prob", log_ratio, advantages=advantages, response_mask=response_mask)
         finite = torch.isfinite(log_ratio) & response_mask
         keep = sequence_keep_mask(log_ratio, advantages, finite, settings.delta)
     base: Callable[..., Any] = get_policy_loss_fn(settings.base)

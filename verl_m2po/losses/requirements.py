@@ -13,6 +13,8 @@ from verl_m2po.losses.settings import KEY
 from verl_m2po.preflight.problem import Problem
 
 POLICY_LOSS = "algorithm.policy_loss"
+MODE = "trainer.v1.trainer_mode"
+VERL_MODES = ("sync", "colocate_async", "separate_async")
 ESTIMATOR = "algorithm.adv_estimator"
 NORM_BY_STD = "algorithm.norm_adv_by_std_in_grpo"
 BYPASS = "algorithm.rollout_correction.bypass_mode"
@@ -47,8 +49,12 @@ class Need(NamedTuple):
 
 
 def _does_not_recompute_on_policy(config: DictConfig) -> bool:
+    mode = OmegaConf.select(config, MODE)
+    if mode not in VERL_MODES:
+        # The staleness modes of this package set what they need themselves.
+        return False
     # verl's synchronous trainer recomputes old_log_probs with the very weights that generated: the behaviour policy.
-    return OmegaConf.select(config, "trainer.v1.trainer_mode") != "sync" or bool(OmegaConf.select(config, BYPASS))
+    return mode != "sync" or bool(OmegaConf.select(config, BYPASS))
 
 
 def _divides_by_std(config: DictConfig) -> bool:
@@ -78,11 +84,19 @@ _NEEDS_BEHAVIOUR = (
     ),
 )
 _NEEDS_BOTH_POLICIES = (
+    Need(
+        MODE,
+        VERL_MODES,
+        "the staleness modes of this package take every ratio to the behaviour policy, so there is no proximal one",
+    ),
     Need(LOG_PROBS, (True,), "the weights are proximal over behaviour policy, whose log-probs are not recorded"),
     Need(BYPASS, (False,), "there is no proximal policy beside the behaviour policy in bypass mode"),
 )
 
 LOSS_NEEDS: dict[str, tuple[Need, ...]] = {
+    "m2po": _NEEDS_BEHAVIOUR,
+    "m2po_clip": _NEEDS_BEHAVIOUR,
+    "no_trust_region": _NEEDS_BEHAVIOUR,
     "rec": (
         *_NEEDS_BEHAVIOUR,
         Need(

@@ -13,8 +13,9 @@ from torch import Tensor
 from verl.workers.config import ActorConfig
 
 from verl_m2po.losses import diagnostics, opsm
-from verl_m2po.losses.surrogate import LOG_RATIO_LIMIT, aggregate, detached_log_ratio
-from verl_m2po.second_moment import check_tokens, trust_region_magnitude
+from verl_m2po.losses.surrogate import detached_log_ratio, negative_aggregate
+from verl_m2po.losses.token_pass import LOG_RATIO_LIMIT
+from verl_m2po.second_moment import check_tokens
 
 
 class Tokens(NamedTuple):
@@ -101,7 +102,7 @@ def evaluate(
     with torch.no_grad():
         log_ratio = detached_log_ratio(log_prob, old_log_prob)
         advantages = advantages.to(log_ratio.dtype)
-        check_tokens(log_ratio, advantages, response_mask)
+        check_tokens("log_prob", log_ratio, advantages=advantages, response_mask=response_mask)
         response_mask = response_mask.bool()
         tokens = _tokens(log_prob, log_ratio, advantages, response_mask, rollout_is_weights)
         loss = rule(tokens)
@@ -112,12 +113,10 @@ def evaluate(
         keep = loss.keep & counts
         value = torch.where(counts, loss.value, 0.0)
         derivative = torch.where(keep, loss.derivative, 0.0)
-        magnitude = trust_region_magnitude(log_ratio, advantages, response_mask)
-        metrics = diagnostics.report(log_ratio, magnitude, response_mask, keep, derivative, None)
-    return aggregate(log_prob, value, derivative, response_mask, loss_agg_mode, config), {
-        **(loss.metrics or {}),
-        **metrics,
-    }
+        sums = diagnostics.token_sums(log_ratio, advantages, response_mask, keep, derivative)
+        metrics = diagnostics.report(sums, keep, None)
+    loss_value = negative_aggregate(log_prob, -value, -derivative, response_mask, loss_agg_mode, config)
+    return loss_value, {**(loss.metrics or {}), **metrics}
 
 
 def _tokens(

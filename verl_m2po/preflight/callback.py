@@ -8,7 +8,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from verl_m2po.cpu import environment
-from verl_m2po.preflight import inputs, losses, machine
+from verl_m2po.preflight import inputs, losses, machine, staleness
 from verl_m2po.preflight.problem import Problem
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,12 @@ class PreflightCallback(Callback):
         if not uses_this_package(config):
             return
         found = list(problems(config))
-        if found:
-            raise SystemExit("\n".join(["verl-m2po refuses this run:", *(f"  - {problem}" for problem in found)]))
+        for problem in found:
+            if not problem.is_fatal:
+                logger.warning("%s", problem)
+        fatal = [problem for problem in found if problem.is_fatal]
+        if fatal:
+            raise SystemExit("\n".join(["verl-m2po refuses this run:", *(f"  - {problem}" for problem in fatal)]))
 
 
 def uses_this_package(config: DictConfig) -> bool:
@@ -35,11 +39,13 @@ def uses_this_package(config: DictConfig) -> bool:
     return (
         OmegaConf.select(config, "algorithm.policy_loss") is not None
         or OmegaConf.select(config, "trainer.device") == environment.PLATFORM_NAME
+        or staleness.is_chosen(config)
     )
 
 
 def problems(config: DictConfig) -> Iterator[Problem]:
     """Yield every problem of `config`, the cheapest to look for first."""
     yield from losses.problems(config)
+    yield from staleness.problems(config)
     yield from inputs.problems(config)
     yield from machine.problems(config)

@@ -11,12 +11,14 @@ class Problem(NamedTuple):
         value: What it was.
         why: What would happen, in one clause.
         remedy: What to do, as an imperative. Empty where `why` is a whole message that names key, value and remedy.
+        is_fatal: Whether the run must not start; otherwise it is worth a warning.
     """
 
     key: str
     value: Any
     why: str
     remedy: str
+    is_fatal: bool = True
 
     def __str__(self) -> str:
         if not self.remedy:

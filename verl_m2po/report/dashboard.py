@@ -4,6 +4,9 @@ TensorBoard shows it in its "Custom Scalars" tab, from an event file beside the 
 same panels for wandb.
 """
 
+# Generated protobuf modules have no types.
+# pyright: reportAttributeAccessIssue=false
+
 from pathlib import Path
 
 LAYOUT_SUFFIX = ".layout"
@@ -25,19 +28,21 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "age of the data (optimizer updates)": [r"^staleness/age_updates_(min|mean|max)$"],
         "age of the data (weight versions)": [r"^training/off_policy/trajectory_staleness/(min|mean|max)$"],
         "versions within one trajectory": [r"^training/off_policy/trajectory_spans/(mean|max)$"],
-        "buffer (rows)": [r"^staleness/(depth|waiting)$"],
-        "admitted and evicted (rows)": [r"^staleness/(admitted|evicted)$"],
+        "buffer (prompt groups)": [r"^staleness/(depth|waiting|in_flight)$"],
+        "admitted and evicted (prompt groups)": [r"^staleness/(admitted|evicted)$"],
+        "tokens masked for their age": [r"^staleness/over_age_tokens$"],
     },
     "4 health": {
-        "entropy (nats per token)": [r"^actor/entropy$"],
+        "entropy (nats per token)": [r"^actor/(entropy|m2po/entropy_(kept|masked))$"],
         "gradient norm": [r"^actor/grad_norm$"],
-        "KL, behaviour to current (nats)": [r"^actor/ppo_kl$"],
+        "KL, behaviour to current (nats)": [r"^actor/(ppo_kl|m2po/kl)$"],
         "response length (tokens)": [r"^response_length/mean$"],
-        "responses cut at the limit (share)": [r"^response_length/clip_ratio$"],
+        "responses of full length (share)": [r"^response_length/clip_ratio$"],
         "rollout to trainer mismatch (probability)": [r"^training/rollout_probs_diff_(mean|max)$"],
     },
     "5 speed": {
         "tokens per second and device": [r"^perf/throughput$"],
+        "idle (s per step)": [r"^staleness/(trainer|generator)_idle_s$"],
         "seconds per step": [r"^timing_s/(step|gen|old_log_prob|update_actor|update_weights|testing)$"],
     },
 }
@@ -56,8 +61,9 @@ def write_tensorboard_layout(folder: Path) -> Path:
     try:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.plugins.custom_scalar import layout_pb2, summary
+        from tensorboard.plugins.custom_scalar import layout_pb2, metadata
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.util.tensor_util import make_tensor_proto
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the TensorBoard layout needs tensorboard: pip install tensorboard") from error
 
@@ -71,10 +77,17 @@ def write_tensorboard_layout(folder: Path) -> Path:
         )
         for group, charts in LAYOUT.items()
     ]
-    layout = summary.pb(layout_pb2.Layout(category=categories))
+    # tensorboard's own `custom_scalar.summary.pb` needs TensorFlow for these three lines.
+    layout = layout_pb2.Layout(category=categories).SerializeToString()
+    summary = Summary()
+    summary.value.add(
+        tag=metadata.CONFIG_SUMMARY_TAG,
+        tensor=make_tensor_proto(layout),
+        metadata=metadata.create_summary_metadata(),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
     writer = EventFileWriter(str(folder), filename_suffix=LAYOUT_SUFFIX)
-    writer.add_event(Event(summary=Summary.FromString(layout.SerializeToString())))
+    writer.add_event(Event(summary=summary))
     writer.close()
     return (set(folder.iterdir()) - before).pop()

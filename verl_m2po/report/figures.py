@@ -3,6 +3,9 @@
 A function raises `NothingToDraw` when no group logged what it shows; it draws what is there otherwise.
 """
 
+# Pandas and matplotlib annotate wider types than they return.
+# pyright: reportArgumentType=false, reportReturnType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
 from collections.abc import Callable
 from functools import wraps
 
@@ -12,10 +15,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from verl_m2po.report import metrics
 from verl_m2po.report.groups import Group, Seeds, over_seeds, result_seeds, seeds_of
+from verl_m2po.report.runs import Run
 from verl_m2po.report.style import PHASE_COLOURS, RC, Look, is_reference, looks, plain
 from verl_m2po.report.summary import left_out_metric, training_seconds
 
@@ -26,7 +30,7 @@ SMALLEST_SHARE = 1e-4
 
 
 class NothingToDraw(Exception):
-    """No group logged what the figure shows; the message names the metrics."""
+    """No group logged what the figure shows; the message says what was looked for."""
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -58,7 +62,7 @@ def _smooth(seeds: Seeds) -> Seeds:
     def roll(values: pd.Series) -> pd.Series:
         return values.rolling(window, center=True, min_periods=1).median()
 
-    return Seeds(roll(seeds.mean), roll(seeds.low), roll(seeds.high), seeds.tail, seeds.count)
+    return Seeds(roll(seeds.mean), roll(seeds.low), roll(seeds.high), roll(seeds.tail), seeds.count)
 
 
 def _legend(figure: Figure, handles: list, labels: list[str]) -> None:
@@ -87,9 +91,11 @@ def _caption(seeds: list[Seeds]) -> str:
     return "line: mean, band: lowest to highest seed" if most > 1 else "one seed each"
 
 
-def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def _new(
+    width: float, height: float, rows: int = 1, columns: int = 1, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     return figure, list(axes.flat)
 
 
@@ -168,28 +174,39 @@ def left_out_fraction(groups: list[Group], tasks: Tasks) -> Figure:
 
 @_styled
 def second_moment(groups: list[Group], tasks: Tasks) -> Figure:
-    """Mean squared log-ratio of the trust-region tokens before and after the mask, with the threshold; log axis."""
+    """Mean squared log-ratio of the trust-region tokens, before (left) and after (right) the mask; log axis.
+
+    The threshold is drawn where a config beside a log says it.
+    """
     look = looks(groups)
-    figure, (axes,) = _new(7.5, 4.6)
+    figure, (left, right) = _new(9.5, 4.6, columns=2, sharey=True)
     drawn: list[Group] = []
-    for group in groups:
-        before = seeds_of(group, (metrics.SECOND_MOMENT_BEFORE,))
-        after = seeds_of(group, (metrics.SECOND_MOMENT_AFTER,))
-        for seeds, line, label in ((before, "dashed", "before"), (after, "solid", "after")):
-            seeds = _positive(_smooth(seeds))
+    for axes, metric in ((left, metrics.SECOND_MOMENT_BEFORE), (right, metrics.SECOND_MOMENT_AFTER)):
+        for group in groups:
+            seeds = _positive(_smooth(seeds_of(group, (metric,))))
             if len(seeds.mean):
-                _line(axes, seeds, look[group.label], f"{group.label}: {label}", linestyle=line)
+                _line(axes, seeds, look[group.label], group.label)
                 drawn.append(group)
     if not drawn:
-        raise NothingToDraw(f"no {metrics.SECOND_MOMENT_BEFORE} and no {metrics.SECOND_MOMENT_AFTER}")
-    for threshold in sorted({group.threshold for group in drawn if group.threshold is not None}):
-        axes.axhline(threshold, color="black", linewidth=1, linestyle="dotted", label=f"threshold {threshold:g}")
-    axes.set_yscale("log")
-    axes.set_ylabel(r"mean of $(\log r)^2$ (nats$^2$)")
-    axes.set_title("Second moment of the log ratio, before and after the mask")
-    _integer_steps(axes)
-    _legend_of(figure, axes)
+        raise NothingToDraw(f"no {metrics.SECOND_MOMENT_BEFORE} and no {metrics.SECOND_MOMENT_AFTER} above 0")
+    thresholds = sorted({group.threshold for group in drawn if group.threshold is not None})
+    for axes, title in ((left, "Second moment before the mask"), (right, "After the mask")):
+        for threshold in thresholds:
+            axes.axhline(threshold, color="black", linewidth=1, linestyle="dotted", label=f"threshold {threshold:g}")
+        _log_axis(axes)
+        axes.set_title(title)
+        _integer_steps(axes)
+    left.set_ylabel(r"mean of $(\log r)^2$ (nats$^2$)")
+    _legend_of(figure, left, right)
     return figure
+
+
+def _log_axis(axes: Axes) -> None:
+    """A log axis with plain numbers, labelled also where the data spans less than a decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _positive(seeds: Seeds) -> Seeds:
@@ -239,7 +256,7 @@ def accuracy_by_staleness(groups: list[Group], tasks: Tasks) -> Figure:
     """Final and best result against staleness in optimizer updates (log2), a line for each loss."""
     known = [group for group in groups if group.staleness_updates is not None]
     if not known or not tasks:
-        raise NothingToDraw("no run with a result says its staleness, in a config beside its log or in its name (s256)")
+        raise NothingToDraw("no run with a result and a known staleness (config beside the log, or s256 in the name)")
     look = looks(groups)
     figure, all_axes = _new(7.0, 4.3 * len(tasks) + 0.3, rows=len(tasks))
     for axes, (task, names) in zip(all_axes, tasks.items(), strict=True):
@@ -261,30 +278,58 @@ def accuracy_by_staleness(groups: list[Group], tasks: Tasks) -> Figure:
 
 
 def age_shares(group: Group) -> tuple[pd.DataFrame, str] | None:
-    """Share of the trained rows at each age (columns) and step (rows) for the group's first run that logged it.
+    """Share of the trained data at each age (columns) and step (rows) for the group's first run that logged it.
 
-    From the histogram where one is logged. Otherwise the rows of a step are spread evenly from the smallest to the
-    largest age, which is exact where the two are equal. Returns the shares and the unit of age, or None.
+    Exact where the smallest and largest age of every step are equal. Otherwise from the logged buckets of ages, else
+    from the smallest and largest age, with the data of a bucket, or of a step, spread evenly over its ages. Returns
+    the shares and the unit of age, or None.
     """
     for run in group.runs:
-        columns = [name for name in run.logged if name.startswith(metrics.AGE_HISTOGRAM)]
-        ages = {name: name.removeprefix(metrics.AGE_HISTOGRAM) for name in columns}
-        ages = {name: int(age) for name, age in ages.items() if age.isdigit()}
-        if ages:
-            counts = run.frame[list(ages)].rename(columns=ages).dropna(how="all").fillna(0.0).sort_index(axis=1)
-            return counts.div(counts.sum(axis=1), axis=0), "optimizer updates"
-        for pattern, unit in ((metrics.AGE_UPDATES, "optimizer updates"), (metrics.AGE_VERSIONS, "weight versions")):
-            low, high = run.series(pattern.format("min")), run.series(pattern.format("max"))
-            if len(low) and len(high):
-                return _spread_evenly(low, high), unit
-        mean, high = run.series(metrics.AGE_UPDATES.format("mean")), run.series(metrics.AGE_UPDATES.format("max"))
-        if len(mean) and len(high):
-            return _spread_evenly(mean, high), "optimizer updates, mean to largest"
+        ends = _smallest_and_largest(run)
+        if ends and (ends[0] == ends[1]).all():
+            return _spread_evenly(*ends[:2]), ends[2]
+        buckets = _age_buckets(run)
+        if buckets is not None:
+            return buckets, "trainer steps"
+        if ends:
+            return _spread_evenly(*ends[:2]), ends[2]
     return None
 
 
+def _smallest_and_largest(run: Run) -> tuple[pd.Series, pd.Series, str] | None:
+    """The ages of the freshest and the oldest data of each step, and their unit."""
+    versions = metrics.first_logged(
+        run.logged, (metrics.WORST_AGE_VERSIONS.format("max"), metrics.AGE_VERSIONS.format("max"))
+    )
+    for low, high, unit in (
+        (metrics.AGE_VERSIONS.format("min"), versions, "weight versions"),
+        (metrics.AGE_UPDATES.format("min"), metrics.AGE_UPDATES.format("max"), "optimizer updates"),
+        (metrics.AGE_UPDATES.format("mean"), metrics.AGE_UPDATES.format("max"), "optimizer updates, mean to largest"),
+    ):
+        if low in run.logged and high in run.logged:
+            aligned = run.series(low).align(run.series(high), join="inner")
+            if len(aligned[0]):
+                return (*aligned, unit)
+    return None
+
+
+def _age_buckets(run: Run) -> pd.DataFrame | None:
+    found = {name: match for name in run.logged if (match := metrics.AGE_BUCKET.match(name))}
+    if not found:
+        return None
+    ends = sorted({int(match["end"]) for match in found.values()} | {0})
+    shares = run.frame[list(found)].dropna(how="all").fillna(0.0)
+    largest = max(2 * ends[-1], 1) if any(match["kind"] == "over" for match in found.values()) else ends[-1]
+    spread = pd.DataFrame(0.0, index=shares.index, columns=np.arange(largest + 1))
+    for name, match in found.items():
+        end = int(match["end"])
+        # Buckets without a token are not logged, so the one before may be missing: it ends at half of this one.
+        first, last = (end + 1, largest) if match["kind"] == "over" else (end // 2 + 1 if end > 1 else end, end)
+        spread.loc[:, first:last] += shares[[name]].to_numpy() / (last - first + 1)
+    return spread
+
+
 def _spread_evenly(low: pd.Series, high: pd.Series) -> pd.DataFrame:
-    low, high = low.align(high, join="inner")
     first, last = np.floor(low).astype(int), np.ceil(high).astype(int)
     ages = np.arange(min(0, first.min()), last.max() + 1)
     inside = (ages >= first.to_numpy()[:, None]) & (ages <= last.to_numpy()[:, None])
@@ -293,9 +338,9 @@ def _spread_evenly(low: pd.Series, high: pd.Series) -> pd.DataFrame:
 
 @_styled
 def age_of_data(groups: list[Group], tasks: Tasks) -> Figure:
-    """Heat map of the age of the trained rows against the step, a panel for each group.
+    """Heat map of the age of the trained data against the step, a panel for each group.
 
-    A flat line at k is the exact mode: every row of every batch is of one age.
+    A flat line at k is the exact mode: every batch is of one age.
     """
     found = [(group, shares) for group in groups if (shares := age_shares(group)) is not None]
     if not found:
@@ -310,11 +355,24 @@ def age_of_data(groups: list[Group], tasks: Tasks) -> Figure:
     mesh = None
     for axes, (group, (shares, unit)) in zip(all_axes, found, strict=False):
         mesh = _heat_map(axes, shares, colours)
-        axes.set_title(plain(group.label))
+        axes.set_title(plain(group.label) + _exact_from(shares))
         axes.set_ylabel(f"age ({unit})", fontsize=9)
     assert mesh is not None
-    figure.colorbar(mesh, ax=all_axes, label="share of the batch", format=PercentFormatter(1.0), fraction=0.04)
+    label = "share of the batch"
+    figure.colorbar(
+        mesh, ax=all_axes, label=label, format=PercentFormatter(1.0), fraction=0.04, shrink=max(0.3, 1 / rows)
+    )
     return figure
+
+
+def _exact_from(shares: pd.DataFrame) -> str:
+    """Says of a panel at which single age, and from which step on, all rows are; nothing where they are not."""
+    single = shares.max(axis=1).ge(1.0)
+    same = single & shares.idxmax(axis=1).eq(shares.iloc[-1].idxmax())
+    if not same.iloc[-1]:
+        return ""
+    first = same.index[len(same) - int(np.argmin(same[::-1]))] if not same.all() else same.index[0]
+    return f": all of age {shares.iloc[-1].idxmax()} from step {first}"
 
 
 def _heat_map(axes: Axes, shares: pd.DataFrame, colours: LinearSegmentedColormap):
@@ -324,6 +382,8 @@ def _heat_map(axes: Axes, shares: pd.DataFrame, colours: LinearSegmentedColormap
     rows = ages.min() + np.arange(len(grid) + 1) - 0.5
     edges = np.append(steps - 0.5, steps[-1] + 0.5)
     mesh = axes.pcolormesh(edges, rows, grid, cmap=colours, vmin=0, vmax=1, rasterized=True)
+    # A cell of one age in hundreds is thinner than a pixel.
+    axes.plot(steps, shares.to_numpy() @ ages, color="#08306B", linewidth=1.2, label="mean age")
     room = max(1.0, 0.05 * (rows[-1] - rows[0]))
     axes.set_ylim(rows[0], rows[-1] + room)
     axes.grid(False)
@@ -336,7 +396,7 @@ def _strip(groups: list[Group], panels: tuple[metrics.Panel, ...]) -> Figure:
     """Small plots, one question each; panels that nobody logged are left out."""
     shown = [panel for panel in panels if any(metrics.first_logged(group.logged, panel.metrics) for group in groups)]
     if not shown:
-        raise NothingToDraw("no " + ", ".join(panel.metrics[0] for panel in panels))
+        raise NothingToDraw("none of " + ", ".join(panel.metrics[0] for panel in panels))
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure, all_axes = _new(3.7 * columns + 0.4, 2.5 * rows + 0.5, rows, columns)
@@ -350,11 +410,12 @@ def _strip(groups: list[Group], panels: tuple[metrics.Panel, ...]) -> Figure:
             if len(seeds.mean):
                 _line(axes, seeds, look[group.label], group.label, linewidth=1.4)
         if panel.log and axes.lines:
-            axes.set_yscale("log")
+            _log_axis(axes)
         axes.set_title(panel.title, fontsize=9.5)
         axes.tick_params(labelsize=8.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    figure.supxlabel("trainer step", fontsize=9.5)
+    for axes in all_axes[max(0, len(shown) - columns) : len(shown)]:
+        axes.set_xlabel("trainer step", fontsize=9.5)
     _legend_of(figure, *all_axes)
     return figure
 

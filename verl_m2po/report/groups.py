@@ -123,7 +123,7 @@ def _tell_apart(groups: list[Group]) -> list[Group]:
         keys = _differing(same) if len(same) > 1 else []
         for group in same:
             config = group.runs[0].settings.config
-            extra = ", ".join(f"{key.split('.')[-1]}={config.get(key)}" for key in keys)
+            extra = ", ".join(f"{'.'.join(key.split('.')[-2:])}={config.get(key)}" for key in keys)
             labels[id(group)] = label if len(same) == 1 else f"{label} ({extra or group.runs[0].settings.base_name})"
     if len(set(labels.values())) < len(groups):
         # Still alike, as with copies of one run: the runs' own names are unique.

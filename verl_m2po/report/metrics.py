@@ -15,10 +15,12 @@ CLIP_FRACTION = "actor/pg_clipfrac"
 SECOND_MOMENT_BEFORE = "actor/m2po/second_moment_before"
 SECOND_MOMENT_AFTER = "actor/m2po/second_moment_after"
 
-# Share of the trained rows at each age in optimizer updates, as ".../<age>": the exact heat map, where it is logged.
-AGE_HISTOGRAM = "staleness/age_updates_histogram/"
+# Share of the trained tokens by age in trainer steps: ".../steps_to_16" ends at 16, ".../steps_over_128" is the rest.
+AGE_BUCKET = re.compile(r"^staleness/age_share/steps_(?P<kind>to|over)_(?P<end>\d+)$")
 AGE_UPDATES = "staleness/age_updates_{}"
 AGE_VERSIONS = "training/off_policy/trajectory_staleness/{}"
+# Counted from the oldest weights that a trajectory was generated with, not from the freshest.
+WORST_AGE_VERSIONS = "training/off_policy/trajectory_staleness_worst/{}"
 
 STEP_SECONDS = ("timing_s/step", "perf/time_per_step")
 THROUGHPUT = "perf/throughput"
@@ -55,27 +57,30 @@ class Panel:
 
 HEALTH = (
     Panel("training score", (TRAINING_SCORE,)),
-    Panel("entropy (nats per token)", ("actor/entropy",)),
+    Panel("entropy (nats per token)", ("actor/entropy", "actor/m2po/entropy_kept")),
     Panel("gradient norm", ("actor/grad_norm",), log=True),
     Panel(
         "largest importance ratio",
-        ("actor/m2po/ratio_max", "rollout_corr/rollout_is_max", "rollout_corr/ppl_ratio_max"),
+        ("rollout_corr/rollout_is_max",),
         log=True,
     ),
     Panel(
         "effective sample size (share)", ("actor/m2po/effective_sample_size", "rollout_corr/rollout_is_eff_sample_size")
     ),
-    Panel("KL, behaviour to current (nats)", ("actor/ppo_kl",)),
+    Panel("largest |log ratio| kept", ("actor/m2po/threshold_log_ratio",)),
+    Panel("KL, behaviour to current (nats)", ("actor/m2po/kl", "actor/ppo_kl")),
     Panel("response length (tokens)", ("response_length/mean",)),
-    Panel("responses cut at the limit (share)", ("response_length/clip_ratio",)),
+    Panel("responses of full length (share)", ("response_length/clip_ratio",)),
     Panel("rollout to trainer mismatch (probability)", ("training/rollout_probs_diff_mean",), log=True),
 )
 
 BUFFER = (
-    Panel("depth (rows ready to train on)", ("staleness/depth",)),
-    Panel("waiting (rows)", ("staleness/waiting",)),
-    Panel("admitted (rows)", ("staleness/admitted",)),
-    Panel("evicted (rows)", ("staleness/evicted", "training/off_policy/evicted_samples")),
+    Panel("depth (prompt groups held)", ("staleness/depth",)),
+    Panel("waiting (finished prompt groups)", ("staleness/waiting",)),
+    Panel("admitted (prompt groups per step)", ("staleness/admitted",)),
+    Panel("evicted (prompt groups per step)", ("staleness/evicted", "training/off_policy/evicted_samples")),
+    Panel("trainer idle (s per step)", ("staleness/trainer_idle_s",)),
+    Panel("generator idle (s per step)", ("staleness/generator_idle_s",)),
 )
 
 

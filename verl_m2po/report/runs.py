@@ -1,5 +1,8 @@
 """Find the runs under the given paths, and join the attempts of each run into one series by step."""
 
+# Pandas annotates wider types than it returns.
+# pyright: reportArgumentType=false, reportReturnType=false
+
 import os
 import re
 from collections import Counter

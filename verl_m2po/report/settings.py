@@ -1,12 +1,14 @@
 """What a run was: its loss, staleness and seed, from the config beside its log, else from its name."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-CONFIG_FILES = ("config.yaml", "config.json", ".hydra/config.yaml")
+# The last is where `hydra.run.dir=RUN/hydra` puts it, as our own runs do.
+CONFIG_FILES = ("config.yaml", "config.json", ".hydra/config.yaml", "hydra/.hydra/config.yaml")
 # A resolved verl config is about 60 kB; anything far beyond is not one.
 LARGEST_CONFIG_BYTES = 5_000_000
 
@@ -16,8 +18,6 @@ STALENESS_IN_NAME = re.compile(r"(?:^|[-_./])(?:s|stale|staleness)[-_=]?(\d+)(?=
 ON_POLICY_IN_NAME = re.compile(r"(?:^|[-_./])on[-_]?policy(?=$|[-_./])", re.IGNORECASE)
 # Longest first, so that m2po_clip is not read as m2po.
 LOSSES_IN_NAME = ("no_trust_region", "m2po_clip", "vanilla", "cispo", "m2po", "grpo", "gspo", "bapo", "topr", "oapl")
-# verl's `vanilla` is PPO's clip; with group-relative advantages the field calls it GRPO.
-FIELD_NAME = {"vanilla": "grpo"}
 
 LOSS_KEYS = (
     "algorithm.policy_loss",
@@ -96,11 +96,13 @@ def _first(config: dict[str, object], keys: tuple[str, ...], kind: type) -> obje
 
 
 def _loss(config: dict[str, object], name: str) -> str | None:
+    """verl's `vanilla` is PPO's clip; with group-relative advantages the field calls it GRPO."""
     loss = _first(config, LOSS_KEYS, str)
     if loss is None:
         plain = re.sub(r"[-./]", "_", name.lower())
         loss = next((known for known in LOSSES_IN_NAME if f"_{known}_" in f"_{plain}_"), None)
-    return FIELD_NAME.get(str(loss), str(loss)) if loss else None
+    is_grpo = loss == "vanilla" and lookup(config, "algorithm.adv_estimator") in (None, "grpo")
+    return "grpo" if is_grpo else str(loss) if loss else None
 
 
 def _staleness(config: dict[str, object], mode: str | None, name: str) -> int | None:
@@ -121,7 +123,8 @@ def _threshold(config: dict[str, object], loss: str | None) -> float | None:
     for key in keys:
         value = lookup(config, key)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            # inf switches the trust region off: there is no limit to draw.
+            return float(value) if math.isfinite(value) else None
     return None
 
 

@@ -64,8 +64,15 @@ def is_reference(group: Group) -> bool:
     return group.staleness_updates == 0 and group.loss == "grpo"
 
 
+def _lighter(colour: str, rank: int) -> str:
+    """Mixed with white: rank 0 as it is, at most 55% white, so that a line stays readable on white."""
+    white = min(0.22 * rank, 0.55)
+    channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(channel + (255 - channel) * white):02X}" for channel in channels)
+
+
 def looks(groups: list[Group]) -> dict[str, Look]:
-    """Label to look: the loss gives the colour, the staleness within one loss the line and marker."""
+    """Label to look: the loss gives the colour; within a loss, less stale is lighter, with its own line and marker."""
     unknown = list(dict.fromkeys(g.loss or g.label for g in groups if (g.loss or g.label) not in COLOURS))
     colours = {**COLOURS, **{name: OTHERS[i % len(OTHERS)] for i, name in enumerate(unknown)}}
     seen: dict[str, int] = {}
@@ -74,7 +81,7 @@ def looks(groups: list[Group]) -> dict[str, Look]:
     for group in sorted(groups, key=lambda g: -(g.staleness_updates or 0)):
         name = "on-policy" if is_reference(group) else group.loss or group.label
         rank = seen[name] = seen.get(name, -1) + 1
-        colour = ON_POLICY if name == "on-policy" else colours[name]
+        colour = _lighter(ON_POLICY if name == "on-policy" else colours[name], rank)
         chosen[group.label] = Look(colour, LINES[rank % len(LINES)], MARKERS[rank % len(MARKERS)])
     return chosen
 

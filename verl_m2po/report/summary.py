@@ -1,5 +1,8 @@
 """The numbers of the table: one `Summary` for each group and task."""
 
+# Pandas annotates wider types than it returns.
+# pyright: reportArgumentType=false, reportReturnType=false, reportCallIssue=false
+
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,16 +1,20 @@
 """The table, for the terminal and as Markdown."""
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Group as RenderGroup
 from rich.table import Table
 from rich.text import Text
 
 from verl_m2po.report.summary import Spread, Summary
+
+RESULT = ("seeds", "steps", "start", "final", "best")
 
 
 def _share(spread: Spread | None) -> str:
     """Results with three digits: accuracies and rewards."""
     if spread is None:
         return "-"
-    return f"{spread.mean:.3f} ± {spread.deviation:.3f}" if spread.count > 1 else f"{spread.mean:.3f}"
+    return f"{spread.mean:.3f}±{spread.deviation:.3f}" if spread.count > 1 else f"{spread.mean:.3f}"
 
 
 def _percent(spread: Spread | None) -> str:
@@ -25,7 +29,7 @@ def _some(spread: Spread | None, count: int, seeds: int) -> str:
     """A mean over those seeds for which it exists, and how many those are."""
     if spread is None:
         return "-"
-    return _whole(spread) if count == seeds else f"{_whole(spread)} ({count} of {seeds})"
+    return _whole(spread) if count == seeds else f"{_whole(spread)} ({count}/{seeds})"
 
 
 def cells(summary: Summary, with_task: bool, target: float | None) -> dict[str, str]:
@@ -33,21 +37,21 @@ def cells(summary: Summary, with_task: bool, target: float | None) -> dict[str, 
     row = {"run": summary.label}
     if with_task:
         row["task"] = summary.task
-    best_step = f" at {_whole(summary.best_step)}" if summary.best_step else ""
     row |= {
         "seeds": str(summary.seeds),
         "steps": f"{summary.steps:,}",
         "start": _share(summary.start),
         "final": _share(summary.final),
-        "best": _share(summary.best) + best_step,
+        "best": _share(summary.best),
+        "best at": _whole(summary.best_step),
     }
     if target is not None:
         row[f"steps to {target:g}"] = _some(summary.steps_to_target, summary.reached, summary.seeds)
         row[f"seconds to {target:g}"] = _some(summary.seconds_to_target, summary.reached, summary.seeds)
     return row | {
         "collapse step": _some(summary.collapse_step, summary.collapsed, summary.seeds),
-        "clipped/masked": _percent(summary.left_out),
-        "tokens/s/device": _whole(summary.tokens_per_second),
+        "clipped or masked": _percent(summary.left_out),
+        "tokens/s per device": _whole(summary.tokens_per_second),
     }
 
 
@@ -57,14 +61,27 @@ def rows(summaries: list[Summary], target: float | None = None) -> list[dict[str
     return [cells(summary, with_task, target) for summary in summaries]
 
 
-def terminal(summaries: list[Summary], target: float | None = None) -> Table:
-    """The table for rich; names are shown as they stand, never read as markup."""
-    table = Table(title=None if not summaries else "mean ± standard deviation over seeds", title_justify="left")
+def terminal(summaries: list[Summary], target: float | None = None) -> RenderGroup:
+    """The table for rich, in two halves so that each fits 80 columns; names are never read as markup."""
     shown = rows(summaries, target)
-    for position, title in enumerate(shown[0] if shown else {}):
-        table.add_column(title, justify="left" if position == 0 else "right", overflow="fold")
+    titles = list(shown[0]) if shown else []
+    names = [title for title in titles if title in ("run", "task")]
+    result = [title for title in titles if title in RESULT]
+    cost = [title for title in titles if title not in (*names, *result)]
+    return RenderGroup(*(_half(shown, names + half) for half in (result, cost) if half))
+
+
+def _half(shown: list[dict[str, str]], titles: list[str]) -> Table:
+    """Names fold where the terminal is narrow; numbers never do, and of titles no word."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for title in titles:
+        if title in ("run", "task"):
+            table.add_column(title, overflow="fold")
+        else:
+            widest = max(len(text) for text in (*title.split(), *(row[title] for row in shown)))
+            table.add_column(title, justify="right", min_width=widest)
     for row in shown:
-        table.add_row(*(Text(cell) for cell in row.values()))
+        table.add_row(*(Text(row[title]) for title in titles))
     return table
 
 

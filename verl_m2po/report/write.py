@@ -1,17 +1,22 @@
 """Draw the figures of a report and write everything to a folder."""
 
+# Matplotlib wants its own type for the keys of rcParams.
+# pyright: reportArgumentType=false
+
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from verl_m2po.report import figures, metrics
 from verl_m2po.report.build import Report
 from verl_m2po.report.groups import Group
 from verl_m2po.report.page import page
+from verl_m2po.report.style import RC
 from verl_m2po.report.tables import markdown, rows
 
 PNG_DPI = 150
@@ -66,12 +71,17 @@ PLOTS = (
     Plot(
         "age_of_data",
         "Age of the data",
-        "One run of each group. A single dark line at k: every row of every batch is exactly of age k. Where only the "
-        "smallest and largest age are logged, rows are drawn evenly between them.",
+        "One run of each group. A single dark line at k: every batch is exactly of age k. Where only the smallest and "
+        "largest age, or buckets of ages, are logged, the data is drawn evenly between them.",
         figures.age_of_data,
         AGES,
     ),
-    Plot("buffer", "Staleness buffer", "Rows held, waiting, admitted and evicted.", figures.buffer),
+    Plot(
+        "buffer",
+        "Staleness buffer",
+        "Prompt groups held, waiting, admitted and evicted, and who waited for whom.",
+        figures.buffer,
+    ),
     Plot("health", "Health", "What moves first when a run goes wrong; a rolling median over steps.", figures.health),
     Plot(
         "time_per_step",
@@ -117,15 +127,14 @@ def _render(figure: Figure, kind: str) -> bytes:
     buffer = BytesIO()
     # Without a date the same logs give the same bytes.
     metadata = {"Date": None} if kind == "svg" else None
-    figure.savefig(buffer, format=kind, dpi=PNG_DPI, metadata=metadata)
+    with mpl.rc_context(RC):
+        figure.savefig(buffer, format=kind, dpi=PNG_DPI, metadata=metadata)
     return buffer.getvalue()
 
 
 def _lacking(plot: Plot, groups: list[Group]) -> list[str]:
-    wanted = " or ".join(plot.needs)
-    return [
-        f"{plot.name}: {group.label} did not log {wanted}" for group in groups if not group.logged & set(plot.needs)
-    ]
+    names = [group.label for group in groups if not group.logged & set(plot.needs)]
+    return [f"figure {plot.name} lacks {'; '.join(names)}: no {' or '.join(plot.needs)} logged"] if names else []
 
 
 def draw(report: Report) -> tuple[list[tuple[Plot, Figure]], list[str]]:
@@ -135,9 +144,7 @@ def draw(report: Report) -> tuple[list[tuple[Plot, Figure]], list[str]]:
         try:
             drawn.append((plot, plot.draw(report.groups, report.tasks)))
         except figures.NothingToDraw as nothing:
-            problems.append(
-                f"no figure {plot.name}: {nothing} was logged" if plot.needs else f"no figure {plot.name}: {nothing}"
-            )
+            problems.append(f"no figure {plot.name}: {nothing} in the logs")
             continue
         if plot.needs:
             problems += _lacking(plot, report.groups)

@@ -1,15 +1,26 @@
 """``python -m verl_m2po.tasks``: make the arithmetic task, its base model, and verl's files of public data sets."""
 
+import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from verl_m2po.tasks.sets import DATA_SETS, DataSet
+
+if TYPE_CHECKING:
+    from verl_m2po.tasks.prepare import Prepared
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 # Progress goes to stderr, results to stdout, so that a script can take over the paths that are printed.
 terminal = Console(stderr=True)
+# Unusable rows shown on the terminal; the file beside the data has all of them.
+LISTED_ROWS = 20
+SET_NAMES = ", ".join(DATA_SETS)
 
 
 def _print_path(path: Path) -> None:
@@ -17,7 +28,7 @@ def _print_path(path: Path) -> None:
 
 
 def _fail(error: Exception) -> typer.Exit:
-    terminal.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+    terminal.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     return typer.Exit(code=1)
 
 
@@ -73,6 +84,63 @@ def tiny_model(
     except (ValueError, OSError, RuntimeError) as error:
         raise _fail(error) from error
     _print_path(folder)
+
+
+@app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help=f"One of {SET_NAMES}.")],
+    out: Annotated[Path, typer.Option(help="Folder for <split>.parquet.")],
+    source: Annotated[Path | None, typer.Option(help="Local file, or folder of files; the hub without it.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if a row cannot be used.")] = False,
+) -> None:
+    """Write a public data set as parquet files for verl, with the rows that verl's scorers can judge."""
+    from verl_m2po.tasks import prepare as preparation
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        data_set = preparation.find(name)
+        with Progress(*columns, console=terminal) as progress:
+            bar = progress.add_task(f"Loading {data_set.title}", total=None)
+
+            def show(split: str, done: int, total: int) -> None:
+                progress.update(bar, description=f"Checking {data_set.title} {split}", completed=done, total=total)
+
+            splits = preparation.prepare(name, out, source=source, on_row=show)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise _fail(error) from error
+    terminal.print(_table_of_splits(data_set, splits))
+    for split in splits:
+        _list_unusable(split)
+        if split.path:
+            _print_path(split.path)
+    if strict and any(split.unusable for split in splits):
+        raise _fail(ValueError(f"rows of {data_set.title} cannot be used, and --strict was given"))
+    if any(split.path is None for split in splits):
+        raise _fail(ValueError(f"no row of {data_set.title} can be used in one of its splits"))
+
+
+def _table_of_splits(data_set: DataSet, splits: "list[Prepared]") -> Table:
+    table = Table(title=f"{data_set.title}, scored as {data_set.data_source}")
+    table.add_column("split")
+    table.add_column("rows", justify="right")
+    table.add_column("unusable", justify="right")
+    table.add_column("file", overflow="fold")
+    for split in splits:
+        table.add_row(split.split, str(split.rows), str(len(split.unusable)), str(split.path or "-"))
+    return table
+
+
+def _list_unusable(split: "Prepared") -> None:
+    if not split.unusable:
+        return
+    table = Table(title=f"Rows of {split.split} that cannot be used")
+    for header in ("row", "reason", "question"):
+        table.add_column(header, overflow="fold")
+    for row in split.unusable[:LISTED_ROWS]:
+        table.add_row(str(row.index), escape(row.reason), escape(textwrap.shorten(row.question, 60)))
+    terminal.print(table)
+    more = len(split.unusable) - LISTED_ROWS
+    terminal.print(f"{f'{more} more. ' if more > 0 else ''}All of them: {split.unusable_path}", soft_wrap=True)
 
 
 if __name__ == "__main__":

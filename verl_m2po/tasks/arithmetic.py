@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from verl_m2po.tasks import parquet
+from verl_m2po.tasks import parquet, scoring
 
 DATA_SOURCE = "arithmetic"
 SPLITS = ("train", "validation")
@@ -36,9 +36,7 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
         NotImplementedError: verl has no scorer for `data_source`.
     """
     if data_source != DATA_SOURCE:
-        from verl.utils.reward_score import default_compute_score
-
-        return default_compute_score(data_source, solution_str, ground_truth, extra_info)
+        return scoring.compute_score(data_source, solution_str, ground_truth, extra_info)
     return float(solution_str.strip() == ground_truth)
 
 

@@ -74,20 +74,21 @@ def make_row(
 def write(rows: Iterable[Row], path: Path) -> Path:
     """Write `rows` to `path` for verl, read the file back, and return its absolute path.
 
-    The file appears under its name only when it is complete.
+    The file appears under its name only when it is complete, in place of an older one of the same data source.
 
     Args:
         rows: At least one row.
-        path: The file to write; an existing one is replaced. Its folder is made where it is missing.
+        path: The file to write. Its folder is made where it is missing.
 
     Raises:
         ValueError: There is no row, or a row does not fit `SCHEMA`.
-        OSError: The folder cannot be made or written to.
+        OSError: The folder cannot be made or written to, or `path` holds another data set.
     """
     path = Path(path).expanduser().absolute()
     rows = list(rows)
     if not rows:
         raise ValueError(f"no rows to write to {path}: verl cannot train or validate on an empty file")
+    _refuse_to_replace_another_set(path, {row["data_source"] for row in rows})
     try:
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -106,6 +107,20 @@ def write(rows: Iterable[Row], path: Path) -> Path:
     finally:
         Path(part).unlink(missing_ok=True)
     return path
+
+
+def _refuse_to_replace_another_set(path: Path, sources: set[str]) -> None:
+    if not path.exists():
+        return
+    try:
+        present = set(pq.read_table(path, columns=["data_source"]).column(0).to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        raise FileExistsError(f"{path} exists and is not a file that this package wrote: {error}") from error
+    if present != sources:
+        raise FileExistsError(
+            f"{path} holds {', '.join(sorted(present))}, not {', '.join(sorted(sources))}: "
+            "choose another output folder, or remove the file"
+        )
 
 
 def check(path: Path, expected_rows: int | None = None) -> int:

@@ -165,6 +165,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCa
 
     vLLM gives rows beyond the tokenizer's no probability, and its log-probs would differ from the trainer's.
     """
+    vocabulary = tokenizer.get_vocab()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
@@ -176,13 +177,13 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCa
         initializer_range=recipe.initializer_range,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=vocabulary[END_OF_TURN],
+        pad_token_id=vocabulary[PADDING],
         dtype="float32",
     )
     model = Qwen2ForCausalLM(config).float()
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
+        eos_token_id=vocabulary[END_OF_TURN], pad_token_id=vocabulary[PADDING], do_sample=True
     )
     return model
 
@@ -199,7 +200,8 @@ def encode_problems(
     problems = (arithmetic.problem(index, split=split, digits=digits, seed=seed) for index in range(count))
     questions, sums = zip(*(arithmetic.question_and_answer(a, b) for a, b in problems), strict=True)
     chats = [[{"role": "user", "content": question}] for question in questions]
-    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
+    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportArgumentType]
     answers = torch.full((count, digits + 2), NO_TOKEN)
     for row, ids in zip(answers, tokenizer([answer + END_OF_TURN for answer in sums])["input_ids"], strict=True):
         row[: len(ids)] = torch.tensor(ids)

@@ -1,0 +1,52 @@
+"""The YAML is the one source of the documentation, so it must be complete and in verl's form."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from composing import OUR_CONFIGS, options, primaries
+
+from verl_m2po.config.hydra import GROUPS
+
+REPOSITORY = Path(__file__).parents[2]
+FILES = [f"{name}.yaml" for name in ["overlay", *primaries()]]
+FILES += [f"{group}/{option}.yaml" for group in GROUPS for option in options(group)]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    spec = importlib.util.spec_from_file_location("generate", REPOSITORY / "docs" / "generate_configuration.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_current(generator):
+    written = generator.PAGE.read_text()
+    assert written == generator.page(), "run: python docs/generate_configuration.py"
+
+
+def test_every_key_that_we_add_is_explained(generator):
+    silent = [s.key for s in generator.settings((OUR_CONFIGS / "overlay.yaml").read_text()) if not s.comment]
+    assert not silent
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_form_is_verls(file):
+    """Comments above fields, a blank line before each field or its comment, no comment behind a value."""
+    lines = (OUR_CONFIGS / file).read_text().splitlines()
+    for number, line in enumerate(lines):
+        assert len(line) <= 120, f"{file}:{number + 1} is too long"
+        if not re.match(r"\s*[\w+]+:(\s|$)", line):
+            continue
+        assert " #" not in line, f"{file}:{number + 1} has a comment behind the value"
+        above = number - 1
+        while above > 0 and lines[above].lstrip().startswith("#"):
+            above -= 1
+        assert not lines[above].strip(), f"{file}:{number + 1} has no blank line before it"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_says_what_it_is(generator, file):
+    assert generator.title((OUR_CONFIGS / file).read_text()).strip()

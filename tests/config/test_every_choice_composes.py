@@ -1,0 +1,77 @@
+"""Laws of our primary configs and groups: every choice composes, means what its file says, and is one verl accepts."""
+
+import pytest
+from composing import composed, option_values, options, own_values, primaries, select
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+from verl_m2po.config.hydra import GROUPS, PRIMARY_CONFIGS
+
+ALL_OPTIONS = [(group, option) for group in GROUPS for option in options(group)]
+SEPARATE = [option for option in options("staleness") if option.endswith("_separate")] + ["bounded_async"]
+# verl's primary configs name no engine; a recipe does.
+ENGINE = ("actor_rollout_ref.rollout.name=vllm", "actor_rollout_ref.actor.use_dynamic_bsz=true")
+
+
+@pytest.fixture(autouse=True)
+def a_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+
+
+@pytest.mark.parametrize("primary", primaries())
+def test_no_primary_config_undoes_a_choice_of_the_user(primary):
+    """A primary config's own values come after those of the groups: a key that an option sets must not be among them."""
+    own = own_values(primary)
+    for group, option in ALL_OPTIONS:
+        undone = own.keys() & option_values(group, option).keys()
+        assert not undone, f"{primary}.yaml sets {undone}, which {group}={option} sets too"
+
+
+@pytest.mark.parametrize(("group", "option"), ALL_OPTIONS)
+def test_an_option_does_what_its_file_says(group, option):
+    config = composed("m2po_trainer", f"{group}={option}")
+    for key, expected in option_values(group, option).items():
+        # YAML reads 3e-4 as a string, OmegaConf as a number.
+        assert str(select(config, key)) == str(expected), key
+
+
+@pytest.mark.parametrize("primary", primaries())
+@pytest.mark.parametrize("staleness", ["on_policy", "s256", "s256_separate", "bounded_async"])
+def test_verl_accepts_every_recipe_at_every_kind_of_staleness(primary, staleness):
+    hardware = "eight_gpu_separate" if staleness in SEPARATE else "eight_gpu"
+    config = composed(primary, f"staleness={staleness}", f"hardware={hardware}", "model=tiny", "task=gsm8k")
+    validate_config(config, use_reference_policy=False, use_critic=False)
+
+
+@pytest.mark.parametrize("staleness", SEPARATE)
+def test_separate_modes_have_devices_of_their_own(staleness):
+    config = composed("m2po_trainer", f"staleness={staleness}", "hardware=eight_gpu_separate")
+    rollout = config.actor_rollout_ref.rollout
+    assert config.actor_rollout_ref.hybrid_engine is False
+    assert rollout.nnodes * rollout.n_gpus_per_node + config.trainer.nnodes * config.trainer.n_gpus_per_node == 8
+    assert rollout.checkpoint_engine.backend == "nccl"
+
+
+@pytest.mark.parametrize("loss", options("loss"))
+def test_a_loss_reaches_the_actor(loss):
+    actor = omega_conf_to_dataclass(composed("m2po_trainer", f"loss={loss}").actor_rollout_ref.actor)
+    assert actor.policy_loss.loss_mode == option_values("loss", loss).get("algorithm.policy_loss", "vanilla")
+
+
+@pytest.mark.parametrize("primary", PRIMARY_CONFIGS)
+def test_a_loss_reaches_the_actor_of_every_primary_config_of_verl(primary):
+    actor = omega_conf_to_dataclass(composed(primary, "loss=m2po", *ENGINE).actor_rollout_ref.actor)
+    assert actor.policy_loss.loss_mode == "m2po"
+
+
+@pytest.mark.parametrize("group", ["loss", "staleness"])
+def test_runs_of_a_sweep_have_different_names(group):
+    """verl's loggers name their files after the experiment: two runs with one name overwrite each other."""
+    names = [composed("m2po_trainer", f"{group}={option}").trainer.experiment_name for option in options(group)]
+    assert len(set(names)) == len(names), names
+
+
+@pytest.mark.parametrize("hardware", options("hardware"))
+def test_weights_travel_by_what_the_hardware_has(hardware):
+    config = composed("m2po_trainer", f"hardware={hardware}")
+    backend = "gloo" if config.trainer.device == "cpu" else "nccl"
+    assert config.actor_rollout_ref.rollout.checkpoint_engine.backend == backend

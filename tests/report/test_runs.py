@@ -1,0 +1,138 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from report_logs import write_config, write_log
+
+from verl_m2po.report.read import Log
+from verl_m2po.report.runs import find_sources, join_attempts, read_runs
+
+SummaryWriter = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+
+
+def rows(first: int, last: int, value: float) -> dict[int, dict]:
+    return {step: {"critic/score/mean": value} for step in range(first, last + 1)}
+
+
+def test_a_later_attempt_wins_where_attempts_overlap(tmp_path):
+    write_log(tmp_path / "run/attempt-1.jsonl", rows(1, 60, 1.0))
+    write_log(tmp_path / "run/attempt-2.jsonl", rows(51, 100, 2.0))
+    (run,), problems = read_runs([tmp_path / "run"])
+    assert run.name == "run"
+    assert run.series("critic/score/mean").to_dict() == {s: 1.0 if s <= 50 else 2.0 for s in range(1, 101)}
+    assert problems == []
+
+
+def test_attempts_are_ordered_by_number_not_by_letter(tmp_path):
+    for attempt in range(1, 12):
+        write_log(tmp_path / f"run/attempt-{attempt}.jsonl", rows(attempt, attempt + 1, attempt))
+    (run,), _ = read_runs([tmp_path / "run"])
+    assert run.series("critic/score/mean").to_dict() == {s: min(s, 11) for s in range(1, 13)}
+
+
+def test_steps_of_discarded_weights_are_dropped_and_named(tmp_path):
+    """Attempt 1 got to step 80 with its last checkpoint at 50; attempt 2 died at 60. Steps 61..80 are gone."""
+    write_log(tmp_path / "run/attempt-1.jsonl", rows(1, 80, 1.0))
+    write_log(tmp_path / "run/attempt-2.jsonl", rows(51, 60, 2.0))
+    (run,), problems = read_runs([tmp_path / "run"])
+    assert run.frame.index[-1] == 60
+    assert "steps 61 to 80" in problems[0] and "from step 51" in problems[0]
+
+
+def test_the_validation_before_resuming_does_not_erase_the_step_that_it_resumes_from(tmp_path):
+    write_log(tmp_path / "run/attempt-1.jsonl", rows(49, 50, 1.0))
+    write_log(tmp_path / "run/attempt-2.jsonl", {50: {"val-core/a/acc/mean@1": 0.5}} | rows(51, 52, 2.0))
+    (run,), _ = read_runs([tmp_path / "run"])
+    assert run.series("critic/score/mean").to_dict() == {49: 1.0, 50: 1.0, 51: 2.0, 52: 2.0}
+    assert run.series("val-core/a/acc/mean@1").to_dict() == {50: 0.5}
+
+
+def test_an_attempt_that_died_before_its_first_step_changes_nothing(tmp_path):
+    write_log(tmp_path / "run/attempt-1.jsonl", rows(1, 5, 1.0))
+    write_log(tmp_path / "run/attempt-2.jsonl", {}, cut='{"step": 6')
+    (run,), problems = read_runs([tmp_path / "run"])
+    assert len(run.frame) == 5
+    assert len(problems) == 1 and "attempt-2" in problems[0]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 20), st.integers(0, 10)).map(lambda t: (t[0], t[0] + t[1])), min_size=1, max_size=5
+    )
+)
+def test_joining_equals_replaying_the_attempts_one_step_after_the_other(attempts):
+    logs = [Log(Path(f"{n}"), rows(first, last, float(n))) for n, (first, last) in enumerate(attempts)]
+    slow: dict[int, float] = {}
+    for n, (first, last) in enumerate(attempts):
+        slow = {step: value for step, value in slow.items() if step < first}
+        for step in range(first, last + 1):
+            slow[step] = float(n)
+    joined, _ = join_attempts(logs)
+    assert joined["critic/score/mean"].to_dict() == slow
+
+
+def test_tensorboard_attempts_are_joined_too(tmp_path):
+    for attempt, (first, last) in enumerate([(1, 6), (4, 8)]):
+        writer = SummaryWriter(str(tmp_path / "run"), filename_suffix=f".{attempt}")
+        for step in range(first, last + 1):
+            writer.add_scalar("critic/score/mean", attempt, step)
+        writer.close()
+    (run,), _ = read_runs([tmp_path])
+    assert run.series("critic/score/mean").to_dict() == {s: float(s >= 4) for s in range(1, 9)}
+
+
+def test_a_tree_of_runs_in_every_layout(tmp_path):
+    write_log(tmp_path / "a/attempt-1.jsonl", rows(1, 2, 1.0))
+    write_log(tmp_path / "b/metrics.jsonl", rows(1, 2, 1.0))
+    write_log(tmp_path / "project/experiment.jsonl", rows(1, 2, 1.0))
+    write_log(tmp_path / "project/other.jsonl", rows(1, 2, 1.0))
+    (tmp_path / "project/rollouts").mkdir()
+    (tmp_path / "project/rollouts/1.jsonl").write_text('{"input": "x"}\n')
+    runs, problems = read_runs([tmp_path])
+    assert sorted(run.name for run in runs) == ["a", "b", "experiment", "other"]
+    assert len(problems) == 1 and "not verl logs" in problems[0]
+
+
+def test_a_run_given_twice_is_read_once(tmp_path):
+    path = write_log(tmp_path / "run/attempt-1.jsonl", rows(1, 2, 1.0))
+    runs, _ = read_runs([tmp_path, tmp_path / "run", path])
+    assert len(runs) == 1
+
+
+def test_runs_of_the_same_name_are_told_apart_and_named(tmp_path):
+    for folder in ("x/deep", "y/deep"):
+        write_log(tmp_path / folder / "run/attempt-1.jsonl", rows(1, 2, 1.0))
+    runs, problems = read_runs([tmp_path])
+    assert sorted(run.name for run in runs) == ["x/deep/run", "y/deep/run"]
+    assert "2 runs are called run" in problems[0]
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty folder", "empty file"])
+def test_what_is_not_there_is_a_line(tmp_path, kind):
+    path = tmp_path / "run"
+    if kind == "empty folder":
+        path.mkdir()
+    if kind == "empty file":
+        write_log(path / "attempt-1.jsonl", {})
+    runs, problems = read_runs([path])
+    assert runs == []
+    assert len(problems) == 1 and str(path) in problems[0]
+
+
+def test_nan_and_infinity_become_gaps_and_are_remembered(tmp_path):
+    path = write_log(
+        tmp_path / "run.jsonl", {s: {"a": v} for s, v in enumerate([1.0, float("nan"), float("inf"), 2.0])}
+    )
+    (run,), _ = read_runs([path])
+    assert run.series("a").to_dict() == {0: 1.0, 3: 2.0}
+    assert run.not_finite == {"a": [1, 2]}
+
+
+def test_a_config_beside_several_logs_is_nobodys(tmp_path):
+    write_log(tmp_path / "one.jsonl", rows(1, 2, 1.0))
+    write_config(tmp_path, loss="gspo")
+    assert find_sources(tmp_path)[0][0].folder == tmp_path
+    write_log(tmp_path / "two.jsonl", rows(1, 2, 1.0))
+    assert [source.folder for source in find_sources(tmp_path)[0]] == [None, None]

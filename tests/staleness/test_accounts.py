@@ -1,0 +1,110 @@
+"""Counting: failures, metrics, the ledger."""
+
+import json
+
+import pytest
+
+from verl_m2po.staleness.failures import FailureWindow, TooManyFailures
+from verl_m2po.staleness.ledger import TrainedRowsLedger
+from verl_m2po.staleness.metrics import LengthBias, StalenessMetrics
+from verl_m2po.staleness.records import Group, Row, Ticket
+from verl_m2po.staleness.units import UpdateClock
+
+
+def group(*rows: tuple[tuple[int, int], ...], uid: str = "u") -> Group:
+    return Group(
+        Ticket(uid, 0, 0, 0, prompt_index=5),
+        tuple(Row(f"{uid}_{i}_0", 2, sum(t for _, t in spans), spans) for i, spans in enumerate(rows)),
+    )
+
+
+def test_too_many_failures_stop_the_run_with_each_distinct_error_once():
+    window = FailureWindow(max_failed_fraction=0.2, window=10)
+    for _ in range(8):
+        window.succeeded()
+    window.failed("TimeoutError: slow")
+    window.failed("TimeoutError: slow")
+    window.succeeded()
+    with pytest.raises(TooManyFailures, match="3 of the last 10") as stopped:
+        window.failed("ValueError: odd")
+    assert str(stopped.value).count("TimeoutError: slow") == 1 and "1 x ValueError: odd" in str(stopped.value)
+
+
+def test_nothing_is_judged_before_the_window_is_full():
+    window = FailureWindow(max_failed_fraction=0.0, window=5)
+    for _ in range(4):
+        window.failed("x")
+    with pytest.raises(TooManyFailures):
+        window.failed("x")
+
+
+def test_old_failures_are_forgotten():
+    window = FailureWindow(max_failed_fraction=0.2, window=10)
+    for _ in range(100):
+        for _ in range(9):
+            window.succeeded()
+        window.failed("x")  # raises if it still sees the one before the last ten
+
+
+def test_ages_are_weighted_by_tokens_and_counted_in_updates():
+    """From version 5 with 4 updates a step: 10 tokens of version 5, 30 of version 3 are 0 and 8 updates old."""
+    metrics = StalenessMetrics(UpdateClock(8, 2))
+    metrics.trained((group(((3, 30), (5, 10))),), version=5, oldest_version=None)
+    taken = metrics.take(in_flight=2, ready=3)
+    assert taken["staleness/age_updates_mean"] == pytest.approx((30 * 8 + 10 * 0) / 40)
+    assert taken["staleness/age_updates_max"] == 8
+    assert taken["staleness/spans_mean"] == 2
+    assert (taken["staleness/depth"], taken["staleness/waiting"]) == (5, 3)
+    assert taken["staleness/age_share/steps_to_0"] == 0.25 and taken["staleness/age_share/steps_to_2"] == 0.75
+
+
+def test_masked_tokens_have_no_age():
+    metrics = StalenessMetrics(UpdateClock(8, 2))
+    metrics.trained((group(((1, 30), (5, 10))),), version=5, oldest_version=4)
+    taken = metrics.take(0, 0)
+    assert (taken["staleness/over_age_tokens"], taken["staleness/trained_tokens"]) == (30, 10)
+    assert taken["staleness/age_updates_max"] == 0
+
+
+def test_age_shares_are_a_distribution_however_old():
+    metrics = StalenessMetrics(UpdateClock(8, 8))
+    metrics.trained(tuple(group(((version, 7),)) for version in range(300)), version=300, oldest_version=None)
+    shares = {k: v for k, v in metrics.take(0, 0).items() if "age_share" in k}
+    assert sum(shares.values()) == pytest.approx(1) and "staleness/age_share/steps_over_128" in shares
+
+
+def test_a_step_starts_from_zero():
+    metrics = StalenessMetrics(UpdateClock(8, 8))
+    metrics.admitted(4)
+    metrics.failed()
+    metrics.dropped(group(((0, 3),)))
+    first, second = metrics.take(0, 0), metrics.take(0, 0)
+    assert (first["staleness/admitted"], first["staleness/evicted"]) == (4, 2)
+    assert (second["staleness/admitted"], second["staleness/evicted"]) == (0, 0)
+
+
+def test_names_do_not_trigger_verls_reduction_by_name():
+    """verl takes max, min or sum of a metric whose name contains the word."""
+    metrics = StalenessMetrics(UpdateClock(8, 8))
+    for i in range(20):
+        metrics.trained((group(((0, 1 + i),), uid=str(i)),), 0, None)
+    for name in metrics.take(0, 0):
+        if name != "staleness/age_updates_max":
+            assert not any(word in name for word in ("max", "min", "sum", "total")), name
+
+
+def test_drop_rates_show_which_lengths_are_dropped():
+    bias = LengthBias()
+    for tokens in range(100):
+        bias.add(tokens, was_dropped=tokens >= 90)
+    assert bias.drop_rates() == [0.0] * 9 + [1.0]
+    assert LengthBias().drop_rates() == []
+
+
+def test_the_ledger_continues_an_existing_file(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    for step in (1, 2):
+        TrainedRowsLedger(str(path)).trained(step, step - 1, None, (group(((0, 3),), uid=f"u{step}"),))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[1]["groups"] == [[5, "u2", 0, [["u2_0_0", [[0, 3]]]]]]

@@ -1,0 +1,325 @@
+"""The buffer on a real TransferQueue: every row arrives once, unpacked as verl wrote it, and nothing is left behind."""
+
+import json
+import queue
+import random
+import threading
+import time
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorStack
+from verl.utils import tensordict_utils as tu
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from verl_m2po.staleness import codec
+from verl_m2po.staleness.buffer import StalenessReplayBuffer
+from verl_m2po.staleness.failures import FailureWindow, TooManyFailures
+from verl_m2po.staleness.ledger import TrainedRowsLedger
+from verl_m2po.staleness.records import GroupReport, Row
+from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessViolation
+from verl_m2po.staleness.store import lot_partition
+from verl_m2po.staleness.units import UpdateClock
+
+BATCH, RESPONSES = 4, 2
+
+
+def response_of(uid: str, session: int) -> list[int]:
+    """The tokens that a group must arrive with: of its own seed, of one to six tokens."""
+    rng = random.Random(f"{uid}/{session}")
+    return [rng.randrange(1000) for _ in range(rng.randrange(1, 7))]
+
+
+class Workers:
+    """Agent loop workers in a thread: write rows into the group's lot and report, in random order."""
+
+    def __init__(self, tq, fail_share: float = 0.0, seed: int = 0) -> None:
+        self._tq, self._fail_share, self._random = tq, fail_share, random.Random(seed)
+        self._requests: queue.Queue = queue.Queue()
+        self._reports: queue.Queue = queue.Queue()
+        self.version = 0
+        self.spans = None
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def start(self, tickets) -> None:
+        for ticket in tickets:
+            self._requests.put((ticket, self.version))
+
+    def wait(self, timeout_s: float) -> list[GroupReport]:
+        reports = []
+        try:
+            reports.append(self._reports.get(timeout=timeout_s) if timeout_s else self._reports.get_nowait())
+            while True:
+                reports.append(self._reports.get_nowait())
+        except queue.Empty:
+            return reports
+
+    def abort(self, uids: list[str]) -> None:
+        raise AssertionError("nothing here outlives its bound")
+
+    def _run(self) -> None:
+        while True:
+            waiting = [self._requests.get()]
+            time.sleep(0.005)
+            while not self._requests.empty():
+                waiting.append(self._requests.get())
+            self._random.shuffle(waiting)
+            for ticket, version in waiting:
+                self._generate(ticket, version)
+
+    def _generate(self, ticket, version: int) -> None:
+        fails = self._random.random() < self._fail_share
+        rows = []
+        for session in range(1 if fails else RESPONSES):
+            rows.append(self._store(ticket, session, version))
+        error = "ValueError: this one fails" if fails else None
+        self._reports.put(GroupReport(ticket.uid, tuple(rows), error, finished_at=time.time()))
+
+    def _store(self, ticket, session: int, version: int) -> Row:
+        responses = torch.tensor(response_of(ticket.uid, session))
+        fields = {
+            "prompts": torch.tensor([1, 2, 3]),
+            "responses": responses,
+            "response_mask": torch.ones_like(responses),
+            "position_ids": torch.arange(3 + len(responses)),
+            "rollout_log_probs": -responses.float() / 1000,
+            "rm_scores": torch.zeros(len(responses)),
+            "num_turns": 2,
+            "extra_fields": {"session": session},
+            "session_id": session,
+        }
+        key = f"{ticket.uid}_{session}_0"
+        packed = list_of_dict_to_tensordict([codec.pack(fields)])
+        self._tq.kv_batch_put(keys=[key], fields=packed, partition_id=lot_partition(ticket.lot))
+        spans = self.spans(len(responses), version) if self.spans else ((version, len(responses)),)
+        return Row(key, 3, len(responses), spans)
+
+
+class Run:
+    """A trainer reduced to its hooks."""
+
+    def __init__(self, tq, rule, name: str, fail_share: float = 0.0, ledger=None, max_failed_fraction=1.0) -> None:
+        self.tq, self.name, self.dispatched = tq, name, 0
+        self.workers = Workers(tq, fail_share)
+        self.buffer = StalenessReplayBuffer(
+            rule=rule,
+            clock=UpdateClock(BATCH, BATCH // 2),
+            failures=FailureWindow(max_failed_fraction, window=10),
+            ledger=ledger,
+            dispatch=self.dispatch,
+            trainer_mode="stale_k",
+            trainer_config={},
+        )
+        self.buffer.connect(self.workers)
+
+    def dispatch(self, groups: int) -> None:
+        uids = [f"{self.name}-{self.dispatched + i}" for i in range(groups)]
+        indices = [self.dispatched + i for i in range(groups)]
+        self.dispatched += groups
+        prompts = TensorDict(
+            {
+                "uid": NonTensorStack(*uids),
+                "index": torch.tensor(indices),
+                "raw_prompt": NonTensorStack(*[[{"role": "user", "content": uid}] for uid in uids]),
+            },
+            batch_size=[groups],
+        )
+        tu.assign_non_tensor_data(prompts, "global_steps", 1)
+        self.workers.version = self.buffer.version
+        self.workers.start(self.buffer.open_groups(uids, indices, prompts))
+
+    def step(self, step: int, parts: int = 1, check=None) -> list:
+        batches = []
+        for _ in range(parts):
+            batch, _ = self.buffer.sample(step, "train", BATCH // parts)
+            if check:
+                check(batch)
+            batches.append(batch)
+        self.buffer.settle()
+        for batch in batches:
+            self.tq.kv_clear(keys=batch.keys, partition_id="train")
+        self.buffer.advance(step)
+        return batches
+
+
+def as_list(column) -> list:
+    """Python objects come back from TransferQueue as a list or as a stack."""
+    return column.tolist() if hasattr(column, "tolist") else list(column)
+
+
+def assert_rows_are_those_that_were_generated(tq, batch) -> None:
+    data = tq.kv_batch_get(keys=batch.keys, partition_id="train")
+    assert data["responses"].is_nested and data["prompts"].is_nested
+    for key, tag, responses, mask, log_probs, raw_prompt, uid in zip(
+        batch.keys,
+        batch.tags,
+        data["responses"].unbind(),
+        data["response_mask"].unbind(),
+        data["rollout_log_probs"].unbind(),
+        as_list(data["raw_prompt"]),
+        as_list(data["uid"]),
+        strict=True,
+    ):
+        group, session, _ = key.rsplit("_", 2)
+        assert responses.tolist() == response_of(group, int(session))
+        assert mask.tolist() == [1] * len(responses)
+        torch.testing.assert_close(log_probs, -responses.float() / 1000)
+        assert raw_prompt == [{"role": "user", "content": group}] and uid == group
+        assert tag["seq_len"] == 3 + len(responses) and not tag.get("is_padding")
+
+
+def trained_groups(batches) -> list[str]:
+    return [key.rsplit("_", 2)[0] for batch in batches for key in batch.keys[::RESPONSES]]
+
+
+@pytest.mark.parametrize(("k", "parts"), [(0, 1), (1, 2), (3, 1)])
+def test_exact_stale_trains_every_group_once_at_its_age(transfer_queue, k, parts):
+    steps, run = 8, Run(transfer_queue, ExactStale(k, BATCH), f"exact{k}", fail_share=0.2)
+    run.buffer.rule.limit(steps)
+    trained = []
+    for step in range(1, steps + 1):
+        batches = run.step(step, parts, lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch))
+        for batch in batches:
+            versions = {(tag["min_global_steps"], tag["max_global_steps"]) for tag in batch.tags}
+            assert versions == {(max(0, step - 1 - k),) * 2}
+        trained += trained_groups(batches)
+    assert len(trained) == len(set(trained)) == steps * BATCH
+    assert not any(transfer_queue.kv_list().values()), "rows were left behind"
+
+
+def test_bounded_async_trains_every_group_once_within_the_bound(transfer_queue):
+    steps, run = 8, Run(transfer_queue, BoundedAsync(2, BATCH), "bounded", fail_share=0.2)
+    run.buffer.rule.limit(steps)
+    trained = []
+    for step in range(1, steps + 1):
+        batches = run.step(step, 2, lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch))
+        assert all(tag["min_global_steps"] >= step - 1 - 2 for batch in batches for tag in batch.tags)
+        trained += trained_groups(batches)
+    assert len(trained) == len(set(trained)) == steps * BATCH
+    assert not any(transfer_queue.kv_list().values()), "rows were left behind"
+
+
+def test_over_age_tokens_leave_the_masks(transfer_queue):
+    run = Run(transfer_queue, BoundedAsync(1, BATCH, min_usable_share=0.0), "masked")
+    run.buffer.pump()
+    while run.buffer.rule.ready < 2 * BATCH:
+        run.buffer._take_reports(0.1)
+    run.workers.spans = None
+    run.buffer.advance(1)
+    run.buffer.advance(2)
+    # What is ready is of version 0, all of it over age; a new generation that began with version 0 is over age in part.
+    run.workers.spans = lambda tokens, version: ((0, 1), (version, tokens - 1)) if tokens > 1 else ((version, 1),)
+    batch, _ = run.buffer.sample(3, "train", BATCH)
+    data = transfer_queue.kv_batch_get(keys=batch.keys, partition_id="train")
+    for mask, loss_mask in zip(data["response_mask"].unbind(), data["loss_mask"].unbind(), strict=True):
+        tokens = len(mask)
+        assert mask.tolist() == loss_mask.tolist() == ([0] + [1] * (tokens - 1) if tokens > 1 else [1])
+    metrics = run.buffer.step_metrics()
+    assert metrics["staleness/evicted_dropped"] == 2 * BATCH
+    assert metrics["staleness/over_age_tokens"] == sum(int(m[0] == 0) for m in data["response_mask"].unbind())
+    transfer_queue.kv_clear(keys=batch.keys, partition_id="train")
+
+
+def test_a_restart_continues_where_the_checkpoint_was(transfer_queue, tmp_path):
+    """Saved while the batch just trained is still there and groups are in flight; both are dealt with on load."""
+    whole = Run(transfer_queue, ExactStale(2, BATCH), "resumed")
+    for step in range(1, 4):
+        whole.step(step)
+    batch, _ = whole.buffer.sample(4, "train", BATCH)
+    whole.buffer.settle()
+    state = json.loads(json.dumps(whole.buffer.state_dict()))
+    waiting = [group[0][0] for group in state["rule"]["ready"]]
+    transfer_queue.save_checkpoint(tmp_path / "tq")
+
+    for partition, rows in transfer_queue.kv_list().items():  # what a crash does
+        if rows:
+            transfer_queue.kv_clear(keys=list(rows), partition_id=partition)
+    transfer_queue.load_checkpoint(tmp_path / "tq")
+    again = Run(transfer_queue, ExactStale(2, BATCH), "after")
+    again.buffer.load_state_dict(state, version=4)
+    assert not set(batch.keys) & set(transfer_queue.kv_list("train").get("train", {})), "the trained batch came back"
+    trained = []
+    for step in (5, 6, 7):
+        check = lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch)  # noqa: E731
+        (resumed,) = again.step(step, check=check)
+        assert {tag["min_global_steps"] for tag in resumed.tags} == {step - 1 - 2}
+        trained.append(trained_groups([resumed]))
+    assert sorted(trained[0] + trained[1]) == sorted(waiting)
+    assert all(uid.startswith("after-") for uid in trained[2])
+    again.buffer.settle()
+    for partition, rows in transfer_queue.kv_list().items():
+        if rows:
+            transfer_queue.kv_clear(keys=list(rows), partition_id=partition)
+
+
+def test_a_checkpoint_that_lacks_rows_is_refused(transfer_queue):
+    run = Run(transfer_queue, ExactStale(1, BATCH), "lost")
+    run.buffer.settle()
+    state = run.buffer.state_dict()
+    for partition, rows in transfer_queue.kv_list().items():
+        if rows:
+            transfer_queue.kv_clear(keys=list(rows), partition_id=partition)
+    with pytest.raises(RuntimeError, match=r"lacks .* buffered rows"):
+        Run(transfer_queue, ExactStale(1, BATCH), "x").buffer.load_state_dict(state, version=0)
+    with pytest.raises(ValueError, match="format 0"):
+        run.buffer.load_state_dict(state | {"state_version": 0}, version=0)
+
+
+def test_groups_in_flight_at_the_checkpoint_start_again(transfer_queue):
+    run = Run(transfer_queue, BoundedAsync(1, BATCH), "inflight")
+    run.workers.start = lambda tickets: None  # they never finish
+    run.buffer.pump()
+    state = run.buffer.state_dict()
+    again = Run(transfer_queue, BoundedAsync(1, BATCH), "other")
+    again.buffer.load_state_dict(state, version=3)
+    tickets, prompts = again.buffer.reopen_groups()
+    assert [ticket.uid for ticket in tickets] == as_list(prompts["uid"]) == [f"inflight-{i}" for i in range(8)]
+    assert {ticket.dispatch_version for ticket in tickets} == {3}
+    assert prompts["index"].tolist() == list(range(8))
+    again.workers.version = 3
+    again.workers.start(tickets)
+    (batch,) = again.step(4)
+    assert {tag["min_global_steps"] for tag in batch.tags} == {3}
+    for partition, rows in transfer_queue.kv_list().items():
+        if rows:
+            transfer_queue.kv_clear(keys=list(rows), partition_id=partition)
+
+
+def test_the_wrong_version_stops_the_run_with_a_report(transfer_queue):
+    run = Run(transfer_queue, ExactStale(1, BATCH), "wrong")
+    run.workers.spans = lambda tokens, version: ((version + 1, tokens),)
+    with pytest.raises(StalenessViolation, match=r"must come from weight version 0, but row wrong-\d+_0_0"):
+        run.buffer.settle()
+
+
+def test_too_many_failures_stop_the_run(transfer_queue):
+    run = Run(transfer_queue, ExactStale(0, BATCH), "failing", fail_share=1.0, max_failed_fraction=0.2)
+    with pytest.raises(TooManyFailures, match="10 x ValueError: this one fails"):
+        run.buffer.sample(1, "train", BATCH)
+
+
+def test_the_ledger_has_every_row_before_it_is_trained(transfer_queue, tmp_path):
+    run = Run(transfer_queue, ExactStale(1, BATCH), "ledger", ledger=TrainedRowsLedger(str(tmp_path / "rows.jsonl")))
+    (batch,) = run.step(1)
+    (line,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert (line["step"], line["version"], line["oldest_version"]) == (1, 0, None)
+    assert [row[0] for group in line["groups"] for row in group[3]] == batch.keys
+    run.buffer.settle()
+
+
+def test_validation_goes_verls_way_and_sees_only_its_own_rows(transfer_queue):
+    run = Run(transfer_queue, ExactStale(1, BATCH), "val")
+    run.buffer.settle()
+    uids = ["va", "vb"]
+    tags = [{"is_prompt": True, "status": "pending", "global_steps": 0} for _ in uids]
+    transfer_queue.kv_batch_put(keys=uids, partition_id="val", tags=tags)
+    for uid in uids:
+        fields = list_of_dict_to_tensordict([{"responses": torch.arange(3)}])
+        tag = {"status": "success", "seq_len": 3}
+        transfer_queue.kv_batch_put(keys=[f"{uid}_0_0"], partition_id="val", fields=fields, tags=[tag])
+        transfer_queue.kv_put(key=uid, partition_id="val", tag={"status": "finished"})
+    batch, _ = run.buffer.sample(0, "val", 2)
+    assert sorted(batch.keys) == ["va_0_0", "vb_0_0"] and batch.partition_id == "val"
+    assert set(run.buffer.partitions) == {"val"}
+    transfer_queue.kv_clear(keys=batch.keys, partition_id="val")

@@ -1,0 +1,126 @@
+"""Settings that contradict the staleness are found before anything starts, by name and with a remedy."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from verl_m2po.staleness import preflight
+from verl_m2po.staleness.config import MODE_DEFAULTS, load_mode_config
+from verl_m2po.staleness.units import UpdateClock
+
+MODES = list(MODE_DEFAULTS)
+
+
+def config(mode: str = "stale_k", **changes):
+    """What the preflight reads of a sound configuration, with changes given as `a__b=value`."""
+    base = OmegaConf.create(
+        {
+            "data": {"train_batch_size": 256, "max_prompt_length": 512, "max_response_length": 1024},
+            "algorithm": {},
+            "actor_rollout_ref": {
+                "actor": {"ppo_mini_batch_size": 64, "ppo_epochs": 1},
+                "rollout": {"n": 8, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "agent": {}},
+            },
+            "trainer": {"v1": {"trainer_mode": mode, mode: {}, "sampler": {}}},
+        }
+    )
+    for key, value in changes.items():
+        OmegaConf.update(base, key.replace("__", "."), value, force_add=True)
+    return base
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sound_configuration_has_no_problem(mode):
+    assert preflight.check(config(mode, **{f"trainer__v1__{mode}__staleness_updates": 256})) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"trainer__v1__stale_k__staleness_updates": 10}, "trainer.v1.stale_k.staleness_updates"),
+        ({"trainer__v1__stale_k__staleness_updates": -4}, "trainer.v1.stale_k.staleness_updates"),
+        ({"trainer__v1__stale_k__max_failed_fraction": 1.5}, "trainer.v1.stale_k.max_failed_fraction"),
+        ({"trainer__v1__stale_k__failed_window_groups": 0}, "trainer.v1.stale_k.failed_window_groups"),
+        ({"trainer__v1__stale_k__generation_timeout_s": 0}, "trainer.v1.stale_k.generation_timeout_s"),
+        ({"trainer__v1__stale_k__parameter_sync_step": 4}, "trainer.v1.stale_k.parameter_sync_step"),
+        ({"trainer__v1__stale_k__no_such_key": 1}, "trainer.v1.stale_k"),
+        ({"trainer__v1__stale_k__staleness_updates": "many"}, "trainer.v1.stale_k"),
+        ({"actor_rollout_ref__actor__ppo_mini_batch_size": 100}, "trainer.v1.stale_k.staleness_updates"),
+        ({"actor_rollout_ref__rollout__top_p": 0.9}, "actor_rollout_ref.rollout.top_p"),
+        ({"actor_rollout_ref__rollout__top_k": 50}, "actor_rollout_ref.rollout.top_k"),
+        ({"actor_rollout_ref__rollout__temperature": 0}, "actor_rollout_ref.rollout.temperature"),
+        ({"trainer__use_v1": False}, "trainer.use_v1"),
+        ({"algorithm__filter_groups__enable": True}, "algorithm.filter_groups.enable"),
+        ({"skip__rollout_tq__enable": True}, "skip.rollout_tq.enable"),
+        ({"trainer__v1__sampler__custom_sampler__path": "x.py"}, "trainer.v1.sampler.custom_sampler.path"),
+        (
+            {"actor_rollout_ref__rollout__agent__agent_loop_manager_class": "mine.Manager"},
+            "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
+        ),
+    ],
+)
+def test_each_contradiction_is_named(changes, key):
+    problems = preflight.check(config(**changes))
+    assert [problem.key for problem in problems if problem.is_fatal] == [key]
+    assert problems[0].remedy
+
+
+def test_temperature_and_raw_log_probs_do_not_match():
+    changes = {
+        "actor_rollout_ref__rollout__temperature": 0.6,
+        "actor_rollout_ref__rollout__logprobs_mode": "raw_logprobs",
+    }
+    assert [problem.key for problem in preflight.check(config(**changes))] == [
+        "actor_rollout_ref.rollout.logprobs_mode"
+    ]
+    changes["actor_rollout_ref__rollout__logprobs_mode"] = "processed_logprobs"
+    assert preflight.check(config(**changes)) == []
+
+
+def test_several_epochs_are_counted_and_mentioned():
+    changes = {"actor_rollout_ref__actor__ppo_epochs": 2, "trainer__v1__stale_k__staleness_updates": 8}
+    (problem,) = preflight.check(config(**changes))
+    assert problem.key == "actor_rollout_ref.actor.ppo_epochs" and not problem.is_fatal
+
+
+def test_an_unknown_key_error_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"no_such_key.*The settings are: staleness_updates"):
+        load_mode_config(config(trainer__v1__stale_k__no_such_key=1), "stale_k")
+
+
+def test_memory_is_computed_from_the_depth():
+    """Stale-256 of the paper: 65 batches x 256 prompts x 8 responses of 1024 tokens at 9 bytes, prompts at 4."""
+    changes = {"trainer__v1__stale_k__staleness_updates": 256}
+    expected = 65 * 256 * 8 * (1024 * 9 + 512 * 4 + preflight.ROW_OVERHEAD_BYTES)
+    assert preflight.estimate_buffer_bytes(config(**changes), 64) == expected
+    assert preflight.check(config(**changes), available_memory_bytes=2 * expected) == []
+    (problem,) = preflight.check(config(**changes), available_memory_bytes=2 * expected - 2)
+    assert problem.is_fatal and "ssd_offload" in problem.remedy and "65 batches" in problem.why
+    changes["trainer__v1__stale_k__buffer_memory_limit_gib"] = expected / 2**30
+    assert preflight.check(config(**changes), available_memory_bytes=1) == []
+    changes["trainer__v1__stale_k__buffer_memory_limit_gib"] = 0.1
+    changes["transfer_queue__backend__SimpleStorage__ssd_offload__enabled"] = True
+    assert preflight.check(config(**changes), available_memory_bytes=1) == []
+
+
+def test_a_run_shorter_than_its_staleness_is_refused():
+    clock = UpdateClock(256, 64)
+    assert preflight.check_run_length(9, clock, "stale_k", 10) == []
+    (problem,) = preflight.check_run_length(10, clock, "stale_k", 10)
+    assert problem.value == 40 and "at most 36" in problem.remedy
+    assert preflight.check_run_length(0, clock, "stale_k", 0) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_modes_set_what_they_need(mode):
+    from verl_m2po.staleness.trainer import set_what_the_mode_needs
+
+    changed = config(mode)
+    OmegaConf.set_struct(changed, True)
+    set_what_the_mode_needs(changed)
+    assert changed.algorithm.rollout_correction.bypass_mode is True
+    assert changed.actor_rollout_ref.rollout.calculate_log_probs is True
+    assert changed.actor_rollout_ref.rollout.agent.agent_loop_manager_class.startswith("verl_m2po.")
+    mini_batches = 1 if mode == "stale_k" else 4
+    assert changed.trainer.v1[mode].parameter_sync_step == mini_batches
+    assert set(changed.trainer.v1[mode]) == set(MODE_DEFAULTS[mode])
+    assert preflight.check(changed) == []

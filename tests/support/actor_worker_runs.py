@@ -1,0 +1,275 @@
+"""verl's real training worker with its FSDP2 engine on the CPU, inside a rank started by `run_on_ranks`."""
+
+import contextlib
+import functools
+import os
+
+import torch
+import torch.distributed as dist
+
+VOCABULARY = 32
+PROMPT = 3
+
+
+def save_model(folder):
+    """A random Qwen2 with a few thousand parameters."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    # Larger weights than the default, so that log-probs differ from token to token.
+    config.initializer_range = 0.3
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+def rollouts(rows, seed, ages=None):
+    """Rows of tokens with unequal lengths, as plain lists: behaviour log-probs come from `behaviour_log_probs`.
+
+    The last row is padding, as verl appends it: it has tokens, but none of them is a response token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 20, (rows,), generator=generator).tolist()
+    data = []
+    for row, length in enumerate(lengths):
+        response_mask = torch.rand(length, generator=generator) < 0.85
+        response_mask[0] = True
+        if row == rows - 1:
+            response_mask[:] = False
+        # A heavy tail, and a different scale for each row: micro-batches that decide alone would disagree.
+        noise = torch.randn(length, generator=generator) * 0.1 * (1 + row)
+        # The size of the advantage tells the row.
+        advantage = (1 + 0.01 * row) * (1 if torch.rand((), generator=generator) < 0.5 else -1)
+        data.append(
+            {
+                "tokens": torch.randint(0, VOCABULARY, (PROMPT + length,), generator=generator),
+                "response_mask": response_mask,
+                "noise": noise,
+                "advantages": torch.full((length,), advantage),
+                "age": 0 if ages is None else ages[row],
+            }
+        )
+    return data
+
+
+def build_worker(model_folder, policy_loss, ours=True):
+    """verl's training worker (or ours), with learning rate 0, so that it can train on the same data again."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import (
+        FSDPActorConfig,
+        FSDPEngineConfig,
+        FSDPOptimizerConfig,
+        HFModelConfig,
+        TrainingWorkerConfig,
+    )
+    from verl.workers.engine_workers import TrainingWorker
+    from verl.workers.utils.losses import ppo_loss
+
+    from verl_m2po.losses.config import M2POPolicyLossConfig
+    from verl_m2po.worker import M2POTrainingWorker
+
+    os.environ.update(WORLD_SIZE=str(dist.get_world_size()), RANK=str(dist.get_rank()))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    model_config = HFModelConfig(
+        path=str(model_folder),
+        load_tokenizer=False,
+        use_remove_padding=False,
+        enable_gradient_checkpointing=False,
+        override_config={"attn_implementation": "sdpa"},
+    )
+    precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    engine_config = FSDPEngineConfig(
+        strategy="fsdp2",
+        use_torch_compile=False,
+        mixed_precision=precision,
+        use_remove_padding=False,
+    )
+    worker = (M2POTrainingWorker if ours else TrainingWorker)(
+        TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=model_config,
+            engine_config=engine_config,
+            optimizer_config=FSDPOptimizerConfig(lr=0.0, total_training_steps=10),
+            checkpoint_config=CheckpointConfig(),
+        )
+    )
+    worker.reset()
+    actor_config = FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=1,
+        use_dynamic_bsz=True,
+        use_torch_compile=False,
+        policy_loss=M2POPolicyLossConfig(**policy_loss),
+    )
+    worker.set_loss_fn(functools.partial(ppo_loss, config=actor_config))
+    return worker
+
+
+def pack(worker, micro_batch_size=None, max_tokens=None):
+    """Choose how `worker` cuts a mini-batch: by rows or by tokens."""
+    worker.engine_config.use_dynamic_bsz = micro_batch_size is None
+    worker.engine_config.max_token_len_per_gpu = max_tokens
+    worker.engine_config.micro_batch_size_per_gpu = micro_batch_size
+
+
+def as_data(rows, old_log_probs, global_batch_size, with_age=False, entropy=False):
+    """The TensorDict that verl gives to `train_batch`."""
+    from verl.utils import tensordict_utils as tu
+
+    def nested(values):
+        return torch.nested.as_nested_tensor(list(values), layout=torch.jagged)
+
+    def whole(row, response):
+        return torch.cat((torch.zeros(PROMPT, dtype=response.dtype), response))
+
+    tensors = {
+        "input_ids": nested(row["tokens"] for row in rows),
+        "position_ids": nested(torch.arange(len(row["tokens"])) for row in rows),
+        "prompts": nested(row["tokens"][:PROMPT] for row in rows),
+        "responses": nested(row["tokens"][PROMPT:] for row in rows),
+        "response_mask": nested(row["response_mask"] for row in rows),
+        "loss_mask": nested(whole(row, row["response_mask"]) for row in rows),
+        "advantages": nested(row["advantages"] for row in rows),
+        "old_log_probs": nested(old_log_probs),
+    }
+    if with_age:
+        tensors["age_updates"] = torch.tensor([row["age"] for row in rows])
+    settings = {
+        "global_batch_size": global_batch_size,
+        "temperature": 1.0,
+        "calculate_entropy": entropy,
+        "disable_auto_offload": True,
+    }
+    return tu.get_tensordict(tensors, settings)
+
+
+def behaviour_log_probs(worker, rows):
+    """Log-probs of `rows` under the weights of `worker`, plus the noise of each row, on every rank."""
+    own = as_data(rows, [torch.zeros(len(row["noise"])) for row in rows], len(rows))
+    pack(worker, max_tokens=4096)
+    log_ratios = {}
+    for tokens, _ in worker.look_ahead(own):
+        log_prob, advantages = tokens.log_prob.view(tokens.shape), tokens.advantages.view(tokens.shape)
+        for i in range(tokens.shape[0]):
+            log_ratios[row_of(advantages[i])] = log_prob[i]
+    return [log_ratios[i][: len(row["noise"])] - row["noise"] for i, row in enumerate(rows)]
+
+
+def row_of(advantages):
+    return round((advantages.abs().max().item() - 1) / 0.01)
+
+
+@contextlib.contextmanager
+def recording(worker):
+    """What happens inside `train_batch`: keep masks by row, whole gradients, the number of forward-only passes."""
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    from verl_m2po.trust_region import current_mini_batch
+
+    record = {"keep": {}, "gradients": {}, "forward_only_passes": 0}
+    loss, step, infer = POLICY_LOSS_REGISTRY["m2po"], worker.engine.optimizer_step, worker.engine.infer_batch
+
+    def recorded_loss(**arguments):
+        result = loss(**arguments)
+        for keep, advantages, response_mask in zip(
+            current_mini_batch().keep, arguments["advantages"], arguments["response_mask"], strict=True
+        ):
+            record["keep"][row_of(advantages)] = (
+                keep[: int(response_mask.nonzero().max()) + 1].tolist() if (response_mask.any()) else []
+            )
+        return result
+
+    def recorded_step():
+        for name, parameter in worker.engine.module.named_parameters():
+            record["gradients"][name] = parameter.grad.full_tensor().clone()
+        return step()
+
+    def recorded_infer(*arguments, **keywords):
+        record["forward_only_passes"] += 1
+        return infer(*arguments, **keywords)
+
+    POLICY_LOSS_REGISTRY["m2po"] = recorded_loss
+    worker.engine.optimizer_step, worker.engine.infer_batch = recorded_step, recorded_infer
+    try:
+        yield record
+    finally:
+        POLICY_LOSS_REGISTRY["m2po"] = loss
+        worker.engine.optimizer_step, worker.engine.infer_batch = step, infer
+
+
+def train(worker, rows, old_log_probs, **options):
+    """One `train_batch` on this rank's share of `rows`; a record of what happened, with its metrics."""
+    from verl.utils import tensordict_utils as tu
+
+    share = torch.arange(len(rows)).tensor_split(dist.get_world_size())[dist.get_rank()].tolist()
+    data = as_data([rows[i] for i in share], [old_log_probs[i] for i in share], len(rows), **options)
+    with recording(worker) as record:
+        output = worker.train_batch(data)
+    record["metrics"] = m2po_metrics(tu.get(output, "metrics"))
+    return record
+
+
+def m2po_metrics(metrics):
+    return {name: value for name, value in metrics.items() if name.startswith("actor/m2po/")}
+
+
+def run_packings(model_folder, rows, packings, policy_loss, entropy=False):
+    """{packing: record} of training on `rows` with each way to cut them into micro-batches."""
+    worker = build_worker(model_folder, policy_loss)
+    old_log_probs = behaviour_log_probs(worker, rows)
+    records = {}
+    for name, packing in packings.items():
+        pack(worker, **packing)
+        records[name] = train(worker, rows, old_log_probs, entropy=entropy)
+    return records
+
+
+def run_seams(model_folder, rows):
+    """What the worker does where the loss asks for nothing, for statistics, or for what it cannot give."""
+    from verl.utils import tensordict_utils as tu
+
+    records = {}
+    two_rows = {"micro_batch_size": 2}
+    for name, policy_loss in {
+        "vanilla": {},
+        "vanilla with diagnostics": {"diagnostics": True},
+        "no_trust_region": {"selected": "no_trust_region"},
+        "m2po by micro_batch": {"selected": "m2po", "m2po": {"scope": "micro_batch"}},
+    }.items():
+        worker = build_worker(model_folder, policy_loss)
+        old_log_probs = behaviour_log_probs(worker, rows)
+        pack(worker, **two_rows)
+        records[name] = train(worker, rows, old_log_probs)
+    worker = build_worker(model_folder, {"selected": "m2po", "m2po": {"subtract_mismatch_floor": True}})
+    old_log_probs = behaviour_log_probs(worker, rows)
+    pack(worker, max_tokens=4096)
+    try:
+        train(worker, rows, old_log_probs)
+    except ValueError as error:
+        records["floor without ages"] = str(error)
+    records["floor"] = train(worker, rows, old_log_probs, with_age=True)
+    # Rows of age 0 have age 1 for the second update, so the floor stays what it was.
+    records["floor, second update"] = train(worker, rows, old_log_probs, with_age=True)
+    worker = build_worker(model_folder, {"selected": "m2po"}, ours=False)
+    pack(worker, **two_rows)
+    try:
+        worker.train_batch(as_data(rows, old_log_probs, len(rows)))
+    except RuntimeError as error:
+        records["verl's own worker"] = str(error)
+    worker = build_worker(model_folder, {"selected": "m2po"})
+    pack(worker, **two_rows)
+    # Two mini-batches of four rows, twice: verl's own loop around `train_batch`.
+    data = as_data(rows, old_log_probs, len(rows) // 2)
+    tu.assign_non_tensor(data, mini_batch_size=len(rows) // 2, epochs=2)
+    with recording(worker) as record:
+        output = worker.train_mini_batch(data)
+    record["metrics"] = m2po_metrics(tu.get(output, "metrics"))
+    records["two mini-batches, two epochs"] = record
+    return records

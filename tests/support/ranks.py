@@ -1,0 +1,55 @@
+"""Run a function on several real processes that share a gloo process group."""
+
+import os
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 540
+
+
+def run_on_ranks(world_sizes, function, *arguments):
+    """{world size: results of `function(*arguments)` by rank}.
+
+    Args:
+        world_sizes: Numbers of ranks. The processes are started once, for the largest; rank r takes part in all sizes
+            above r.
+        function: Defined in a module of tests/support, since the processes import it by name.
+        arguments: Passed on; results must be tensors or plain containers of them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = mp.start_processes(
+            _run, (world_sizes, folder, function, arguments), nprocs=max(world_sizes), join=False, start_method="spawn"
+        )
+        deadline = time.monotonic() + TIMEOUT_S
+        # `join` returns False as soon as one of several processes has ended.
+        while not processes.join(timeout=1):
+            if time.monotonic() > deadline:
+                for process in processes.processes:
+                    process.kill()
+                raise TimeoutError(f"{function.__name__} on {world_sizes} ranks took more than {TIMEOUT_S} s.")
+        return {size: [torch.load(Path(folder) / f"{size}-{rank}.pt") for rank in range(size)] for size in world_sizes}
+
+
+def _run(rank, world_sizes, folder, function, arguments):
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    for size in sorted(world_sizes, reverse=True):
+        if rank >= size:
+            return
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous-{size}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=TIMEOUT_S),
+        )
+        try:
+            torch.save(function(*arguments), Path(folder) / f"{size}-{rank}.pt")
+        finally:
+            dist.destroy_process_group()

@@ -1,0 +1,90 @@
+"""`python -m verl_m2po.bench`: measure, and write the table into docs/benchmarks.md."""
+
+import os
+import platform
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from verl_m2po.bench.batches import make_batch
+from verl_m2po.bench.measure import CONTESTANTS, Call, median, peak_tensors, seconds
+
+BEGIN, END = "<!-- losses: begin -->", "<!-- losses: end -->"
+TOKENS = [13 * 1024, 51 * 1024, 206 * 1024, 1024 * 1024]
+MASKED = [0.0006, 0.01, 0.1]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+console = Console()
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Markdown file whose marked section is replaced.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds that count.", min=1)] = 15,
+    device: Annotated[str, typer.Option(help="cpu (one thread) or cuda.")] = "cpu",
+    tokens: Annotated[list[int] | None, typer.Option(help="Sizes, multiples of 1024. Repeat for several.")] = None,
+) -> None:
+    """Forward and backward of the losses, statistics included, side by side in one process."""
+    torch.set_num_threads(1)
+    lines = _header(device, rounds)
+    cases = [(n, f, d) for n in tokens or TOKENS for f in MASKED for d in DTYPES]
+    for size, masked_fraction, dtype in track(cases, "measuring", console=console):
+        lines.append(_row(size, masked_fraction, dtype, device, rounds))
+    table = "\n".join(lines)
+    if out is None:
+        console.print(table, markup=False, soft_wrap=True)
+    else:
+        _replace_section(out, table)
+        console.print(f"written to {out}")
+
+
+def _header(device: str, rounds: int) -> list[str]:
+    on = torch.cuda.get_device_name() if device == "cuda" else f"one thread of {_processor()}"
+    names = ["tokens", "masked", "log-probs", *(contestant.name for contestant in CONTESTANTS)]
+    return [
+        f"`python -m verl_m2po.bench {' '.join(sys.argv[1:])}`, {date.today()}, {on}, torch {torch.__version__}, "
+        f"seed 0. Median of {rounds} rounds in milliseconds; times as much as `vanilla`; peak memory in tensors of the "
+        "size of the float32 log-probs, gradient and saved tensors included.",
+        "",
+        "| " + " | ".join(names) + " |",
+        "|" + "---:|" * len(names),
+    ]
+
+
+def _row(tokens: int, masked_fraction: float, dtype: str, device: str, rounds: int) -> str:
+    batch = make_batch(tokens, masked_fraction, DTYPES[dtype], device)
+    entered = [contestant for contestant in CONTESTANTS if tokens <= contestant.most_tokens]
+    calls = [Call(contestant, batch) for contestant in entered]
+    medians = [median(times) for times in seconds(calls, rounds)]
+    cells = {
+        call.contestant.name: f"{taken * 1e3:.2f} ({taken / medians[0]:.2f}x, {peak_tensors(call):.1f})"
+        for call, taken in zip(calls, medians, strict=True)
+    }
+    values = [cells.get(contestant.name, "") for contestant in CONTESTANTS]
+    return "| " + " | ".join([f"{tokens:,}", f"{masked_fraction:.2%}", dtype, *values]) + " |"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} cores)"
+    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def _replace_section(path: Path, table: str) -> None:
+    text = path.read_text()
+    if BEGIN not in text or END not in text:
+        raise typer.BadParameter(f"{path} has no section between {BEGIN} and {END}.")
+    before, rest = text.split(BEGIN, 1)
+    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,139 @@
+"""Time and memory of one call of a loss, forward and backward."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.workers.config import ActorConfig, FSDPActorConfig
+
+from verl_m2po.bench.authors_loop import authors_loss
+from verl_m2po.bench.batches import Batch
+from verl_m2po.losses.config import M2POPolicyLossConfig
+from verl_m2po.losses.token_pass import add_tokens, as_tokens
+from verl_m2po.second_moment import TrustRegionSearch
+from verl_m2po.trust_region import MiniBatch, training
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to compute a loss.
+
+    Args:
+        name: Heading of its column.
+        loss: verl's registered name, or the function.
+        scope: `policy_loss.m2po.scope`; with "mini_batch" the decision is made before the clock starts.
+        aggregation: `loss_agg_mode`.
+        most_tokens: Larger batches are left out.
+    """
+
+    name: str
+    loss: str | Callable
+    scope: str = "micro_batch"
+    aggregation: str = "token-mean"
+    most_tokens: float = float("inf")
+
+
+CONTESTANTS = (
+    Contestant("vanilla", "vanilla"),
+    Contestant("gspo", "gspo", aggregation="seq-mean-token-mean"),
+    Contestant("m2po, given threshold", "m2po", scope="mini_batch"),
+    Contestant("m2po, micro_batch", "m2po"),
+    Contestant("m2po_clip", "m2po_clip"),
+    Contestant("authors' loop", authors_loss, most_tokens=300_000),
+)
+
+
+class Call:
+    """One contestant on one batch, ready to be called again and again."""
+
+    def __init__(self, contestant: Contestant, batch: Batch):
+        self.contestant = contestant
+        self.batch = batch
+        self.config = _actor_config(contestant, batch)
+        loss = contestant.loss
+        self.loss = get_policy_loss_fn(loss) if isinstance(loss, str) else loss
+        tokens = as_tokens(batch.log_prob, batch.old_log_prob, batch.advantages, batch.response_mask)
+        self.region = add_tokens(TrustRegionSearch(batch.threshold), tokens).solve()
+
+    def __call__(self) -> None:
+        log_prob = self.batch.log_prob.detach().requires_grad_()
+        # Our actor worker collects the statistics; under verl's own each loss turns them into numbers.
+        given = self.contestant.scope == "mini_batch"
+        with training(MiniBatch(region=self.region if given else None)) as mini_batch:
+            loss, _ = self.loss(
+                old_log_prob=self.batch.old_log_prob,
+                log_prob=log_prob,
+                advantages=self.batch.advantages,
+                response_mask=self.batch.response_mask,
+                loss_agg_mode=self.contestant.aggregation,
+                config=self.config,
+                rollout_is_weights=None,
+            )
+        loss.backward()
+        for sums in mini_batch.sums:
+            sums.tolist()
+
+
+def seconds(calls: list[Call], rounds: int) -> list[list[float]]:
+    """Times of each call, taken in turns so that all see the same machine. First round is not counted."""
+    times: list[list[float]] = [[] for _ in calls]
+    gc.disable()
+    try:
+        for turn in range(rounds + 1):
+            for call, taken in zip(calls, times, strict=True):
+                _synchronize(call.batch)
+                start = time.perf_counter()
+                call()
+                _synchronize(call.batch)
+                if turn:
+                    taken.append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    return times
+
+
+def median(times: list[float]) -> float:
+    """The median time, in seconds."""
+    return statistics.median(times)
+
+
+def peak_tensors(call: Call) -> float:
+    """Most memory that one call holds beyond its arguments, in tensors of the size of the log-probs in float32."""
+    unit = call.batch.log_prob.numel() * 4
+    if call.batch.log_prob.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / unit
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / unit
+
+
+def _actor_config(contestant: Contestant, batch: Batch) -> ActorConfig:
+    policy_loss = M2POPolicyLossConfig(
+        m2po={"threshold": batch.threshold, "scope": contestant.scope}, m2po_clip={"threshold": batch.threshold}
+    )
+    config = FSDPActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=policy_loss)
+    response_tokens = int(batch.response_mask.sum())
+    config.global_batch_info.update(
+        dp_size=1, batch_num_tokens=response_tokens, global_batch_size=batch.log_prob.shape[0]
+    )
+    return config
+
+
+def _synchronize(batch: Batch) -> None:
+    if batch.log_prob.is_cuda:
+        torch.cuda.synchronize()

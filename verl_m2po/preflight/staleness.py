@@ -1,0 +1,21 @@
+"""Does the config contradict the staleness that it asks for? Asked only of our own trainer modes."""
+
+from collections.abc import Iterator
+
+import psutil
+from omegaconf import DictConfig, OmegaConf
+
+from verl_m2po.preflight.problem import Problem
+from verl_m2po.staleness import preflight
+from verl_m2po.staleness.config import MODE_DEFAULTS
+
+
+def is_chosen(config: DictConfig) -> bool:
+    """Return whether `config` runs in a trainer mode of this package."""
+    return OmegaConf.select(config, "trainer.v1.trainer_mode") in MODE_DEFAULTS
+
+
+def problems(config: DictConfig) -> Iterator[Problem]:
+    """Yield what contradicts the staleness of `config`."""
+    if is_chosen(config):
+        yield from preflight.check(config, available_memory_bytes=psutil.virtual_memory().total)

@@ -1,0 +1,247 @@
+"""verl's agent loop workers, which report each finished group to the trainer at once.
+
+verl's workers write rows and statuses into one TransferQueue partition, and the trainer lists that partition until
+enough is there. Here a training group's rows go to the partition of its lot, packed, and a short report goes to the
+trainer, which waits for it without polling. Validation is verl's own, untouched.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ, apply_greedy_sampling_params
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from verl_m2po.staleness import codec
+from verl_m2po.staleness.client import GenerationAborted, Session, current_session
+from verl_m2po.staleness.records import GroupReport, Row
+from verl_m2po.staleness.store import LOT_FIELD
+
+logger = logging.getLogger(__name__)
+
+REPORT_WAIT_S = 5.0
+"""How long a worker holds the trainer's question before it answers that nothing has finished."""
+
+
+@dataclass
+class _RunningGroup:
+    uid: str
+    lot: str
+    sessions: list[Session] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+
+def spans_of(session: Session, output: AgentLoopOutput) -> tuple[tuple[int, int], ...]:
+    """Weight versions of the tokens that `output` kept of what its session generated.
+
+    The response may have been cut to its limit, so the spans are cut too. Where an agent loop generated tokens that it
+    did not put into the response in order, which token is whose is unknown: all count as the oldest.
+    """
+    kept = sum(output.response_mask)
+    if kept > session.generated_tokens or (kept < session.generated_tokens and 0 in output.response_mask):
+        return ((min(version for version, _ in session.spans), kept),) if session.spans and kept else ()
+    spans = []
+    for version, tokens in session.spans:
+        taken = min(tokens, kept)
+        if taken:
+            spans.append((version, taken))
+        kept -= taken
+    return tuple(spans)
+
+
+def check_output(output: AgentLoopOutput, needs_log_probs: bool, max_response_tokens: int) -> None:
+    """Refuse a trajectory that must not be trained on.
+
+    Raises:
+        ValueError: empty, too long, or with log-probs or a reward that are missing, misaligned or not finite.
+    """
+    tokens = len(output.response_ids)
+    if not tokens or not sum(output.response_mask):
+        raise ValueError("empty response")
+    if tokens > max_response_tokens:
+        raise ValueError(f"response of {tokens} tokens, more than the {max_response_tokens} allowed")
+    if needs_log_probs:
+        log_probs = output.response_logprobs
+        if log_probs is None or len(log_probs) != tokens:
+            found = "no" if log_probs is None else len(log_probs)
+            raise ValueError(f"{found} behaviour log-probs for {tokens} response tokens")
+        if not all(math.isfinite(value) for value in log_probs):
+            raise ValueError("behaviour log-probs that are not finite")
+    if output.reward_score is not None and not math.isfinite(output.reward_score):
+        raise ValueError(f"reward {output.reward_score} is not finite")
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
+    """Generates groups into their lots, and answers the trainer's question which have ended."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        section = self.config.trainer.v1[self.config.trainer.v1.trainer_mode]
+        self._generation_timeout_s: float | None = section.get("generation_timeout_s")
+        self._running: dict[str, _RunningGroup] = {}
+        self._reports: list[GroupReport] = []
+        self._has_report = asyncio.Event()
+
+    async def take_reports(self) -> list[GroupReport]:
+        """Groups that ended since the last call; waits up to `REPORT_WAIT_S` for the first."""
+        try:
+            await asyncio.wait_for(self._has_report.wait(), REPORT_WAIT_S)
+        except asyncio.TimeoutError:
+            return []
+        reports, self._reports = self._reports, []
+        self._has_report.clear()
+        return reports
+
+    async def abort_groups(self, uids: list[str]) -> None:
+        """Stop generating these groups. Each still reports its end; unknown ones are another worker's."""
+        for group in filter(None, map(self._running.get, uids)):
+            for session in group.sessions:
+                session.abort()
+
+    async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
+        if LOT_FIELD not in prompt:
+            return await super()._run_prompt(prompt, sampling_params, trajectory=trajectory, trace=trace)
+        group = _RunningGroup(uid=prompt["uid"], lot=prompt.pop(LOT_FIELD))
+        self._running[group.uid] = group
+        error = await self._first_error(self._generate_group(group, prompt, sampling_params, trajectory, trace))
+        del self._running[group.uid]
+        self._reports.append(
+            GroupReport(
+                uid=group.uid,
+                rows=tuple(sorted(group.rows, key=lambda row: row.key)),
+                error=None if error is None else _first_line(error),
+                was_aborted=isinstance(error, GenerationAborted),
+                generated_tokens=sum(session.generated_tokens for session in group.sessions),
+                responses=max(1, len(group.sessions)),
+                finished_at=time.time(),
+            )
+        )
+        self._has_report.set()
+
+    @staticmethod
+    async def _first_error(work: Awaitable[list[BaseException]]) -> BaseException | None:
+        """The error that a group ends with, if any. It travels to the trainer in the report, not as an exception."""
+        try:
+            errors = await work
+        except Exception as error:
+            logger.exception("a prompt group could not be started")
+            return error
+        for error in errors:
+            if not isinstance(error, GenerationAborted):
+                logger.error("a session failed", exc_info=(type(error), error, error.__traceback__))
+        # An abort is the cause of nothing else, so any other error says more.
+        return next((error for error in errors if not isinstance(error, GenerationAborted)), (errors or [None])[0])
+
+    async def _generate_group(
+        self, group: _RunningGroup, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool
+    ) -> list[BaseException]:
+        n = prompt.pop("__rollout_n__", self.config.actor_rollout_ref.rollout.n)
+        sampling_params = dict(sampling_params)
+        if not prompt.pop("__do_sample__", True):
+            apply_greedy_sampling_params(sampling_params)
+        group.sessions.extend(Session() for _ in range(n))
+        sessions = [
+            self._run_session(group, session_id, sampling_params, trajectory, trace, prompt) for session_id in range(n)
+        ]
+        results = await asyncio.gather(*map(asyncio.create_task, sessions), return_exceptions=True)
+        return [result for result in results if isinstance(result, BaseException)]
+
+    async def _run_session(
+        self, group: _RunningGroup, session_id: int, sampling_params: dict, trajectory: dict, trace: bool, prompt: dict
+    ) -> None:
+        session = group.sessions[session_id]
+        current_session.set(session)
+        generation = asyncio.create_task(
+            self._run_agent_loop(sampling_params, trajectory=trajectory, trace=trace, session_id=session_id, **prompt)
+        )
+        await asyncio.wait({generation}, timeout=self._generation_timeout_s)
+        if not generation.done():
+            session.abort()  # before the cancellation: it needs the request that is still running
+            generation.cancel()
+            await asyncio.wait({generation})
+            raise TimeoutError(f"no answer within generation_timeout_s={self._generation_timeout_s}")
+        generation.result()
+
+    async def _agent_loop_postprocess(
+        self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any
+    ) -> None:
+        session = current_session.get()
+        if session is None:
+            return await super()._agent_loop_postprocess(output, validate, **kwargs)
+        outputs = output if isinstance(output, list) else [output]
+        if not outputs:
+            raise ValueError("the agent loop returned no trajectory")
+        await self._compute_score(outputs, kwargs=kwargs)
+        last = outputs[-1]
+        await self._compute_teacher_logprobs(
+            last, prompt_ids=last.prompt_ids, response_ids=last.response_ids, validate=validate, sample_kwargs=kwargs
+        )
+        for earlier in outputs[:-1] if last.reward_score is not None else []:
+            earlier.reward_score = last.reward_score
+            earlier.extra_fields["reward_extra_info"] = last.extra_fields["reward_extra_info"]
+        rollout = self.config.actor_rollout_ref.rollout
+        for each in outputs:
+            check_output(each, rollout.calculate_log_probs, rollout.response_length)
+        await self._store(outputs, session, kwargs)
+
+    async def _store(self, outputs: list[AgentLoopOutput], session: Session, kwargs: dict[str, Any]) -> None:
+        group = self._running[kwargs["uid"]]
+        rows, fields = [], []
+        for index, output in enumerate(outputs):
+            spans = spans_of(session, output)
+            key = f"{group.uid}_{kwargs['session_id']}_{index}"
+            rows.append(Row(key, len(output.prompt_ids), len(output.response_ids), spans))
+            fields.append(codec.pack(self._fields(output, kwargs["session_id"])))
+        await tq.async_kv_batch_put(
+            keys=[row.key for row in rows], fields=list_of_dict_to_tensordict(fields), partition_id=group.lot
+        )
+        group.rows.extend(rows)
+
+    def _fields(self, output: AgentLoopOutput, session_id: int) -> dict[str, Any]:
+        """verl's fields of one trajectory, without those of the data set, which are stored with the prompt."""
+        fields = output.as_dict()
+        fields.pop("multi_modal_data", None)
+        input_ids = torch.cat([fields["prompts"], fields["responses"]])
+        multi_modal_inputs = self._compute_multi_modal_inputs(output, input_ids)
+        attention_mask = torch.ones_like(input_ids)
+        fields["position_ids"] = self._compute_position_ids(
+            input_ids.unsqueeze(0), attention_mask.unsqueeze(0), multi_modal_inputs
+        ).squeeze(0)
+        fields["multi_modal_inputs"] = multi_modal_inputs
+        fields["session_id"] = session_id
+        if not codec.is_packable(fields):
+            raise NotImplementedError(
+                "the staleness modes keep text only: a response with images, video or multi-axis positions came back"
+            )
+        return fields
+
+
+class StalenessAgentLoopManager(AgentLoopManagerTQ):
+    """Spreads prompts over the workers in turn, so that single replacements do not all go to the first one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(StalenessAgentLoopWorker)
+        self._next_worker = 0
+
+    def generate_sequences(self, prompts: TensorDict) -> None:
+        """Start generating `prompts`; returns when the workers have accepted them."""
+        workers = self.agent_loop_workers
+        chunks = prompts.chunk(len(workers))
+        first, self._next_worker = self._next_worker, (self._next_worker + len(chunks)) % len(workers)
+        ray.get(
+            [workers[(first + i) % len(workers)].generate_sequences.remote(chunk) for i, chunk in enumerate(chunks)]
+        )

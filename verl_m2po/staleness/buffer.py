@@ -1,0 +1,277 @@
+"""verl's replay buffer, with the decision left to a rule: the glue between a rule, TransferQueue and the workers."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
+
+from verl_m2po.staleness.failures import FailureWindow
+from verl_m2po.staleness.ledger import TrainedRowsLedger
+from verl_m2po.staleness.metrics import StalenessMetrics
+from verl_m2po.staleness.records import Group, GroupReport, Selection, Ticket
+from verl_m2po.staleness.reports import Reports
+from verl_m2po.staleness.rules import StalenessRule, StalenessViolation
+from verl_m2po.staleness.store import LotStore
+from verl_m2po.staleness.units import UpdateClock, version_at_step
+
+logger = logging.getLogger(__name__)
+
+WAIT_S = 1.0
+"""Longest single wait for a report; waiting is event-driven, this only bounds how late a log line comes."""
+
+LOG_WAITING_EVERY_S = 60.0
+
+STATE_VERSION = 1
+"""Format of `StalenessReplayBuffer.state_dict`; raise it when an old one can no longer be read."""
+
+
+class StalenessReplayBuffer(ReplayBufferAsync):
+    """Admits, waits, selects and deletes as its rule says.
+
+    Cost per trainer step is that of the rows of that step, whatever the depth. Validation samples are verl's business
+    and go through verl's code, which then lists the validation partition only.
+
+    Args:
+        rule: decides.
+        clock: converts units, for the metrics.
+        failures: stops the run when too many groups fail.
+        ledger: records what was trained; None records nothing.
+        dispatch: starts that many new groups; it must call `open_groups` for them.
+        trainer_mode: for verl.
+        trainer_config: for verl.
+    """
+
+    def __init__(
+        self,
+        *,
+        rule: StalenessRule,
+        clock: UpdateClock,
+        failures: FailureWindow,
+        ledger: TrainedRowsLedger | None,
+        dispatch: Callable[[int], Any],
+        trainer_mode: str,
+        trainer_config: Any,
+    ) -> None:
+        super().__init__(
+            trainer_mode=trainer_mode,
+            trainer_config=trainer_config,
+            max_off_policy_threshold=None,
+            max_off_policy_strategy="drop",
+            sampler_kwargs={},
+            poll_interval=0.02,
+            refill_fn=dispatch,
+        )
+        self.rule = rule
+        self.version = 0
+        self.metrics = StalenessMetrics(clock)
+        self._failures = failures
+        self._ledger = ledger
+        self._dispatch = dispatch
+        self._store = LotStore()
+        self._reports: Reports | None = None
+
+    def connect(self, reports: Reports) -> None:
+        """Listen to `reports` from now on."""
+        self._reports = reports
+
+    def open_groups(self, uids: list[str], prompt_indices: list[int | str], prompts: TensorDict) -> list[Ticket]:
+        """Record groups that are about to be generated with the present weights.
+
+        Args:
+            uids: verl's group ids.
+            prompt_indices: positions or names in the data set, -1 where unknown.
+            prompts: what the data set gave, one row per group.
+        """
+        tickets = [self.rule.admit(uid, self.version, index) for uid, index in zip(uids, prompt_indices, strict=True)]
+        self._store.put_prompts(tickets, prompts)
+        self.metrics.admitted(len(tickets))
+        return tickets
+
+    def reopen_groups(self) -> tuple[list[Ticket], TensorDict | None]:
+        """Groups that were in flight at the checkpoint, to be generated again with the present weights."""
+        tickets = [self.rule.reissue(ticket.uid, self.version) for ticket in self.rule.in_flight_tickets()]
+        if not tickets:
+            return [], None
+        self.metrics.admitted(len(tickets))
+        return tickets, self._store.get_prompts(tickets)
+
+    def advance(self, version: int) -> None:
+        """The rollout holds weight `version` from now on: abort what that makes useless, start what it makes possible.
+
+        Args:
+            version: the new weight version.
+        """
+        self.version = version
+        if expired := self.rule.expired(version):
+            self._connected().abort(expired)
+        self.pump()
+
+    def pump(self) -> None:
+        """Start as many groups as the rule admits."""
+        if groups := self.rule.admissible(self.version):
+            self._dispatch(groups)
+
+    def settle(self) -> None:
+        """Wait until the weights may change: until nothing in flight would be spoiled by it."""
+        self._wait_until(lambda: self.rule.settled(self.version), "the present weights still have to generate")
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
+        """The next `batch_size` groups; see verl's `ReplayBuffer.sample`.
+
+        Raises:
+            StalenessViolation: the batch is not as old as the rule promises.
+        """
+        if partition_id == "val":
+            return super().sample(global_steps, partition_id, batch_size)
+        version = version_at_step(global_steps)
+        if version != self.version:
+            raise StalenessViolation(
+                f"trainer step {global_steps} trains from weight version {version}, the rollout holds {self.version}"
+            )
+        selection = self._wait_for_selection(batch_size)
+        self._check(selection)
+        batch = self._store.move_to_train(selection.groups, selection.oldest_version)
+        self.metrics.trained(selection.groups, version, selection.oldest_version)
+        if self._ledger is not None:
+            self._ledger.trained(global_steps, version, selection.oldest_version, selection.groups)
+        return batch, {}
+
+    def _wait_for_selection(self, batch_size: int) -> Selection:
+        found: list[Selection] = []
+
+        def try_select() -> bool:
+            selection = self.rule.select(self.version, batch_size)
+            if selection is None:
+                return False
+            if selection.evicted:
+                self._store.delete([(group.ticket, group.rows) for group in selection.evicted])
+                for group in selection.evicted:
+                    self.metrics.dropped(group)
+            if selection.groups:
+                found.append(selection)
+            return bool(selection.groups)
+
+        self._wait_until(try_select, f"a batch of {batch_size} groups is not there yet")
+        return found[0]
+
+    def _check(self, selection: Selection) -> None:
+        """Row by row, right before training: no token that stays is older than the bound, none is from the future."""
+        oldest = self.version - self.rule.staleness_steps
+        wrong = [
+            f"row {row.key}, spans {row.spans}"
+            for group in selection.groups
+            for row in group.rows
+            if row.max_version > self.version or (selection.oldest_version is None and row.min_version < oldest)
+        ]
+        if wrong or (selection.oldest_version is not None and selection.oldest_version < oldest):
+            raise StalenessViolation(
+                f"{self.rule.name} at weight version {self.version} allows versions {oldest} to {self.version}, but "
+                f"{len(wrong)} rows of the batch are outside: " + "; ".join(wrong[:8])
+            )
+
+    def _wait_until(self, is_done: Callable[[], bool], what: str) -> None:
+        began_at = logged_at = time.monotonic()
+        self._take_reports(timeout_s=0.0)
+        self.pump()
+        while not is_done():
+            self.pump()
+            self._take_reports(WAIT_S)
+            if time.monotonic() - logged_at > LOG_WAITING_EVERY_S:
+                logged_at = time.monotonic()
+                logger.info(
+                    "waiting for %.0f s: %s (in flight %d, ready %d, weight version %d)",
+                    logged_at - began_at,
+                    what,
+                    self.rule.in_flight,
+                    self.rule.ready,
+                    self.version,
+                )
+        self.metrics.trainer_waited(time.monotonic() - began_at)
+
+    def _connected(self) -> Reports:
+        if self._reports is None:
+            raise RuntimeError("the staleness buffer is used before the agent loop workers are there")
+        return self._reports
+
+    def _take_reports(self, timeout_s: float) -> None:
+        reports = self._connected().wait(timeout_s)
+        for report in reports:
+            self._take_report(report)
+        if reports and not self.rule.in_flight:
+            self.metrics.generator_idle(since=max(report.finished_at for report in reports))
+
+    def _take_report(self, report: GroupReport) -> None:
+        if report.error is None:
+            self.rule.finish(report.uid, report.rows)
+            self._failures.succeeded()
+            return
+        ticket = self.rule.fail(report.uid)
+        self._store.delete([(ticket, report.rows)])
+        if report.was_aborted:
+            self.metrics.aborted(report.generated_tokens / report.responses)
+            return
+        self.metrics.failed()
+        self._failures.failed(report.error)
+
+    def step_metrics(self) -> dict[str, float]:
+        """The metrics of the trainer step that ends now."""
+        return self.metrics.take(self.rule.in_flight, self.rule.ready)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything besides TransferQueue's own checkpoint that is needed to go on, as plain JSON.
+
+        Take it right before TransferQueue's: a group that finishes in between is then generated again, not lost.
+        """
+        self._take_reports(timeout_s=0.0)
+        return {"state_version": STATE_VERSION, "version": self.version, "rule": self.rule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], version: int) -> None:
+        """Go on from `state`, after TransferQueue has loaded its checkpoint.
+
+        Args:
+            state: what `state_dict` returned.
+            version: weights of the checkpoint, which the rollout will hold.
+
+        Raises:
+            ValueError: it was written by another version of this package or under another schedule.
+            StalenessViolation: it ends a run, and cannot be made longer at the same staleness.
+            RuntimeError: TransferQueue lacks rows that the state waits for.
+        """
+        if state.get("state_version") != STATE_VERSION:
+            raise ValueError(
+                f"the checkpoint's staleness state has format {state.get('state_version')!r}, this version of "
+                f"verl-m2po reads {STATE_VERSION}; resume with the version that wrote it"
+            )
+        self.rule.load_state_dict(state["rule"])
+        self.rule.check_resumable(version)
+        self.version = version
+        ready = [Group.from_json(data) for data in state["rule"]["ready"]]
+        deleted = self._store.restore(self.rule.in_flight_tickets(), ready)
+        logger.info(
+            "restored %d waiting groups, %d to generate again, deleted %d orphan rows",
+            len(ready),
+            self.rule.in_flight,
+            deleted,
+        )
+
+    def _sync_metadata_from_transfer_queue(self) -> None:
+        """verl's listing, of the validation partition only; training rows are never listed."""
+        by_status = {
+            "pending": self.pending_keys,
+            "running": self.running_keys,
+            "finished": self.finished_keys,
+            "failure": self.failure_keys,
+        }
+        for table in (self.partitions, self.prompt_global_steps, *by_status.values()):
+            table.clear()
+        for key, tag in tq.kv_list("val").get("val", {}).items():
+            if tag.get("is_prompt", False):
+                self.prompt_global_steps["val"][key] = tag["global_steps"]
+                by_status[tag["status"]]["val"].add(key)
+            else:
+                self.partitions["val"][key] = tag

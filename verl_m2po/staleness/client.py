@@ -1,0 +1,95 @@
+"""verl's client of the rollout servers, taught to remember which weights generated which tokens.
+
+verl keeps the first and the last weight version of a trajectory. A generation that is interrupted by a weight update
+and resumed has several, and the loss needs to know where one ends and the next begins. Every attempt passes through
+`LLMServerClient.generate`; `_SpanRecorder` sits right in front of it.
+"""
+
+import contextvars
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
+
+
+class GenerationAborted(RuntimeError):
+    """The group of this generation is no longer wanted."""
+
+
+@dataclass
+class Session:
+    """What one session (one trajectory of a group) has generated so far.
+
+    Args:
+        spans: [weight version, generated tokens], in the order of generation, over all turns.
+    """
+
+    spans: list[list[int]] = field(default_factory=list)
+    is_aborted: bool = False
+    server: Any = None
+    server_request_id: str | None = None
+
+    def record(self, version: int | None, tokens: int) -> None:
+        """Note that `version` generated the next `tokens` tokens.
+
+        Raises:
+            RuntimeError: the server does not know which weights it holds.
+        """
+        if version is None:
+            raise RuntimeError("the rollout server reports no weight version (global_steps) for its tokens")
+        if tokens == 0:
+            return
+        if self.spans and self.spans[-1][0] == version:
+            self.spans[-1][1] += tokens
+        else:
+            self.spans.append([int(version), tokens])
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(tokens for _, tokens in self.spans)
+
+    def abort(self) -> None:
+        """Stop generating: the request that is running is cancelled at its server, and none follows."""
+        self.is_aborted = True
+        if self.server is not None and self.server_request_id is not None:
+            self.server.abort_request.remote(self.server_request_id, reset_prefix_cache=False)
+
+
+current_session: contextvars.ContextVar[Session | None] = contextvars.ContextVar("current_session", default=None)
+
+
+class _SpanRecorder(LLMServerClient):
+    """Records every attempt in the session that asked for it; without one (validation) it does nothing."""
+
+    async def _acquire_server(self, request_id: str, **extra: Any) -> tuple[str, Any]:
+        server_id, server = await super()._acquire_server(request_id, **extra)
+        session = current_session.get()
+        if session is not None:
+            session.server = server
+        return server_id, server
+
+    def _vllm_request_id(self, request_id: str) -> str:
+        server_request_id = super()._vllm_request_id(request_id)
+        session = current_session.get()
+        if session is not None:
+            session.server_request_id = server_request_id
+        return server_request_id
+
+    async def generate(self, request_id: str, **kwargs: Any) -> Any:
+        session = current_session.get()
+        if session is None:
+            return await super().generate(request_id, **kwargs)
+        if session.is_aborted:
+            raise GenerationAborted(request_id)
+        try:
+            output = await super().generate(request_id, **kwargs)
+        finally:
+            session.server_request_id = None
+        session.record(output.extra_fields.get("global_steps"), len(output.token_ids))
+        if session.is_aborted:
+            raise GenerationAborted(request_id)
+        return output
+
+
+class SpanRecordingClient(FullyAsyncLLMServerClient, _SpanRecorder):
+    """`FullyAsyncLLMServerClient` whose every attempt is recorded: its ``super()`` is `_SpanRecorder`."""

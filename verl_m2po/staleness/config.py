@@ -1,0 +1,88 @@
+"""The settings of the trainer modes, each under `trainer.v1.<mode>`, and their defaults.
+
+The Hydra overlay merges `MODE_DEFAULTS` into verl's own configuration; a configuration without the overlay gets them
+when the mode starts. What is not listed here cannot be set: an unknown key is refused by name.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+@dataclass
+class StaleKConfig:
+    """Exactly `staleness_updates` optimizer updates old, trainer and rollout on the same devices.
+
+    Args:
+        staleness_updates: age of every trained batch when its first update is made, in optimizer updates. 0 is
+            on-policy. Must be a whole number of trainer steps, see docs/staleness.md.
+        generation_timeout_s: wall-clock seconds for one trajectory; after that its group failed and is replaced. null
+            waits for ever.
+        max_failed_fraction: the run stops when more than this share of the last `failed_window_groups` prompt groups
+            failed. 1 never stops.
+        failed_window_groups: see `max_failed_fraction`; nothing is judged before that many groups have ended.
+        buffer_memory_limit_gib: refuse to start if the waiting rollouts could need more than this, in GiB. null takes
+            half of the machine's memory. TransferQueue can spill to disk; the error says how.
+        ledger_path: file to which every trained row is appended, with its weight versions, as JSON lines. null: none.
+    """
+
+    staleness_updates: int = 0
+    generation_timeout_s: float | None = 3600.0
+    max_failed_fraction: float = 0.2
+    failed_window_groups: int = 100
+    buffer_memory_limit_gib: float | None = None
+    ledger_path: str | None = None
+    # Read by verl's base trainer under the name of the mode; the mode sets it, see trainer.py.
+    parameter_sync_step: int = 1
+
+
+@dataclass
+class StaleKSeparateConfig(StaleKConfig):
+    """Exactly `staleness_updates` optimizer updates old, trainer and rollout on separate devices.
+
+    Generation of one batch overlaps the training of another for `staleness_updates` of at least one trainer step.
+    What verl's `separate_async` reads (devices, checkpoint engine) stays where it is.
+    """
+
+
+@dataclass
+class BoundedAsyncConfig(StaleKConfig):
+    """No trained token older than `staleness_updates` optimizer updates; separate devices, generation never waits.
+
+    Args:
+        min_usable_share: a finished group with at least this share of its generated tokens within the bound is trained
+            with the older tokens masked, otherwise it is dropped and replaced; a generation that is expected to end
+            below it is aborted. 0 masks whatever it can and never aborts; 1 never masks.
+    """
+
+    staleness_updates: int = 0
+    min_usable_share: float = 0.25
+
+
+MODES: dict[str, type[StaleKConfig]] = {
+    "stale_k": StaleKConfig,
+    "stale_k_separate": StaleKSeparateConfig,
+    "bounded_async": BoundedAsyncConfig,
+}
+
+MODE_DEFAULTS: dict[str, dict[str, Any]] = {name: asdict(config()) for name, config in MODES.items()}
+
+
+def load_mode_config(config: DictConfig, mode: str) -> StaleKConfig:
+    """The settings of `mode` in verl's configuration, defaults filled in.
+
+    Raises:
+        ValueError: a key that the mode does not have, or a value of another type.
+    """
+    section = config.trainer.v1.get(mode) or {}
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(MODES[mode]), section)
+        loaded = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        known = ", ".join(MODE_DEFAULTS[mode])
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"trainer.v1.{mode}.{error.full_key}: {reason}. The settings are: {known}") from error
+    assert isinstance(loaded, StaleKConfig)
+    return loaded

@@ -1,0 +1,206 @@
+"""What in a configuration contradicts the staleness that it asks for: found before anything is started.
+
+Pure: configuration in, problems out. Nothing is changed here; what a mode needs it sets itself, in trainer.py.
+"""
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_m2po.preflight.problem import Problem
+from verl_m2po.staleness.codec import BYTES_PER_PROMPT_TOKEN, BYTES_PER_RESPONSE_TOKEN
+from verl_m2po.staleness.config import StaleKConfig, load_mode_config
+from verl_m2po.staleness.units import StalenessUnitsError, UpdateClock
+
+ROW_OVERHEAD_BYTES = 4096
+"""Upper estimate of what one trajectory costs besides its tokens: Python fields, TransferQueue's records and ours."""
+
+SEPARATE_MODES = ("stale_k_separate", "bounded_async")
+
+
+class PreflightError(ValueError):
+    """The configuration contradicts the staleness that it asks for."""
+
+
+def make_clock(config: DictConfig) -> UpdateClock:
+    """The clock of a verl configuration."""
+    actor = config.actor_rollout_ref.actor
+    return UpdateClock(config.data.train_batch_size, actor.ppo_mini_batch_size, actor.get("ppo_epochs", 1))
+
+
+def estimate_buffer_bytes(config: DictConfig, staleness_steps: int) -> int:
+    """Memory for the waiting rollouts if every response has its full length, in bytes.
+
+    staleness_steps + 1 batches wait at most; see codec.py for the price of a token.
+    """
+    rollout = config.actor_rollout_ref.rollout
+    rows = (staleness_steps + 1) * config.data.train_batch_size * rollout.n
+    response_bytes = config.data.max_response_length * BYTES_PER_RESPONSE_TOKEN
+    prompt_bytes = config.data.max_prompt_length * BYTES_PER_PROMPT_TOKEN
+    return rows * (response_bytes + prompt_bytes + ROW_OVERHEAD_BYTES)
+
+
+def check_run_length(staleness_steps: int, clock: UpdateClock, mode: str, total_steps: int) -> list[Problem]:
+    """Whether the staleness fits into the run at all.
+
+    Args:
+        total_steps: trainer steps of the whole run.
+    """
+    if staleness_steps == 0 or staleness_steps < total_steps:
+        return []
+    longest = clock.updates(total_steps - 1)
+    return [
+        Problem(
+            f"trainer.v1.{mode}.staleness_updates",
+            clock.updates(staleness_steps),
+            f"the run has {total_steps} trainer steps of {clock.updates_per_step} updates, so it would end before it "
+            "trains on a rollout of its own weights",
+            f"Set it to at most {longest}, or make the run longer (trainer.total_training_steps, trainer.total_epochs)",
+        )
+    ]
+
+
+def check(config: DictConfig, available_memory_bytes: int | None = None) -> list[Problem]:
+    """All problems of a verl configuration whose `trainer.v1.trainer_mode` is one of ours.
+
+    Args:
+        config: verl's configuration, resolved.
+        available_memory_bytes: memory of the machine; None leaves the memory unchecked where no limit is configured.
+    """
+    mode = config.trainer.v1.trainer_mode
+    try:
+        settings = load_mode_config(config, mode)
+    except ValueError as error:
+        return [Problem(f"trainer.v1.{mode}", "", str(error), "Correct the key")]
+    return [
+        *_check_units(config, mode, settings),
+        *_check_settings(mode, settings),
+        *_check_sampling(config),
+        *_check_trainer(config, mode),
+        *_check_memory(config, mode, settings, available_memory_bytes),
+    ]
+
+
+def _check_units(config: DictConfig, mode: str, settings: StaleKConfig) -> list[Problem]:
+    key = f"trainer.v1.{mode}.staleness_updates"
+    try:
+        clock = make_clock(config)
+        clock.steps(settings.staleness_updates, key)
+    except StalenessUnitsError as error:
+        return [Problem(key, settings.staleness_updates, str(error), "See the table of units in docs/staleness.md")]
+    problems = []
+    if clock.ppo_epochs > 1:
+        problems.append(
+            Problem(
+                "actor_rollout_ref.actor.ppo_epochs",
+                clock.ppo_epochs,
+                f"every batch is trained {clock.ppo_epochs} times, so its last epoch is "
+                f"{clock.updates_per_step - clock.mini_batches_per_step} updates staler than its first",
+                "Set it to 1 to have one age per batch",
+                is_fatal=False,
+            )
+        )
+    return problems
+
+
+def _check_settings(mode: str, settings: StaleKConfig) -> list[Problem]:
+    shares = {"max_failed_fraction": settings.max_failed_fraction}
+    if hasattr(settings, "min_usable_share"):
+        shares["min_usable_share"] = settings.min_usable_share
+    problems = [
+        Problem(f"trainer.v1.{mode}.{name}", value, "it is a share", "Set it to a number from 0 to 1")
+        for name, value in shares.items()
+        if not 0 <= value <= 1
+    ]
+    if settings.failed_window_groups < 1:
+        value = settings.failed_window_groups
+        problems.append(
+            Problem(f"trainer.v1.{mode}.failed_window_groups", value, "it counts groups", "Set it to 1 or more")
+        )
+    if mode not in SEPARATE_MODES and settings.parameter_sync_step != 1:
+        key, value = f"trainer.v1.{mode}.parameter_sync_step", settings.parameter_sync_step
+        why = "where trainer and rollout share the devices, the weights are pushed once per trainer step"
+        problems.append(Problem(key, value, why, "Remove it; actor.ppo_mini_batch_size sets the updates per step"))
+    timeout_s = settings.generation_timeout_s
+    if timeout_s is not None and timeout_s <= 0:
+        problems.append(
+            Problem(
+                f"trainer.v1.{mode}.generation_timeout_s", timeout_s, "no generation could ever end", "Set null or more"
+            )
+        )
+    return problems
+
+
+def _check_sampling(config: DictConfig) -> list[Problem]:
+    rollout = config.actor_rollout_ref.rollout
+    prefix = "actor_rollout_ref.rollout"
+    problems = []
+    truncated = "what is inside is renormalised and what is outside has probability 0, so the importance "
+    if rollout.get("top_p", 1.0) < 1:
+        why = f"nucleus sampling truncates the behaviour policy: {truncated}ratio is biased"
+        problems.append(Problem(f"{prefix}.top_p", rollout.top_p, why, "Set it to 1.0"))
+    if rollout.get("top_k", -1) not in (-1, 0):
+        why = f"top-k sampling truncates the behaviour policy: {truncated}ratio is biased"
+        problems.append(Problem(f"{prefix}.top_k", rollout.top_k, why, "Set it to -1"))
+    if rollout.temperature <= 0:
+        why = "greedy sampling has no behaviour probabilities"
+        problems.append(Problem(f"{prefix}.temperature", rollout.temperature, why, "Set it to 1.0"))
+    mode = rollout.get("logprobs_mode", "processed_logprobs")
+    if rollout.temperature != 1 and mode == "raw_logprobs":
+        why = "the rollout reports log-probs before the temperature, the trainer computes them after it"
+        problems.append(Problem(f"{prefix}.logprobs_mode", mode, why, "Set it to processed_logprobs"))
+    return problems
+
+
+def _check_trainer(config: DictConfig, mode: str) -> list[Problem]:
+    problems = []
+    if not config.trainer.get("use_v1", True):
+        why = f"the trainer mode {mode} exists in verl's v1 trainer only"
+        problems.append(Problem("trainer.use_v1", False, why, "Set it to true"))
+    if OmegaConf.select(config, "algorithm.filter_groups.enable"):
+        why = "dynamic sampling (DAPO) replaces groups after generation, which the staleness modes do not do yet"
+        problems.append(Problem("algorithm.filter_groups.enable", True, why, "Set it to false"))
+    if OmegaConf.select(config, "skip.rollout_tq.enable"):
+        why = "skipped rollouts have no weight version"
+        problems.append(Problem("skip.rollout_tq.enable", True, why, "Set it to false"))
+    if OmegaConf.select(config, "trainer.v1.separate_async.hybrid_rollout.enable_switch") and mode in SEPARATE_MODES:
+        why = "lending the training devices to the rollout is driven by verl's own buffer"
+        key = "trainer.v1.separate_async.hybrid_rollout.enable_switch"
+        problems.append(Problem(key, True, why, "Set it to false"))
+    sampler = OmegaConf.select(config, "trainer.v1.sampler.custom_sampler.path")
+    # hardware=cpu sets one of ours, which only makes verl's own buffer poll faster; it is not used here.
+    if sampler and not sampler.startswith("pkg://verl_m2po."):
+        why = f"the mode {mode} brings its own sampler"
+        problems.append(Problem("trainer.v1.sampler.custom_sampler.path", sampler, why, "Remove it"))
+    manager = OmegaConf.select(config, "actor_rollout_ref.rollout.agent.agent_loop_manager_class")
+    if manager and not manager.startswith("verl_m2po."):
+        key = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
+        why = f"the mode {mode} needs verl_m2po.staleness.agent_loop.StalenessAgentLoopManager"
+        problems.append(Problem(key, manager, why, "Remove it; custom agent loops are not affected"))
+    return problems
+
+
+def _check_memory(
+    config: DictConfig, mode: str, settings: StaleKConfig, available_memory_bytes: int | None
+) -> list[Problem]:
+    limit_gib = settings.buffer_memory_limit_gib
+    if limit_gib is None and available_memory_bytes is not None:
+        limit_gib = available_memory_bytes / 2 / 2**30
+    if limit_gib is None or OmegaConf.select(config, "transfer_queue.backend.SimpleStorage.ssd_offload.enabled"):
+        return []
+    try:
+        staleness_steps = make_clock(config).steps(settings.staleness_updates)
+    except StalenessUnitsError:
+        return []  # reported by _check_units
+    need_gib = estimate_buffer_bytes(config, staleness_steps) / 2**30
+    if need_gib <= limit_gib:
+        return []
+    return [
+        Problem(
+            f"trainer.v1.{mode}.staleness_updates",
+            settings.staleness_updates,
+            f"{staleness_steps + 1} batches of rollouts wait, which needs up to {need_gib:.1f} GiB at full length; the "
+            f"limit is {limit_gib:.1f} GiB",
+            "Let TransferQueue keep them on disk (transfer_queue.backend.SimpleStorage.ssd_offload.enabled=true, "
+            f".path=<folder>, .threshold_bytes=1024), raise trainer.v1.{mode}.buffer_memory_limit_gib, or lower the "
+            "staleness",
+        )
+    ]

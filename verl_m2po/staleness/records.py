@@ -1,0 +1,145 @@
+"""What the rules know about a prompt group: no tokens, only counts and weight versions. Plain data, plain JSON."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One trajectory of a finished group.
+
+    Args:
+        key: TransferQueue key.
+        prompt_tokens: length of the prompt.
+        response_tokens: length of the response, tool tokens included.
+        spans: (weight version, generated tokens) in the order of generation; only versions that generated a token.
+    """
+
+    key: str
+    prompt_tokens: int
+    response_tokens: int
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def min_version(self) -> int:
+        """Weight version of the oldest generated token."""
+        return min(version for version, _ in self.spans)
+
+    @property
+    def max_version(self) -> int:
+        """Weight version of the newest generated token."""
+        return max(version for version, _ in self.spans)
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(tokens for _, tokens in self.spans)
+
+    def tokens_since(self, oldest_version: int) -> int:
+        """Generated tokens whose weight version is at least `oldest_version`."""
+        return sum(tokens for version, tokens in self.spans if version >= oldest_version)
+
+    def to_json(self) -> list[Any]:
+        return [self.key, self.prompt_tokens, self.response_tokens, [list(span) for span in self.spans]]
+
+    @classmethod
+    def from_json(cls, data: list[Any]) -> "Row":
+        key, prompt_tokens, response_tokens, spans = data
+        return cls(key, prompt_tokens, response_tokens, tuple((version, tokens) for version, tokens in spans))
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A prompt group that was admitted: one attempt at filling one place of a batch.
+
+    Args:
+        uid: verl's group id.
+        place: dispatch index. With exact staleness place // batch size is the batch that will train it.
+        dispatch_version: weight version of the rollout when it was dispatched.
+        lot: number of the TransferQueue partition that holds its rows until they are trained.
+        prompt_index: position or name of the prompt in the data set, -1 if unknown; outlives restarts, unlike the uid.
+    """
+
+    uid: str
+    place: int
+    dispatch_version: int
+    lot: int
+    prompt_index: int | str = -1
+
+    def to_json(self) -> list[Any]:
+        return [self.uid, self.place, self.dispatch_version, self.lot, self.prompt_index]
+
+    @classmethod
+    def from_json(cls, data: list[Any]) -> "Ticket":
+        return cls(*data)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A finished prompt group, waiting to be trained."""
+
+    ticket: Ticket
+    rows: tuple[Row, ...]
+
+    @property
+    def min_version(self) -> int:
+        return min(row.min_version for row in self.rows)
+
+    @property
+    def max_version(self) -> int:
+        return max(row.max_version for row in self.rows)
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(row.generated_tokens for row in self.rows)
+
+    def usable_share(self, oldest_version: int) -> float:
+        """Share of the generated tokens whose weight version is at least `oldest_version`."""
+        if self.min_version >= oldest_version:
+            return 1.0
+        return sum(row.tokens_since(oldest_version) for row in self.rows) / self.generated_tokens
+
+    def to_json(self) -> list[Any]:
+        return [self.ticket.to_json(), [row.to_json() for row in self.rows]]
+
+    @classmethod
+    def from_json(cls, data: list[Any]) -> "Group":
+        ticket, rows = data
+        return cls(Ticket.from_json(ticket), tuple(Row.from_json(row) for row in rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What to train on now, and what fell out on the way.
+
+    Args:
+        groups: the batch, in the order in which it is trained.
+        oldest_version: tokens of an older weight version must be masked; None if there are none.
+        evicted: groups that can no longer be used; their rows must be deleted. Their places are free again.
+    """
+
+    groups: tuple[Group, ...]
+    oldest_version: int | None
+    evicted: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """How a group in flight ended.
+
+    Args:
+        uid: verl's group id.
+        rows: its trajectories; on failure those that were stored nevertheless, to be deleted.
+        error: None if every trajectory is there; else what went wrong, first line only.
+        was_aborted: ended because the trainer asked for it.
+        generated_tokens: over all its trajectories, finished or not.
+        responses: how many trajectories it was to have, at least 1.
+        finished_at: `time.time()` on the worker's machine, seconds.
+    """
+
+    uid: str
+    rows: tuple[Row, ...]
+    error: str | None = None
+    was_aborted: bool = False
+    generated_tokens: int = 0
+    responses: int = 1
+    finished_at: float = 0.0

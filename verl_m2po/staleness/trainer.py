@@ -1,0 +1,235 @@
+"""The trainer modes `stale_k`, `stale_k_separate` and `bounded_async`: verl's trainers with our buffer.
+
+Importing this module registers them. verl's hooks decide when the rule is asked:
+
+    prepare_step      nothing: the buffer starts groups itself, as many as the rule admits
+    sample            waits for the batch, checks it row by row
+    on_sample_end     stale_k: waits until the present weights have generated their whole batch, then the rollout sleeps
+    on_step_end       separate modes: waits until nothing in flight would be spoiled, pushes the weights, starts groups
+    _save_checkpoint  waits likewise, then writes the state of the rule beside verl's checkpoint
+"""
+
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+from omegaconf import DictConfig, OmegaConf, open_dict
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorStack
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
+from verl.utils import tensordict_utils as tu
+
+# As a module: where the buffer is imported first, verl imports this file before the buffer has its class.
+from verl_m2po.staleness import buffer, preflight
+from verl_m2po.staleness.client import SpanRecordingClient
+from verl_m2po.staleness.config import BoundedAsyncConfig, load_mode_config
+from verl_m2po.staleness.failures import FailureWindow
+from verl_m2po.staleness.ledger import TrainedRowsLedger
+from verl_m2po.staleness.records import Ticket
+from verl_m2po.staleness.reports import WorkerReports
+from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessRule
+from verl_m2po.staleness.store import LOT_FIELD, lot_partition
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "staleness.json"
+"""Beside verl's own files in `global_step_N`: the state of the rule."""
+
+AGENT_LOOP_MANAGER = "verl_m2po.staleness.agent_loop.StalenessAgentLoopManager"
+
+
+def require_sound(problems: list[preflight.Problem]) -> None:
+    """Warn of what is odd, refuse what contradicts the configured staleness.
+
+    Raises:
+        preflight.PreflightError: with every fatal problem.
+    """
+    for problem in problems:
+        if not problem.is_fatal:
+            logger.warning("%s", problem)
+    if fatal := [problem for problem in problems if problem.is_fatal]:
+        raise preflight.PreflightError("\n".join(map(str, fatal)))
+
+
+def set_what_the_mode_needs(config: DictConfig) -> None:
+    """Change verl's configuration, in place, to what makes the age of a rollout visible to the loss.
+
+    The importance ratio must be taken to the policy that generated the tokens: bypass mode and the rollout's own
+    log-probs. Generation must report weight versions and lots: our agent loop manager.
+    """
+    mode = config.trainer.v1.trainer_mode
+    needs = {
+        "algorithm.rollout_correction.bypass_mode": True,
+        "actor_rollout_ref.rollout.calculate_log_probs": True,
+        "actor_rollout_ref.rollout.agent.agent_loop_manager_class": AGENT_LOOP_MANAGER,
+        # Read by the buffer that ours replaces.
+        "trainer.v1.sampler.max_off_policy_threshold": None,
+    }
+    if mode in preflight.SEPARATE_MODES:
+        # verl's separate trainer samples one mini-batch at a time, and reads the number under two names.
+        mini_batches = preflight.make_clock(config).mini_batches_per_step
+        needs[f"trainer.v1.{mode}.parameter_sync_step"] = mini_batches
+        needs["trainer.v1.separate_async.parameter_sync_step"] = mini_batches
+    with open_dict(config):
+        # Workers read the section; without the overlay it may be incomplete, or absent.
+        config.trainer.v1[mode] = asdict(load_mode_config(config, mode))
+        for key, value in needs.items():
+            if OmegaConf.select(config, key) != value:
+                logger.info("trainer_mode=%s sets %s=%s", mode, key, value)
+                OmegaConf.update(config, key, value, force_add=True)
+
+
+def _plain(index: Any) -> int | str:
+    """A data set's index as JSON can hold it: data sets number their prompts, or name them."""
+    value = index.item() if hasattr(index, "item") else index
+    return value if isinstance(value, int) else str(value)
+
+
+class _StalenessTrainer(PPOTrainer):
+    """What the modes share. A mixin in front of verl's trainer classes."""
+
+    replay_buffer: "buffer.StalenessReplayBuffer"
+
+    def __init__(self, config: DictConfig) -> None:
+        require_sound(preflight.check(config, available_memory_bytes=psutil.virtual_memory().total))
+        set_what_the_mode_needs(config)
+        super().__init__(config)
+
+    def _make_rule(self, staleness_steps: int, batch_size: int) -> StalenessRule:
+        return ExactStale(staleness_steps, batch_size)
+
+    def _build_replay_buffer(self) -> "buffer.StalenessReplayBuffer":
+        settings = load_mode_config(self.config, self.trainer_mode)
+        clock = preflight.make_clock(self.config)
+        return buffer.StalenessReplayBuffer(
+            rule=self._make_rule(clock.steps(settings.staleness_updates), clock.train_batch_size),
+            clock=clock,
+            failures=FailureWindow(settings.max_failed_fraction, settings.failed_window_groups),
+            ledger=TrainedRowsLedger(settings.ledger_path) if settings.ledger_path else None,
+            dispatch=self._add_prompts_to_generate,
+            trainer_mode=self.trainer_mode,
+            trainer_config=self.config.trainer.v1[self.trainer_mode],
+        )
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        prompts, batch = len(self.train_dataset), self.config.data.train_batch_size
+        if prompts < batch:
+            raise ValueError(f"the training set has {prompts} prompts, fewer than data.train_batch_size={batch}")
+        rule, clock = self.replay_buffer.rule, preflight.make_clock(self.config)
+        require_sound(
+            preflight.check_run_length(rule.staleness_steps, clock, self.trainer_mode, self.total_training_steps)
+        )
+        rule.limit(self.total_training_steps)
+
+    def on_train_begin(self) -> None:
+        self.replay_buffer.metrics.begin()
+        # Instead of verl's warm-up batches: the rule admits the ramp.
+        self.replay_buffer.pump()
+
+    def prepare_step(self) -> dict:
+        return {}
+
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        uids = list(batch["uid"])
+        indices = [_plain(index) for index in batch["index"]] if "index" in batch else [-1] * len(uids)
+        self._generate(self.replay_buffer.open_groups(uids, indices, batch), batch)
+        return len(batch)
+
+    def _generate(self, tickets: list[Ticket], prompts: TensorDict) -> None:
+        # The step that starts from the present weights. It may be one ahead of verl's counter at the end of a step.
+        tu.assign_non_tensor_data(prompts, "global_steps", self.replay_buffer.version + 1)
+        prompts[LOT_FIELD] = NonTensorStack(*[lot_partition(ticket.lot) for ticket in tickets])
+        self.agent_loop_manager.generate_sequences(prompts)
+
+    def _reissue_inflight_prompts(self, partition_id: str = "train") -> int:
+        # verl calls this once, when the agent loop workers are there and before the first step.
+        self.replay_buffer.connect(WorkerReports(self.agent_loop_manager.agent_loop_workers))
+        tickets, prompts = self.replay_buffer.reopen_groups()
+        if prompts is not None:
+            self._generate(tickets, prompts)
+            logger.info("generating %d groups again that were in flight at the checkpoint", len(tickets))
+        return len(tickets)
+
+    def _consume_sync_metrics(self) -> dict:
+        return super()._consume_sync_metrics() | self.replay_buffer.step_metrics()
+
+    def _save_checkpoint(self) -> None:
+        # What is in flight under exact staleness needs weights that a restart would no longer have.
+        if isinstance(self.replay_buffer.rule, ExactStale):
+            self.replay_buffer.settle()
+        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.replay_buffer.state_dict()
+        beside = folder / f"{STATE_FILE}.tmp"
+        beside.write_text(json.dumps(state, separators=(",", ":")))
+        os.replace(beside, folder / STATE_FILE)
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if self.global_steps == 0:
+            return
+        path = Path(self._checkpoint_folder()) / STATE_FILE
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing: the checkpoint was not written by trainer_mode={self.trainer_mode}, and the ages "
+                "of its rollouts are unknown. Resume with the mode that wrote it, or set trainer.resume_mode=disable"
+            )
+        self.replay_buffer.load_state_dict(json.loads(path.read_text()), version=self.global_steps)
+
+    def _checkpoint_folder(self) -> str:
+        trainer = self.config.trainer
+        if trainer.resume_mode == "resume_path":
+            return trainer.resume_from_path
+        return os.path.join(trainer.default_local_dir, f"global_step_{self.global_steps}")
+
+
+@register_trainer("stale_k")
+class PPOTrainerStaleK(_StalenessTrainer, PPOTrainerColocateAsync):
+    """Every batch exactly k trainer steps old; trainer and rollout share the devices and take turns."""
+
+    def get_llm_client(self) -> SpanRecordingClient:
+        return self.llm_server_manager.get_client(client_cls=SpanRecordingClient)
+
+    def on_sample_end(self) -> None:
+        # Putting the rollout to sleep aborts what is running; nothing may be, it would resume with other weights.
+        self.replay_buffer.settle()
+        super().on_sample_end()
+
+    def on_step_end(self) -> None:
+        super().on_step_end()
+        self.replay_buffer.advance(self.global_steps)
+
+
+class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):
+    """What the modes on separate devices share."""
+
+    def get_llm_client(self) -> SpanRecordingClient:
+        return self.standalone_server_manager.get_client(client_cls=SpanRecordingClient)
+
+    def on_step_end(self) -> None:
+        self.replay_buffer.settle()
+        super().on_step_end()
+        self.replay_buffer.advance(self.global_steps)
+
+
+@register_trainer("stale_k_separate")
+class PPOTrainerStaleKSeparate(_SeparateStalenessTrainer):
+    """Every batch exactly k trainer steps old; one batch is generated while another is trained."""
+
+
+@register_trainer("bounded_async")
+class PPOTrainerBoundedAsync(_SeparateStalenessTrainer):
+    """No trained token older than the bound; generation is interrupted by a weight update and goes on after it."""
+
+    def _make_rule(self, staleness_steps: int, batch_size: int) -> StalenessRule:
+        settings = load_mode_config(self.config, self.trainer_mode)
+        assert isinstance(settings, BoundedAsyncConfig)
+        return BoundedAsync(staleness_steps, batch_size, settings.min_usable_share)

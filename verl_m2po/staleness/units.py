@@ -1,0 +1,113 @@
+"""The only place that converts between optimizer updates, trainer steps and weight versions.
+
+Three clocks tick in a run, and every name in this package says which one it means:
+
+- *optimizer updates*: calls of ``optimizer.step``. Staleness is configured and reported in these, as in the paper.
+- *trainer steps*: verl's ``global_steps``, counted from 1. One trainer step makes ``updates_per_step`` updates.
+- *weight versions*: what the rollout servers hold. Version v is the weights after trainer step v; version 0 is the
+  base model. verl pushes one version at the end of each trainer step, so trainer step t begins with version t - 1.
+"""
+
+from dataclasses import dataclass
+
+
+class StalenessUnitsError(ValueError):
+    """A staleness, or the batch sizes it is counted in, that the trainer cannot honour."""
+
+
+def _require_positive_int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise StalenessUnitsError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    return value
+
+
+@dataclass(frozen=True)
+class UpdateClock:
+    """Converts between the three clocks of one run.
+
+    Args:
+        train_batch_size: `data.train_batch_size`, prompts per trainer step.
+        ppo_mini_batch_size: `actor_rollout_ref.actor.ppo_mini_batch_size`, prompts per optimizer update.
+        ppo_epochs: `actor_rollout_ref.actor.ppo_epochs`, passes over each batch.
+
+    Raises:
+        StalenessUnitsError: a size is not a positive whole number, or the mini-batch does not divide the batch.
+    """
+
+    train_batch_size: int
+    ppo_mini_batch_size: int
+    ppo_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        _require_positive_int("data.train_batch_size", self.train_batch_size)
+        _require_positive_int("actor_rollout_ref.actor.ppo_mini_batch_size", self.ppo_mini_batch_size)
+        _require_positive_int("actor_rollout_ref.actor.ppo_epochs", self.ppo_epochs)
+        if self.train_batch_size % self.ppo_mini_batch_size:
+            raise StalenessUnitsError(
+                f"data.train_batch_size={self.train_batch_size} is not a multiple of "
+                f"actor_rollout_ref.actor.ppo_mini_batch_size={self.ppo_mini_batch_size}, so a trainer step does not "
+                "make a whole number of optimizer updates; change one of the two"
+            )
+
+    @property
+    def mini_batches_per_step(self) -> int:
+        """Mini-batches per trainer step; verl's `parameter_sync_step` where trainer and rollout are separate."""
+        return self.train_batch_size // self.ppo_mini_batch_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates per trainer step, and so per weight version."""
+        return self.mini_batches_per_step * self.ppo_epochs
+
+    def steps(self, staleness_updates: int, key: str = "staleness_updates") -> int:
+        """Staleness in trainer steps.
+
+        Args:
+            staleness_updates: staleness in optimizer updates; 0 is on-policy.
+            key: the configuration key, for the error.
+
+        Raises:
+            StalenessUnitsError: negative, not whole, or not a whole number of trainer steps.
+        """
+        if isinstance(staleness_updates, bool) or not isinstance(staleness_updates, int):
+            raise StalenessUnitsError(f"{key} is {staleness_updates!r}; it counts optimizer updates: a whole number")
+        if staleness_updates < 0:
+            raise StalenessUnitsError(f"{key} is {staleness_updates}; it cannot be negative, 0 is on-policy")
+        steps, rest = divmod(staleness_updates, self.updates_per_step)
+        if rest:
+            below, above = self.updates(steps), self.updates(steps + 1)
+            raise StalenessUnitsError(
+                f"{key}={staleness_updates} optimizer updates is not a whole number of trainer steps: one step makes "
+                f"{self.updates_per_step} updates (train_batch_size {self.train_batch_size} / ppo_mini_batch_size "
+                f"{self.ppo_mini_batch_size} x ppo_epochs {self.ppo_epochs}). Set it to {below} or {above}"
+            )
+        return steps
+
+    def updates(self, steps: int) -> int:
+        """Optimizer updates in `steps` trainer steps."""
+        return steps * self.updates_per_step
+
+    def age_updates(self, version: int, at_version: int) -> int:
+        """Age of a token of weight `version`, in optimizer updates, when training starts from `at_version`.
+
+        The j-th update inside the step (from 0) adds j: a batch of age s is trained at s .. s + updates_per_step - 1.
+        """
+        return self.updates(at_version - version)
+
+
+def version_at_step(step: int) -> int:
+    """The weight version that trainer step `step` (from 1) starts from, and that the rollout holds meanwhile."""
+    return step - 1
+
+
+def version_after_step(step: int) -> int:
+    """The weight version that trainer step `step` pushes to the rollout."""
+    return step
+
+
+def exact_version(batch_index: int, k_steps: int) -> int:
+    """The weight version that generates batch `batch_index` (from 0) when staleness is exactly `k_steps`.
+
+    Batches 0 .. k_steps come from the base model: the ramp. Batch i is trained at trainer step i + 1.
+    """
+    return max(0, batch_index - k_steps)
