@@ -63,13 +63,25 @@ def token_sums(
     magnitude = trust_region_magnitude(log_ratio, advantages, response_mask)
     kept_magnitude = torch.where(keep, magnitude, 0.0)
     kept_ratio = torch.where(keep, log_ratio.clamp(max=20.0).exp(), 0.0)
-    sums = (
-        *(response_mask.sum(), counted.sum(), keep.sum()),
-        *(torch.count_nonzero(magnitude), torch.count_nonzero(kept_magnitude)),
-        *(log_ratio.sum(), log_ratio.square().sum(), magnitude.square().sum(), kept_magnitude.square().sum()),
-        *(kept_ratio.sum(), kept_ratio.square().sum(), -derivative.sum(), derivative.abs().sum()),
-    )
-    return torch.stack([value.double() for value in sums])
+    sums = {
+        "response_tokens": response_mask.sum(),
+        "counted_tokens": counted.sum(),
+        "counted_tokens_again": counted.sum(),
+        "kept_tokens": keep.sum(),
+        "trust_region_tokens": torch.count_nonzero(magnitude),
+        "kept_trust_region_tokens": torch.count_nonzero(kept_magnitude),
+        "log_ratio": log_ratio.sum(),
+        "square": log_ratio.square().sum(),
+        "magnitude_trust_region": magnitude.sum(),
+        "square_trust_region": magnitude.square().sum(),
+        "magnitude_kept_trust_region": kept_magnitude.sum(),
+        "square_kept_trust_region": kept_magnitude.square().sum(),
+        "kept_ratio": kept_ratio.sum(),
+        "kept_ratio_square": kept_ratio.square().sum(),
+        "gain": -derivative.sum(),
+        "gain_magnitude": derivative.abs().sum(),
+    }
+    return torch.stack([sums[name].double() for name in TOKEN_SUMS])
 
 
 def report(token_sums: Tensor, keep: Tensor, region: TrustRegion | None) -> dict[str, float]:
