@@ -147,11 +147,15 @@ def test_published_threshold_lies_midway_between_the_tokens_that_it_separates():
     assert region.threshold_log_ratio == pytest.approx(0.3)
 
 
-def test_published_threshold_separates_neighbouring_floats():
-    # The second moment of the smaller is exactly the threshold; the next float above it has to go.
+@pytest.mark.parametrize("steps", [0, 1])
+def test_published_threshold_separates_neighbouring_floats(steps):
+    # The second moment of the smaller is exactly the threshold; the next float above it has to go. The middle of the
+    # two would be rounded to the one whose last bit is 0: once the smaller, once the larger.
     kept = torch.tensor(0.5)
+    for _ in range(steps):
+        kept = torch.nextafter(kept, torch.tensor(1.0))
     dropped = torch.nextafter(kept, torch.tensor(1.0))
-    region = find_trust_region([torch.stack([kept, dropped])], 0.25)
+    region = find_trust_region([torch.stack([kept, dropped])], kept.item() ** 2)
     assert region.threshold_log_ratio == kept
 
 

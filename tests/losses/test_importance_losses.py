@@ -163,6 +163,14 @@ def test_gradients_are_finite_whatever_the_log_probs(name):
 
 
 @pytest.mark.parametrize("name", OURS)
+def test_no_gradient_beyond_the_log_ratio_at_which_verl_clamps(name):
+    # A < 0 and r > 1: no trust region bounds this token, and exp(25) would drown all others.
+    loss, gradient, _ = evaluate(name, [[-1.0, -1.0]], [[-26.0, -1.5]], [[-1.0, -1.0]], [[True, True]])
+    assert gradient[0, 0] == 0 and gradient[0, 1] == pytest.approx(math.exp(0.5) / 2)
+    assert loss == pytest.approx(math.exp(0.5) / 2)
+
+
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("case", ["no response", "everything dropped", "nothing dropped"])
 def test_empty_and_full_masks_have_finite_gradients(name, case):
     log_prob, old_log_prob, advantages, response_mask = batch()
