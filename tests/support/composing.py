@@ -107,6 +107,7 @@ def option_values(group: str, option: str) -> dict[str, Any]:
 REPLACED = {"actor_rollout_ref.actor.policy_loss._target_"}
 ADDED_BELOW = (
     "algorithm.policy_loss",
+    *(f"algorithm.{estimator}." for estimator in ("asymre", "max_at_k", "oapl", "red_drop", "red_weight")),
     "actor_rollout_ref.actor.policy_loss.",
     "trainer.v1.stale_k.",
     "trainer.v1.stale_k_separate.",
