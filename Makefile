@@ -18,7 +18,7 @@ SEED ?= 1
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast lint bench docs clean
+.PHONY: help env quickstart test test-fast lint bench docs docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -48,6 +48,25 @@ test-fast: $(STAMP) ## The tests that need no Ray (under two minutes)
 
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+bench: $(STAMP) ## Measure the losses side by side, into docs/benchmarks.md (about 15 minutes)
+	$(BIN)/python -m verl_m2po.bench --out docs/benchmarks.md
+
+# The documentation has a small environment of its own: the extra `docs` would bring verl.
+DOCS_ENV := docs/_build/env
+
+docs: $(DOCS_ENV)/.complete ## Build the documentation into docs/_build/html; a warning or a broken internal link fails
+	$(DOCS_ENV)/bin/python -m sphinx -q -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+	@echo docs/_build/html/index.html
+
+docs-links: $(DOCS_ENV)/.complete ## Check the documentation's external links (needs the network)
+	$(DOCS_ENV)/bin/python -m sphinx -q -b linkcheck -d docs/_build/doctrees docs docs/_build/linkcheck
+
+$(DOCS_ENV)/.complete: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_ENV)
+	$(DOCS_ENV)/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > $(DOCS_ENV)/requirements.txt
+	$(DOCS_ENV)/bin/python -m pip --disable-pip-version-check install --quiet -r $(DOCS_ENV)/requirements.txt
+	touch $@
 
 clean: ## Remove the environment and all outputs
 	rm -rf $(VENV) outputs dist .pytest_cache .ruff_cache .hypothesis

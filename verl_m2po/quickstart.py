@@ -33,7 +33,7 @@ class Run:
         out: Folder of everything that the run writes.
         steps: Trainer steps.
         loss: Option of the Hydra group ``loss``.
-        seed: Seed of the data, of the order of the prompts and of the rollouts.
+        seed: Seed of the order of the prompts and of the rollouts.
         overrides: Further Hydra overrides, appended as they are.
     """
 

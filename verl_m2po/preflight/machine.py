@@ -76,7 +76,7 @@ def _vllm(config: DictConfig) -> Iterator[Problem]:
             "actor_rollout_ref.rollout.name",
             name,
             "vLLM is not installed in this environment",
-            "Install its CPU build with `make env`, or as verl_m2po/cpu/requirements.txt says",
+            "Install its CPU build with `make env`, or as verl_m2po/cpu/constraints.txt says",
         )
 
 
