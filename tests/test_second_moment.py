@@ -192,6 +192,21 @@ def test_bad_input_is_named(change, error, message):
         keep_mask(**{**arguments, **change})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threshold", [0.0, 1e-4, 0.01, 0.04, 1.0, 30.0])
+@pytest.mark.parametrize("rows", [6, 600])
+def test_radix_selection_equals_sorting(rows, dtype, threshold):
+    # An accelerator searches by radix selection among all tokens, with 0 for those that cannot be dropped; a CPU sorts,
+    # of many tokens only those in one bucket.
+    magnitude = trust_region_magnitude(*heavy_tailed(rows, 40, seed=6, dtype=dtype)).flatten()
+    search = TrustRegionSearch(threshold)
+    search.add(magnitude)
+    first_dropped, largest_kept = search._solve_by_sorting(search._inside, search._largest_inside)
+    search._outside = [torch.where(part.double().square() > threshold, part, 0.0) for part in magnitude.split(100)]
+    assert search._first_dropped(search._inside, None) == first_dropped
+    assert largest_kept == magnitude[magnitude < first_dropped].amax()
+
+
 def test_search_without_tokens_is_refused():
     with pytest.raises(ValueError, match="No micro-batch"):
         TrustRegionSearch(0.04).solve()

@@ -31,6 +31,9 @@ _COLUMNS = 4
 _LOW_32_BITS = 2**32 - 1
 # Squares are clamped here before they are summed. It changes no decision: one alone exceeds the budget of 2^30 tokens.
 _LARGEST_SQUARE = 2.0**30
+# So many candidates are sorted as they are. Of more, a histogram first finds the few between which the budget ends.
+_FEW = 2**12
+_BUCKET_BITS = 11
 
 
 class TrustRegion(NamedTuple):
@@ -127,7 +130,7 @@ class TrustRegionSearch:
     def __init__(self, threshold: float):
         check_threshold(threshold)
         self.threshold = threshold
-        self.units = _Units(threshold)
+        self.units = _units(threshold)
         self._inside: Tensor | None = None
         self._largest_inside: Tensor | None = None
         self._outside: list[Tensor] = []
@@ -145,10 +148,8 @@ class TrustRegionSearch:
             self._inside += self.units.sum_of_small_squares(inside)
             self._largest_inside = torch.maximum(self._largest_inside, inside.amax())
             # Only these can ever be dropped. To select them would stall an accelerator; there they keep their place.
-            if magnitude.device.type != "cpu":
-                self._outside.append(chunk - inside)
-            elif chunk.amax() > limit:
-                self._outside.append(chunk[chunk > limit])
+            outside = chunk - inside
+            self._outside.append(outside[outside > 0] if outside.device.type == "cpu" else outside)
 
     def solve(self, group: dist.ProcessGroup | None = None) -> TrustRegion:
         """The decision over all tokens added so far, on all ranks of `group` (None: this process alone)."""
@@ -156,26 +157,27 @@ class TrustRegionSearch:
             raise ValueError("No micro-batch was added, so there is no trust region to find.")
         alone = group is None or dist.get_world_size(group) == 1
         if alone and self._inside.device.type == "cpu":
-            first_dropped = self._first_dropped_by_sorting(self._inside)
+            first_dropped, largest_kept = self._solve_by_sorting(self._inside, self._largest_inside)
         else:
             first_dropped = self._first_dropped(self._inside, group)
-        largest_kept = self._largest_inside
-        for outside in self._outside:
-            if outside.numel():
-                largest_kept = torch.maximum(largest_kept, outside.masked_fill(outside >= first_dropped, 0.0).amax())
-        if group is not None:
-            dist.all_reduce(largest_kept, op=dist.ReduceOp.MAX, group=group)
+            largest_kept = self._largest_inside
+            for outside in self._outside:
+                if outside.numel():
+                    kept = outside.masked_fill(outside >= first_dropped, 0.0)
+                    largest_kept = torch.maximum(largest_kept, kept.amax())
+            if group is not None:
+                dist.all_reduce(largest_kept, op=dist.ReduceOp.MAX, group=group)
         middle = largest_kept + (first_dropped - largest_kept) / 2
-        separates = (middle > largest_kept) & (middle < first_dropped)
-        threshold_log_ratio = torch.where(separates | torch.isinf(first_dropped), middle, largest_kept)
-        return TrustRegion(threshold_log_ratio, largest_kept, first_dropped)
+        # Between neighbouring floats there is no middle. That of a number and inf is inf.
+        separates = (middle < first_dropped) | torch.isinf(first_dropped)
+        return TrustRegion(torch.where(separates, middle, largest_kept), largest_kept, first_dropped)
 
     def _first_dropped(self, inside: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         """The smallest |log r| whose tokens, together with all smaller ones, exceed the budget; inf if none does."""
         dtype = self._outside[0].dtype
         spent = inside.clone()
         prefix = torch.zeros((), dtype=torch.int64, device=inside.device)
-        over = None
+        over = torch.zeros((), dtype=torch.bool, device=inside.device)
         chunks = [chunk for outside in self._outside for chunk in outside.split(chunk_size(inside.device))]
         for level, (shift, bits) in enumerate(_DIGITS[dtype]):
             histogram = self._histogram(chunks, shift, bits, prefix)
@@ -191,7 +193,8 @@ class TrustRegionSearch:
             bucket = (~exceeds).sum().clamp(max=2**bits - 1)
             spent = running.index_select(0, bucket.unsqueeze(0)).squeeze(0)
             prefix = (prefix << bits) | bucket
-            over = exceeds[-1] if over is None else over
+            if level == 0:
+                over = exceeds[-1]
             if level == 0 and inside.device.type == "cpu" and not bool(over):
                 break
         pattern = prefix.to(_BIT_PATTERN[dtype]).view(dtype)
@@ -209,13 +212,34 @@ class TrustRegionSearch:
             histogram.index_add_(0, bucket, self.units.squares(torch.where(counted, chunk, 0.0)))
         return histogram
 
-    def _first_dropped_by_sorting(self, inside: Tensor) -> Tensor:
-        """`_first_dropped` for a single process on the CPU, where the few droppable tokens are at hand."""
-        outside = torch.cat(self._outside).sort().values
-        exceeds = self.units.exceeds(inside + self.units.squares(outside).cumsum(0))
+    def _solve_by_sorting(self, spent: Tensor, largest_kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest dropped and the largest kept |log r|, for a CPU alone, which has the few candidates at hand."""
+        outside = torch.cat(self._outside)
+        if outside.numel() > _FEW:
+            spent, largest_kept, outside = self._narrow(spent, largest_kept, outside)
+        outside = outside.sort().values
+        exceeds = self.units.exceeds(spent + self.units.squares(outside).cumsum(0))
         # Once the sum exceeds the budget it does so for good. Tokens before it with the same |log r| go with it.
-        first = int((~exceeds).sum())
-        return outside[first] if first < outside.numel() else outside.new_tensor(torch.inf)
+        first = int(torch.count_nonzero(~exceeds))
+        if first == outside.numel():
+            return outside.new_tensor(torch.inf), outside[-1] if first else largest_kept
+        smaller = outside[:first][outside[:first] < outside[first]]
+        return outside[first], smaller[-1] if smaller.numel() else largest_kept
+
+    def _narrow(self, spent: Tensor, largest_kept: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The bucket of `outside` in which the budget is exceeded, with what precedes it spent and kept."""
+        key = outside.view(_BIT_PATTERN[outside.dtype])
+        smallest, largest = (int(bound) for bound in key.aminmax())
+        bucket = (key - smallest) >> max(0, (largest - smallest).bit_length() - _BUCKET_BITS)
+        parts = self.units.squares(outside).to(torch.float64).unbind(-1)[1:]
+        sums = [torch.bincount(bucket, minlength=1)]
+        sums += [torch.bincount(bucket, weights=part).to(torch.int64) for part in parts]
+        running = torch.cat((spent.unsqueeze(0), spent + torch.stack(sums, -1).cumsum(0)))
+        found = int(torch.count_nonzero(~self.units.exceeds(running[1:])))
+        before = outside[bucket < found]
+        if before.numel():
+            largest_kept = before.amax()
+        return running[found], largest_kept, outside[bucket == found]
 
 
 class _Units:
@@ -264,6 +288,9 @@ class _Units:
         whole = whole + (high >> 32)
         fraction = (high & _LOW_32_BITS) | (low & _LOW_32_BITS)
         return (whole > 0) | ((whole == 0) & (fraction > 0))
+
+
+_units = cache(_Units)
 
 
 @cache

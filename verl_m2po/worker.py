@@ -68,6 +68,7 @@ class M2POTrainingWorker(TrainingWorker):
         if policy_loss.loss_mode == "m2po":
             self._decide(data, policy_loss.get("m2po", None) or M2POConfig(), mini_batch)
         loss_fn = self.loss_fn
+        assert loss_fn is not None
         self.loss_fn = Observed(loss_fn, mini_batch, every_loss=policy_loss.get("diagnostics", False))
         try:
             with training(mini_batch):
@@ -140,10 +141,11 @@ class M2POTrainingWorker(TrainingWorker):
         packing = self._packing(data)
         if not packing["use_dynamic_bsz"]:
             return len(data) == packing["micro_batch_size_per_gpu"]
-        if not data["input_ids"].is_nested or not hasattr(self.engine, "ulysses_sequence_parallel_size"):
+        input_ids: Any = data["input_ids"]
+        if not input_ids.is_nested or not hasattr(self.engine, "ulysses_sequence_parallel_size"):
             # Other engines may split further than the number of tokens demands.
             return False
-        tokens = data["input_ids"].offsets()[-1].clone().to(self.device_name)
+        tokens = input_ids.offsets()[-1].clone().to(self.device_name)
         # verl gives all ranks as many micro-batches as the fullest needs.
         dist.all_reduce(tokens, op=dist.ReduceOp.MAX, group=self.engine.get_data_parallel_group())
         return int(tokens) <= packing["max_token_len_per_gpu"]

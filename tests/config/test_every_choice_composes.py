@@ -19,7 +19,7 @@ def a_home(monkeypatch):
 
 @pytest.mark.parametrize("primary", primaries())
 def test_no_primary_config_undoes_a_choice_of_the_user(primary):
-    """A primary config's own values come after those of the groups: a key that an option sets must not be among them."""
+    """A primary config's own values come after those of the groups, so no key that an option sets may be among them."""
     own = own_values(primary)
     for group, option in ALL_OPTIONS:
         undone = own.keys() & option_values(group, option).keys()

@@ -36,7 +36,7 @@ json.dump(composed, sys.stdout)
 
 @cache
 def composed(config_name: str, *overrides: str) -> DictConfig:
-    """The config of ``main_ppo --config-name=<config_name> <overrides>``, with the plugin, not resolved. Do not change it."""
+    """The config of ``main_ppo --config-name=<config_name> <overrides>``, not resolved. Shared: do not change it."""
     with initialize_config_module(ENTRY_POINT_CONFIGS, version_base=None):
         return compose(config_name, overrides=list(overrides))
 
@@ -58,7 +58,7 @@ def all_composed(requests: list[tuple[str, list[str]]], plugin: bool) -> list[di
 
 
 def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (dotted key, value) of `config`, interpolations as they are written; lists and empty mappings are leaves."""
+    """Every (dotted key, value) of `config`, interpolations as written; lists and empty mappings are leaves."""
     if isinstance(config, DictConfig | ListConfig):
         config = OmegaConf.to_container(config)
     if not isinstance(config, Mapping) or not config:
@@ -105,13 +105,8 @@ def option_values(group: str, option: str) -> dict[str, Any]:
 
 # The one value of verl's that the overlay replaces: its class is closed to new keys, ours is a subclass of it.
 REPLACED = {"actor_rollout_ref.actor.policy_loss._target_"}
-ADDED_BELOW = (
-    "algorithm.policy_loss",
-    "actor_rollout_ref.actor.policy_loss.",
-    "trainer.v1.stale_k.",
-    "trainer.v1.stale_k_separate.",
-    "trainer.v1.bounded_async.",
-)
+# Every key that the overlay adds.
+ADDED = own_values("overlay").keys() - REPLACED
 
 
 def changes(before: dict, after: dict) -> set[str]:

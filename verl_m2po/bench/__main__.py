@@ -25,7 +25,7 @@ console = Console()
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Markdown file whose marked section is replaced.")] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds that count.", min=1)] = 15,
+    rounds: Annotated[int, typer.Option(help="Rounds that count, for the smallest size.", min=1)] = 51,
     device: Annotated[str, typer.Option(help="cpu (one thread) or cuda.")] = "cpu",
     tokens: Annotated[list[int] | None, typer.Option(help="Sizes, multiples of 1024. Repeat for several.")] = None,
 ) -> None:
@@ -48,7 +48,8 @@ def _header(device: str, rounds: int) -> list[str]:
     names = ["tokens", "masked", "log-probs", *(contestant.name for contestant in CONTESTANTS)]
     return [
         f"`python -m verl_m2po.bench {' '.join(sys.argv[1:])}`, {date.today()}, {on}, torch {torch.__version__}, "
-        f"seed 0. Median of {rounds} rounds in milliseconds; times as much as `vanilla`; peak memory in tensors of the "
+        f"seed 0. Median of {rounds} rounds (fewer for larger batches, at least 5) in milliseconds, of processor time "
+        "on the CPU; in brackets times as much as `vanilla`, and peak memory in tensors of the "
         "size of the float32 log-probs, gradient and saved tensors included.",
         "",
         "| " + " | ".join(names) + " |",
@@ -60,7 +61,8 @@ def _row(tokens: int, masked_fraction: float, dtype: str, device: str, rounds: i
     batch = make_batch(tokens, masked_fraction, DTYPES[dtype], device)
     entered = [contestant for contestant in CONTESTANTS if tokens <= contestant.most_tokens]
     calls = [Call(contestant, batch) for contestant in entered]
-    medians = [median(times) for times in seconds(calls, rounds)]
+    # Larger batches scatter less and take longer.
+    medians = [median(times) for times in seconds(calls, max(5, rounds * TOKENS[0] // tokens))]
     cells = {
         call.contestant.name: f"{taken * 1e3:.2f} ({taken / medians[0]:.2f}x, {peak_tensors(call):.1f})"
         for call, taken in zip(calls, medians, strict=True)

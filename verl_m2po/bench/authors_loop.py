@@ -3,6 +3,7 @@
 Only for comparison of cost; the loss `m2po_clip` does the same without the loop.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -26,13 +27,13 @@ def authors_loss(
     sign = torch.sign(advantages[:, :1])
     harmful = ((sign > 0) & (ratio > 1) | (sign < 0) & (ratio < 1)) & response_mask
     tau = walk(log_ratio.detach()[harmful].square(), config.policy_loss.get("m2po_clip").threshold)
-    low, high = (0.0, 1e5) if tau is None else (torch.exp(-tau), torch.exp(tau))
+    low, high = (0.0, 1e5) if tau is None else (math.exp(-tau), math.exp(tau))
     losses = torch.maximum(-advantages * ratio, -advantages * torch.clamp(ratio, low, high))
     metrics = {"clipped": ((ratio < low) | (ratio > high)).float().mean().item(), "ratio": ratio.mean().item()}
     return agg_loss(losses, response_mask, loss_agg_mode, **config.global_batch_info), metrics
 
 
-def walk(squares: Tensor, budget: float) -> Tensor | None:
+def walk(squares: Tensor, budget: float) -> float | None:
     """tau, None where the mean is within the budget: two `.item()` for each token, as in the released code."""
     count = squares.numel()
     if squares.mean().item() <= budget:
@@ -42,5 +43,5 @@ def walk(squares: Tensor, budget: float) -> Tensor | None:
     for k in range(count):
         seen += ascending[k].item()
         if ascending[k].item() * (count - 1 - k) + seen >= budget * count:
-            return ascending[max(k - 1, 0)].sqrt()
+            return math.sqrt(ascending[max(k - 1, 0)].item())
     return None

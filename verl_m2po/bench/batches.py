@@ -42,5 +42,6 @@ def make_batch(tokens: int, masked_fraction: float, dtype: torch.dtype, device: 
     squares = log_ratio[inside].double().square().sort().values
     kept = squares.numel() - round(masked_fraction * int(response_mask.sum()))
     threshold = squares[:kept].mean().item()
-    tensors = (old_log_prob, log_prob, advantages, response_mask)
-    return Batch(*(tensor.to(device) for tensor in tensors), threshold)
+    return Batch(
+        old_log_prob.to(device), log_prob.to(device), advantages.to(device), response_mask.to(device), threshold
+    )

@@ -57,7 +57,7 @@ class Call:
         self.batch = batch
         self.config = _actor_config(contestant, batch)
         loss = contestant.loss
-        self.loss = get_policy_loss_fn(loss) if isinstance(loss, str) else loss
+        self.loss: Callable[..., Any] = get_policy_loss_fn(loss) if isinstance(loss, str) else loss
         tokens = as_tokens(batch.log_prob, batch.old_log_prob, batch.advantages, batch.response_mask)
         self.region = add_tokens(TrustRegionSearch(batch.threshold), tokens).solve()
 
@@ -81,18 +81,22 @@ class Call:
 
 
 def seconds(calls: list[Call], rounds: int) -> list[list[float]]:
-    """Times of each call, taken in turns so that all see the same machine. First round is not counted."""
+    """Times of each call, taken in turns so that all see the same machine. First round is not counted.
+
+    On the CPU it is the time that the processor worked for this process, which a busy machine does not distort.
+    """
+    clock = time.perf_counter if calls[0].batch.log_prob.is_cuda else time.process_time
     times: list[list[float]] = [[] for _ in calls]
     gc.disable()
     try:
         for turn in range(rounds + 1):
             for call, taken in zip(calls, times, strict=True):
                 _synchronize(call.batch)
-                start = time.perf_counter()
+                start = clock()
                 call()
                 _synchronize(call.batch)
                 if turn:
-                    taken.append(time.perf_counter() - start)
+                    taken.append(clock() - start)
     finally:
         gc.enable()
     return times

@@ -13,20 +13,24 @@ from verl_m2po.trust_region import MiniBatch, current_mini_batch
 
 # Sums over the tokens of a micro-batch. The trust region is A > 0 and r > 1, or A < 0 and r < 1; counted tokens are
 # response tokens with finite log ratio; kept ones have a gradient; the gain of a token is A r, 0 where it is not kept.
+# In the order in which `token_pass.weigh` makes them.
 TOKEN_SUMS = (
-    "response_tokens",
-    "counted_tokens",
-    "kept_tokens",
-    "trust_region_tokens",
-    "kept_trust_region_tokens",
     "log_ratio",
+    "magnitude_trust_region",
+    "counted_tokens",
+    "magnitude_kept_trust_region",
+    "kept_ratio",
+    "kept_tokens",
     "square",
     "square_trust_region",
+    "counted_tokens_again",
     "square_kept_trust_region",
-    "kept_ratio",
     "kept_ratio_square",
+    "trust_region_tokens",
+    "kept_trust_region_tokens",
     "gain",
     "gain_magnitude",
+    "response_tokens",
 )
 DECISION_SUMS = ("micro_batches", "threshold_log_ratio")
 ENTROPY_SUMS = ("entropy", "entropy_tokens", "entropy_masked", "entropy_masked_tokens")

@@ -5,6 +5,7 @@ honour `policy_loss.opsm.delta` themselves (`token_loss.evaluate`). For verl's o
 there is the loss `opsm`, which calls `policy_loss.opsm.base` with the masked responses cut off.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +134,8 @@ def opsm_loss(
         check_tokens("log_prob", log_ratio, advantages=advantages, response_mask=response_mask)
         finite = torch.isfinite(log_ratio) & response_mask
         keep = sequence_keep_mask(log_ratio, advantages, finite, settings.delta)
-    loss, metrics = get_policy_loss_fn(settings.base)(
+    base: Callable[..., Any] = get_policy_loss_fn(settings.base)
+    loss, metrics = base(
         old_log_prob=old_log_prob,
         log_prob=torch.where(keep, log_prob, log_prob.detach()),
         advantages=torch.where(keep, advantages, 0.0),

@@ -77,7 +77,7 @@ def as_tokens(
 def add_tokens(search: TrustRegionSearch, tokens: Tokens) -> TrustRegionSearch:
     """Let `search` see all of `tokens`."""
     for chunk in _chunks(tokens):
-        search.add(chunk.magnitude)
+        search.add(chunk.rows[1])
     return search
 
 
@@ -88,71 +88,84 @@ def weigh(tokens: Tokens, threshold_log_ratio: Tensor | float) -> Weighted:
         tokens: See `as_tokens`.
         threshold_log_ratio: 0-d; inf keeps every finite response token.
     """
-    device = tokens.log_prob.device
-    threshold_log_ratio = torch.as_tensor(threshold_log_ratio, dtype=tokens.dtype, device=device)
-    gain = torch.empty(tokens.log_prob.numel(), dtype=tokens.dtype, device=device)
-    keep = torch.empty(tokens.log_prob.numel(), dtype=torch.bool, device=device)
+    device, count = tokens.log_prob.device, tokens.log_prob.numel()
+    if not isinstance(threshold_log_ratio, Tensor):
+        # Not `torch.tensor`, which would copy from the host and wait for it.
+        threshold_log_ratio = torch.full((), threshold_log_ratio, dtype=tokens.dtype, device=device)
+    gain = torch.empty(count, dtype=tokens.dtype, device=device)
+    keep = torch.empty(count, dtype=torch.bool, device=device)
     sums = torch.zeros(len(TOKEN_SUMS), dtype=torch.float64, device=device)
     for chunk in _chunks(tokens):
-        kept = torch.le(chunk.magnitude, threshold_log_ratio, out=torch.empty_like(chunk.magnitude))
-        kept.mul_(chunk.counted)
+        log_ratio, magnitude, counted, kept_magnitude, ratio, kept = chunk.rows
+        torch.le(magnitude, threshold_log_ratio, out=kept).mul_(counted)
         keep[chunk.where] = kept
-        ratio = torch.clamp(chunk.log_ratio, max=LOG_RATIO_LIMIT).exp_().mul_(kept)
-        within = torch.le(chunk.log_ratio, LOG_RATIO_LIMIT, out=torch.empty_like(ratio))
-        chunk_gain = torch.mul(ratio, tokens.advantages[chunk.where], out=gain[chunk.where]).mul_(within)
+        torch.mul(magnitude, kept, out=kept_magnitude)
+        if chunk.is_ordinary:
+            torch.exp(log_ratio, out=ratio).mul_(kept)
+            chunk_gain = torch.mul(ratio, tokens.advantages[chunk.where], out=gain[chunk.where])
+        else:
+            torch.exp(log_ratio.clamp(max=LOG_RATIO_LIMIT), out=ratio).mul_(kept)
+            chunk_gain = torch.mul(ratio, tokens.advantages[chunk.where], out=gain[chunk.where])
+            chunk_gain.mul_(log_ratio <= LOG_RATIO_LIMIT)
         if tokens.weights is not None:
             chunk_gain.mul_(tokens.weights[chunk.where])
-        kept_magnitude = kept.mul(chunk.magnitude)
-        sums += torch.stack(
+        magnitudes = chunk.rows[_MAGNITUDES]
+        sums += torch.cat(
             (
-                chunk.responses,
-                chunk.counted.sum(),
-                kept.sum(),
-                torch.sign(chunk.magnitude).sum(),
-                torch.sign(kept_magnitude).sum(),
-                chunk.log_ratio.sum(),
-                torch.dot(chunk.log_ratio, chunk.log_ratio),
-                torch.dot(chunk.magnitude, chunk.magnitude),
-                torch.dot(kept_magnitude, kept_magnitude),
-                ratio.sum(),
-                torch.dot(ratio, ratio),
-                chunk_gain.sum(),
-                chunk_gain.abs().sum(),
+                chunk.rows.sum(1),
+                torch.linalg.vector_norm(chunk.rows[_SQUARED], dim=1).square_(),
+                torch.sign(magnitudes).sum(1),
+                torch.stack((chunk_gain.sum(), chunk_gain.abs().sum(), chunk.responses)),
             )
         )
     return Weighted(gain.view(tokens.shape), keep.view(tokens.shape), sums)
 
 
+# Rows of a chunk: log ratio, magnitude, counted, kept magnitude, kept ratio, kept. See `diagnostics.TOKEN_SUMS`.
+_ROWS = 6
+_SQUARED = slice(0, 5)
+_MAGNITUDES = slice(1, 4, 2)
+
+
 class _Chunk(NamedTuple):
     where: slice
-    # 0 on all tokens that are not counted.
-    log_ratio: Tensor
-    # 1 on finite response tokens, 0 elsewhere.
-    counted: Tensor
-    # |log r| on trust-region tokens, 0 elsewhere.
-    magnitude: Tensor
+    # [6, tokens], of which the first three are filled:
+    # log r, 0 on tokens that are not counted;
+    # |log r| on trust-region tokens, 0 elsewhere;
+    # 1 on counted tokens, which are finite response tokens, 0 elsewhere.
+    rows: Tensor
     # Number of response tokens, 0-d.
     responses: Tensor
+    # Whether all log ratios are known to be finite and at most `LOG_RATIO_LIMIT`.
+    is_ordinary: bool
 
 
 def _chunks(tokens: Tokens) -> Iterator[_Chunk]:
     size = chunk_size(tokens.log_prob.device)
+    count = tokens.log_prob.numel()
     if tokens.seen:
         yield from tokens.seen
         return
-    for start in range(0, tokens.log_prob.numel(), size):
-        where = slice(start, min(start + size, tokens.log_prob.numel()))
-        log_ratio = tokens.log_prob[where].to(tokens.dtype) - tokens.old_log_prob[where]
-        counted = tokens.response_mask[where].to(tokens.dtype)
-        responses = counted.sum()
-        # Finite in all but broken batches, which on the CPU is quickly seen. Where to look would stall, it is assumed.
-        if log_ratio.device.type != "cpu" or not log_ratio.sum().isfinite():
-            counted.mul_(log_ratio.isfinite())
-            log_ratio.nan_to_num_(0.0, 0.0, 0.0)
-        log_ratio.mul_(counted)
-        # sign(A) * log r is positive exactly on the trust region; a product A * log r could underflow to 0.
-        magnitude = torch.sign(tokens.advantages[where]).to(tokens.dtype).mul_(log_ratio).relu_()
-        chunk = _Chunk(where, log_ratio, counted, magnitude, responses)
-        if tokens.log_prob.numel() <= size:
+    rows = torch.empty(_ROWS, min(size, count), dtype=tokens.dtype, device=tokens.log_prob.device)
+    for start in range(0, count, size):
+        where = slice(start, min(start + size, count))
+        chunk = _fill(tokens, where, rows[:, : where.stop - start])
+        if count <= size:
             tokens.seen.append(chunk)
         yield chunk
+
+
+def _fill(tokens: Tokens, where: slice, rows: Tensor) -> _Chunk:
+    log_ratio, magnitude, counted = rows[0], rows[1], rows[2]
+    torch.sub(tokens.log_prob[where].to(tokens.dtype), tokens.old_log_prob[where], out=log_ratio)
+    counted.copy_(tokens.response_mask[where])
+    responses = counted.sum()
+    # All batches but broken ones are ordinary, which on the CPU is quickly seen. An accelerator would have to wait.
+    is_ordinary = log_ratio.device.type == "cpu" and log_ratio.abs().amax().item() <= LOG_RATIO_LIMIT
+    if not is_ordinary:
+        counted.mul_(log_ratio.isfinite())
+        log_ratio.nan_to_num_(0.0, 0.0, 0.0)
+    log_ratio.mul_(counted)
+    # sign(A) * log r is positive exactly on the trust region; a product A * log r could underflow to 0.
+    torch.sign(tokens.advantages[where].to(tokens.dtype), out=magnitude).mul_(log_ratio).relu_()
+    return _Chunk(where, rows, responses, is_ordinary)

@@ -8,7 +8,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from verl_m2po.cpu import environment
-from verl_m2po.preflight import inputs, losses, machine, staleness
+from verl_m2po.preflight import devices, inputs, keys, losses, machine, staleness
 from verl_m2po.preflight.problem import Problem
 
 logger = logging.getLogger(__name__)
@@ -23,9 +23,10 @@ class PreflightCallback(Callback):
 
     def on_job_start(self, config: DictConfig, **_kwargs: Any) -> None:
         """Check `config`; called by Hydra before the job."""
-        if not uses_this_package(config):
-            return
-        found = list(problems(config))
+        # A misspelt key of ours is why a run may seem to be none of our business.
+        found = list(keys.problems(config))
+        if uses_this_package(config):
+            found += problems(config)
         for problem in found:
             if not problem.is_fatal:
                 logger.warning("%s", problem)
@@ -48,4 +49,5 @@ def problems(config: DictConfig) -> Iterator[Problem]:
     yield from losses.problems(config)
     yield from staleness.problems(config)
     yield from inputs.problems(config)
+    yield from devices.problems(config)
     yield from machine.problems(config)

@@ -1,0 +1,51 @@
+"""The drawings say what the registered functions do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from verl_m2po.losses import gallery
+
+RATIOS = torch.tensor(gallery.RATIOS, dtype=torch.float64)
+TABLE = Path(__file__).parents[2] / "docs" / "figures" / "methods" / "table.md"
+
+
+@pytest.mark.parametrize(
+    ("name", "positive", "negative"),
+    [
+        ("no_trust_region", [0.2, 0.8, 1, 1.25, 5], [0.2, 0.8, 1, 1.25, 5]),
+        ("grpo", [0.2, 0.8, 1, 0, 0], [0, 0.8, 1, 1.25, 5]),
+        ("rec", [1, 1, 1, 0, 0], [0, 1, 1, 1, 1]),
+        ("topr", [1, 1, 1, 1, 1], [0.2, 0.8, 1, 1, 1]),
+        ("tis", [0.2, 0.8, 1, 1.25, 2], [0.2, 0.8, 1, 1.25, 2]),
+    ],
+)
+def test_pushes_that_can_be_said_by_hand(name, positive, negative):
+    seen = gallery.push(name, RATIOS)
+    # verl makes its weights in float32.
+    assert_close(seen.positive, torch.tensor(positive, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert_close(seen.negative, torch.tensor(negative, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_an_on_policy_token_is_pushed_as_by_reinforce_by_every_preset():
+    for name in gallery.presets():
+        seen = gallery.push(name, torch.ones(1, dtype=torch.float64))
+        assert (seen.positive.item(), seen.negative.item()) == pytest.approx((1, 1), abs=1e-6), name
+
+
+def test_the_committed_table_is_that_of_the_code():
+    committed = TABLE.read_text().splitlines()
+    names = ["m2po", "bapo", "sapo", "decoupled_loglinear"]
+    for row in gallery.markdown_table(names).splitlines():
+        assert row in committed
+
+
+def test_every_preset_has_a_figure():
+    assert {path.stem for path in TABLE.parent.glob("*.svg")} == {*gallery.presets(), "advantages"}
+
+
+def test_advantages_of_a_group():
+    right, wrong = gallery.advantage_table("oapl", size=4)
+    assert right[0] - wrong[0] == pytest.approx(1) and wrong[0] == pytest.approx(-0.357374, abs=1e-6)
