@@ -1,5 +1,6 @@
 """The documentation names only what exists: files, headings, make targets, commands, options. Every page is found."""
 
+import ast
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -10,6 +11,8 @@ from urllib.parse import unquote
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+
+from verl_m2po.plugin import EXTENSIONS
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -170,6 +173,28 @@ def test_every_page_is_in_the_table_of_contents():
     """Pages of docs/ itself; what lies in folders may be reached by a link."""
     listed = {(DOCS / page).resolve() for page in read(DOCS / "index.md").included}
     assert {page for page in DOCS.glob("*.md")} - {DOCS / "index.md"} <= listed
+
+
+def test_the_plugin_page_names_every_extension():
+    code = set(read(DOCS / "plugin.md").code)
+    assert not {name for row in EXTENSIONS for name in (row.host, row.module, *row.names)} - code
+
+
+def test_every_quoted_refusal_is_still_said():
+    """First column of the table, between the dots that stand for values, in a string of the package."""
+    section = (DOCS / "troubleshooting.md").read_text().partition("## Refused")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
+    quoted = [part.strip() for row in rows for text in re.findall("`(.+?)`", row) for part in text.split("...")]
+    said = "\0".join(strings_of_the_package())
+    assert len(quoted) > 20
+    assert not [part for part in quoted if part not in said]
+
+
+def strings_of_the_package() -> Iterator[str]:
+    for path in (REPOSITORY / "verl_m2po").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
 
 
 def test_the_checks_can_fail(tmp_path):
