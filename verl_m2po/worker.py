@@ -15,11 +15,11 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
-from verl.workers.config import PolicyLossConfig
+from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
-from verl_m2po.losses import diagnostics
+from verl_m2po.losses import diagnostics, opsm
 from verl_m2po.losses.config import KEY, M2POConfig
 from verl_m2po.losses.diagnostics import TOKEN_SUMS
 from verl_m2po.losses.token_pass import Tokens, add_tokens, as_tokens, weigh
@@ -69,7 +69,7 @@ class M2POTrainingWorker(TrainingWorker):
             self._decide(data, policy_loss.get("m2po", None) or M2POConfig(), mini_batch)
         loss_fn = self.loss_fn
         assert loss_fn is not None
-        self.loss_fn = Observed(loss_fn, mini_batch, every_loss=policy_loss.get("diagnostics", False))
+        self.loss_fn = Observed(loss_fn, mini_batch, policy_loss.get("diagnostics", False), self._is_age_zero)
         try:
             with training(mini_batch):
                 output = super().train_batch(data)
@@ -115,11 +115,12 @@ class M2POTrainingWorker(TrainingWorker):
         tu.assign_non_tensor(data, **missing, calculate_entropy=False, calculate_sum_pi_squared=False)
         auto_offload_off = tu.get(data, key="disable_auto_offload", default=False)
         seen: list[Seen] = []
+        config = self.loss_fn.keywords["config"] if policy_loss_config(self.loss_fn) is not None else None
 
         def remember(
             model_output: dict[str, Any], data: TensorDict, dp_group: dist.ProcessGroup | None = None
         ) -> tuple[Tensor, dict]:
-            tokens = response_tokens(model_output, data)
+            tokens = response_tokens(model_output, data, config)
             seen.append(Seen(tokens, self._is_age_zero(data)))
             return torch.zeros((), device=tokens.log_prob.device), {}
 
@@ -173,7 +174,10 @@ class M2POTrainingWorker(TrainingWorker):
         group = self.engine.get_data_parallel_group()
         if group is not None:
             dist.all_reduce(sums, group=group)
-        metrics = diagnostics.ratios(dict(zip(diagnostics.SUMS, sums.tolist(), strict=True)))
+        named_sums = dict(zip(diagnostics.SUMS, sums.tolist(), strict=True))
+        if named_sums["age_zero_tokens"]:
+            self._mismatch_floor = named_sums["square_age_zero"] / named_sums["age_zero_tokens"]
+        metrics = diagnostics.ratios(named_sums)
         if self._mismatch_floor is not None:
             metrics["mismatch_floor"] = self._mismatch_floor
         if output is None:
@@ -190,12 +194,20 @@ class Observed:
         loss_fn: What verl trains with.
         mini_batch: Where the sums go.
         every_loss: Also take them for losses that leave none themselves.
+        is_age_zero: Of a micro-batch, bool [batch]: which rows the present weights generated; None where nobody knows.
     """
 
-    def __init__(self, loss_fn: Callable, mini_batch: MiniBatch, every_loss: bool):
+    def __init__(
+        self,
+        loss_fn: Callable,
+        mini_batch: MiniBatch,
+        every_loss: bool,
+        is_age_zero: Callable[[TensorDict], Tensor | None],
+    ):
         self.loss_fn = loss_fn
         self.mini_batch = mini_batch
         self.every_loss = every_loss
+        self.is_age_zero = is_age_zero
 
     def __call__(
         self, model_output: dict[str, Any], data: TensorDict, dp_group: dist.ProcessGroup | None = None
@@ -207,6 +219,10 @@ class Observed:
                 # All its finite tokens count as kept: what such a loss clips is its own affair.
                 _, keep, sums = weigh(response_tokens(model_output, data), math.inf)
                 diagnostics.leave(self.mini_batch, sums, keep, None)
+            is_age_zero = self.is_age_zero(data)
+            if is_age_zero is not None and len(self.mini_batch.sums) > before:
+                seen = Seen(response_tokens(model_output, data), is_age_zero)
+                diagnostics.add_age_zero(self.mini_batch, *_age_zero_sums(seen).unbind())
             entropy = model_output.get("entropy")
             if entropy is not None and len(self.mini_batch.sums) > before:
                 response_mask = data.select("response_mask").to_padded_tensor()["response_mask"].bool()
@@ -214,11 +230,20 @@ class Observed:
         return loss, metrics
 
 
-def response_tokens(model_output: dict[str, Any], data: TensorDict) -> Tokens:
-    """The response tokens of one micro-batch, padded as verl pads them for a loss."""
-    log_prob = no_padding_2_padding(model_output["log_probs"], data)
+def response_tokens(model_output: dict[str, Any], data: TensorDict, config: ActorConfig | None = None) -> Tokens:
+    """The response tokens of one micro-batch, padded as verl pads them for a loss.
+
+    Args:
+        model_output: The engine's, with `log_probs`.
+        data: The micro-batch.
+        config: verl's actor settings, to leave out what sequence masking leaves out, as the loss will; None: all.
+    """
+    log_prob = no_padding_2_padding(model_output["log_probs"], data).detach()
     fields = data.select("response_mask", "old_log_probs", "advantages").to_padded_tensor()
-    return as_tokens(log_prob, fields["old_log_probs"], fields["advantages"], fields["response_mask"].bool())
+    old_log_prob, advantages, mask = fields["old_log_probs"], fields["advantages"], fields["response_mask"].bool()
+    if config is not None:
+        mask = opsm.trained_tokens(log_prob, old_log_prob, advantages, mask, config)
+    return as_tokens(log_prob, old_log_prob, advantages, mask)
 
 
 def policy_loss_config(loss_fn: Any) -> PolicyLossConfig | None:

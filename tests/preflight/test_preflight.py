@@ -87,6 +87,20 @@ def test_folder_that_is_no_model(config, tmp_path):
     assert "no config.json" in one(inputs.problems(config(f"actor_rollout_ref.model.path={tmp_path}")))
 
 
+def test_lengths_that_the_model_does_not_have(config):
+    message = one(inputs.problems(config("data.max_prompt_length=4096", "data.max_response_length=8")))
+    assert message.startswith("data.max_prompt_length + data.max_response_length=4104: the model has 4096 positions")
+
+
+def test_another_actor_worker_under_mini_batch_scope(config, monkeypatch):
+    from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+    monkeypatch.setattr(ActorRolloutRefWorker, "actor_worker_cls", TrainingWorker)
+    message = one(losses.problems(config()))
+    assert f"{LOSS}.scope=mini_batch cannot be honoured: the actor worker is" in message
+    assert list(losses.problems(config(f"{LOSS}.scope=micro_batch"))) == []
+
+
 def test_hub_model_offline(config, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE" in one(inputs.problems(config("actor_rollout_ref.model.path=nobody/nothing")))

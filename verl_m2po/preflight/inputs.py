@@ -1,5 +1,6 @@
 """Are the model and the data of a run there, and are they what verl needs?"""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ COLUMNS = ("prompt", "data_source", "reward_model")
 def problems(config: DictConfig) -> Iterator[Problem]:
     """Yield what is wrong with the model and the data of `config`."""
     yield from _model(OmegaConf.select(config, MODEL))
+    yield from _positions(config)
     for key in ("data.train_files", "data.val_files"):
         for file in _as_list(OmegaConf.select(config, key)):
             yield from _data(key, file)
@@ -54,6 +56,22 @@ def _model(path: str | None) -> Iterator[Problem]:
             path,
             "the model is not in the local cache, and HF_HUB_OFFLINE forbids fetching it",
             "Unset HF_HUB_OFFLINE, or download the model and name its folder",
+        )
+
+
+def _positions(config: DictConfig) -> Iterator[Problem]:
+    """Prompt and response must fit into the model, which vLLM would find only after everything has started."""
+    path = Path(OmegaConf.select(config, MODEL) or "").expanduser() / "config.json"
+    lengths = [OmegaConf.select(config, f"data.{name}") for name in ("max_prompt_length", "max_response_length")]
+    if not path.is_file() or None in lengths:
+        return
+    positions = json.loads(path.read_text()).get("max_position_embeddings")
+    if positions is not None and sum(lengths) > positions:
+        yield Problem(
+            "data.max_prompt_length + data.max_response_length",
+            sum(lengths),
+            f"the model has {positions} positions (max_position_embeddings in {path})",
+            "Shorten one of them, or choose another model",
         )
 
 

@@ -17,6 +17,18 @@ def problems(config: DictConfig) -> Iterator[Problem]:
     yield from settings
     if not settings:
         yield from requirements.problems(config)
+        yield from _actor_worker(config)
+
+
+def _actor_worker(config: DictConfig) -> Iterator[Problem]:
+    """One decision for the whole mini-batch needs our actor worker in verl's seam."""
+    scope = f"{KEY}.m2po.scope"
+    if OmegaConf.select(config, requirements.POLICY_LOSS) != "m2po" or OmegaConf.select(config, scope) != "mini_batch":
+        return
+    from verl_m2po import worker
+
+    if reason := worker.why_not_installed():
+        yield Problem(scope, "mini_batch", f"{scope}=mini_batch cannot be honoured: {reason.rstrip('.')}.", "")
 
 
 def _settings(config: DictConfig) -> Iterator[Problem]:

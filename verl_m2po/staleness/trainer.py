@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
+from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
@@ -37,6 +40,9 @@ from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessRule
 from verl_m2po.staleness.store import LOT_FIELD, lot_partition
 
 logger = logging.getLogger(__name__)
+
+AGE_FIELD = "age_updates"
+"""Field of a row in TransferQueue; `verl_m2po.worker` reads it under the same name."""
 
 STATE_FILE = "staleness.json"
 """Beside verl's own files in `global_step_N`: the state of the rule."""
@@ -157,6 +163,17 @@ class _StalenessTrainer(PPOTrainer):
             logger.info("generating %d groups again that were in flight at the checkpoint", len(tickets))
         return len(tickets)
 
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """As verl's, and the age of each row for the actor worker, which measures the mismatch floor at age zero."""
+        batch = super()._compute_advantage(batch, metrics)
+        clock = preflight.make_clock(self.config)
+        ages = [
+            clock.age_at_call_updates(tag["min_global_steps"], self.global_steps, self.local_trigger_step)
+            for tag in batch.tags
+        ]
+        fields = TensorDict({AGE_FIELD: torch.tensor(ages)}, batch_size=len(ages))
+        return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+
     def _consume_sync_metrics(self) -> dict:
         return super()._consume_sync_metrics() | self.replay_buffer.step_metrics()
 
@@ -210,6 +227,11 @@ class PPOTrainerStaleK(_StalenessTrainer, PPOTrainerColocateAsync):
 
 class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):
     """What the modes on separate devices share."""
+
+    def _setup(self) -> None:
+        # verl 0.9.1 calls logger.info(..., flush=True) where hybrid_engine=false, a TypeError unless INFO is off.
+        logging.getLogger(PPOTrainerSeparateAsync.__module__).setLevel(logging.WARNING)
+        super()._setup()
 
     def get_llm_client(self) -> SpanRecordingClient:
         return self.standalone_server_manager.get_client(client_cls=SpanRecordingClient)

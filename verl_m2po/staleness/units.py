@@ -87,6 +87,16 @@ class UpdateClock:
         """Optimizer updates in `steps` trainer steps."""
         return steps * self.updates_per_step
 
+    def age_at_call_updates(self, version: int, step: int, mini_batch: int) -> int:
+        """Age of a row of weight `version` when the actor worker gets it, in optimizer updates.
+
+        Args:
+            version: weight version of its oldest token.
+            step: trainer step, from 1.
+            mini_batch: mini-batches of this step that were trained before, where verl hands them over one by one.
+        """
+        return self.age_updates(version, version_at_step(step)) + mini_batch * self.ppo_epochs
+
     def age_updates(self, version: int, at_version: int) -> int:
         """Age of a token of weight `version`, in optimizer updates, when training starts from `at_version`.
 
