@@ -44,7 +44,7 @@ test: $(STAMP) ## All tests, the end-to-end ones included
 	$(BIN)/python -m pytest
 
 test-fast: $(STAMP) ## The tests that need no Ray (under two minutes)
-	$(BIN)/python -m pytest -m "not e2e"
+	$(BIN)/python -m pytest -m "not e2e and not ray and not slow"
 
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

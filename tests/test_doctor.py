@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 
+import pytest
 from rich.console import Console
 
 from verl_m2po import doctor
+
+pytestmark = pytest.mark.ray
 
 
 def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

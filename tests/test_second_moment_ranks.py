@@ -2,12 +2,15 @@
 
 import math
 
+import pytest
 import torch
 from ranks import run_on_ranks
 from sharded_decisions import decisions
 from token_batches import heavy_tailed
 
 from verl_m2po.second_moment import find_trust_region, trust_region_magnitude
+
+pytestmark = pytest.mark.slow
 
 DP_SIZES = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 3, 7)

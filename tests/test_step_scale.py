@@ -14,6 +14,8 @@ from torch.testing import assert_close
 
 from verl_m2po.step_scale import POWERS, effective_sample_share, sequence_log_weight, step_scale
 
+pytestmark = pytest.mark.slow
+
 
 def test_reference_values():
     share = effective_sample_share(torch.tensor([4.0, 1.0, 1.0, 0.0]).log())

@@ -5,6 +5,8 @@ import torch
 from actor_worker_runs import rollouts, run_packings, run_seams, save_model
 from ranks import run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 ROWS = 8
 # 20 + 3 tokens at most in a row.
 PACKINGS = {

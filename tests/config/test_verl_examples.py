@@ -8,6 +8,8 @@ from composing import ADDED, REPLACED, additions, all_composed, changes
 from omegaconf import OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
 
+pytestmark = pytest.mark.slow
+
 DATA = yaml.safe_load(Path(__file__).with_name("verl_example_overrides.yaml").read_text())
 SCRIPTS: dict[str, dict] = DATA["scripts"]
 M2PO_AT_256 = [

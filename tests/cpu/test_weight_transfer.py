@@ -6,6 +6,8 @@ import transfer_peers
 
 from verl_m2po.cpu.weight_transfer import GlooCheckpointEngine, _buckets
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("receivers", [1, 2])
 def test_every_receiver_gets_the_same_bits(receivers):

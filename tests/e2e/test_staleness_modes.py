@@ -49,6 +49,8 @@ def test_stale_k_is_exact_row_by_row(train, tmp_path, k_steps):
     verls = [age / UPDATES_PER_STEP for age in ages]
     assert result.series("training/off_policy/trajectory_staleness_worst/max") == verls
     assert result.series("training/off_policy/trajectory_staleness/min") == verls
+    # Age-zero tokens have only the mismatch between vLLM and the trainer in their ratio: nothing, in float32.
+    assert max(result.series("actor/m2po/mismatch_floor")) < 1e-9
 
 
 def test_stale_k_separate_is_exact_row_by_row(train, tmp_path):

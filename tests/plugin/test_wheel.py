@@ -11,6 +11,8 @@ import pytest
 from composing import primaries
 from omegaconf import OmegaConf
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "verl_m2po"
 

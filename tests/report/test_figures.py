@@ -9,6 +9,8 @@ from verl_m2po.report.build import build
 from verl_m2po.report.style import COLOURS, ON_POLICY, looks, plain
 from verl_m2po.report.write import PLOTS
 
+pytestmark = pytest.mark.slow
+
 ACC = "val-core/addition/acc/mean@1"
 
 

@@ -22,6 +22,8 @@ from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessViolati
 from verl_m2po.staleness.store import lot_partition
 from verl_m2po.staleness.units import UpdateClock
 
+pytestmark = pytest.mark.ray
+
 BATCH, RESPONSES = 4, 2
 
 

@@ -14,6 +14,8 @@ from verl_m2po.staleness.records import Row
 from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessViolation, UnknownGroup
 from verl_m2po.staleness.units import exact_version
 
+pytestmark = pytest.mark.slow
+
 
 def short(rng: random.Random) -> float:
     return rng.uniform(5, 50)

@@ -9,6 +9,8 @@ import pytest
 from verl_m2po.tasks import parquet, prepare, scoring
 from verl_m2po.tasks.sets import DATA_SETS
 
+pytestmark = pytest.mark.slow
+
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 # Our name, the folder, rows in it, and the rows whose answer the source left empty.
 REAL = [

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, 
 from verl_m2po.tasks import arithmetic, tiny_model
 from verl_m2po.tasks.tiny_model import Recipe
 
+pytestmark = pytest.mark.slow
+
 # Stops at the first measurement: enough for everything but the accuracy itself.
 HASTY = Recipe(
     target_accuracy=1e-9,
