@@ -18,7 +18,7 @@ SEED ?= 1
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast lint bench docs docs-links clean
+.PHONY: help env quickstart test test-fast lint types bench docs docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -46,8 +46,11 @@ test: $(STAMP) ## All tests, the end-to-end ones included
 test-fast: $(STAMP) ## The tests that need no Ray (under two minutes)
 	$(BIN)/python -m pytest -m "not e2e and not ray and not slow"
 
-lint: $(STAMP) ## ruff and pyright
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+lint: $(STAMP) ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMP) ## pyright
+	$(BIN)/pyright
 
 bench: $(STAMP) ## Measure the losses side by side, into docs/benchmarks.md (about 15 minutes)
 	$(BIN)/python -m verl_m2po.bench --out docs/benchmarks.md

@@ -1,6 +1,7 @@
 """``verl-m2po doctor``: is everything that this package adds to verl really there, in Ray workers too?"""
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ def inspect_ray_worker() -> Findings:
         include_dashboard=False,
         object_store_memory=100 * 2**20,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1",
     )
     try:

@@ -34,7 +34,7 @@ def _search_path() -> Mapping[str, Any]:
     added = {}
     for plugin in Plugins.instance().discover(SearchPathPlugin):
         before = len(search_path.get_path())
-        plugin().manipulate_search_path(search_path)
+        plugin().manipulate_search_path(search_path)  # pyright: ignore[reportAttributeAccessIssue]
         if len(search_path.get_path()) > before:
             added |= {element.path: plugin for element in search_path.get_path() if element.path not in added}
     return added

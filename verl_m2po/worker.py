@@ -115,7 +115,7 @@ class M2POTrainingWorker(TrainingWorker):
         tu.assign_non_tensor(data, **missing, calculate_entropy=False, calculate_sum_pi_squared=False)
         auto_offload_off = tu.get(data, key="disable_auto_offload", default=False)
         seen: list[Seen] = []
-        config = self.loss_fn.keywords["config"] if policy_loss_config(self.loss_fn) is not None else None
+        config = actor_config(self.loss_fn)
 
         def remember(
             model_output: dict[str, Any], data: TensorDict, dp_group: dist.ProcessGroup | None = None
@@ -174,7 +174,7 @@ class M2POTrainingWorker(TrainingWorker):
         group = self.engine.get_data_parallel_group()
         if group is not None:
             dist.all_reduce(sums, group=group)
-        named_sums = dict(zip(diagnostics.SUMS, sums.tolist(), strict=True))
+        named_sums: dict[str, float] = dict(zip(diagnostics.SUMS, sums.tolist(), strict=True))
         if named_sums["age_zero_tokens"]:
             self._mismatch_floor = named_sums["square_age_zero"] / named_sums["age_zero_tokens"]
         metrics = diagnostics.ratios(named_sums)
@@ -248,8 +248,12 @@ def response_tokens(model_output: dict[str, Any], data: TensorDict, config: Acto
 
 def policy_loss_config(loss_fn: Any) -> PolicyLossConfig | None:
     """The policy loss settings inside a loss function of verl (`functools.partial(ppo_loss, config=...)`)."""
-    config = getattr(loss_fn, "keywords", {}).get("config", None)
-    return getattr(config, "policy_loss", None)
+    return getattr(actor_config(loss_fn), "policy_loss", None)
+
+
+def actor_config(loss_fn: Any) -> ActorConfig | None:
+    """The actor settings inside a loss function of verl; None inside others."""
+    return getattr(loss_fn, "keywords", {}).get("config", None)
 
 
 def _observes(policy_loss: PolicyLossConfig) -> bool:

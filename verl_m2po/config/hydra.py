@@ -72,6 +72,7 @@ class OverlayConfigSource(ConfigSource):
         if base is None:
             raise ConfigLoadError(f"Config not found: {config_path}")
         result = base.load_config(config_path)
+        assert isinstance(result.config, DictConfig)
         # A config that lists another primary config has the overlay from that one.
         if not builds_on_primary(result.config):
             result.config = self._with_overlay(result.config)

@@ -1,3 +1,5 @@
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false, reportArgumentType=false
+# torch's stubs leave out gloo's options and TCPStore; verl's registry decorates with a plain function.
 """verl's checkpoint engine for separate trainer and rollout processes without CUDA: gloo broadcasts, no pickle.
 
 Rank 0 of the trainer broadcasts to every rollout worker. Each message is a header of integers, a JSON description of

@@ -1,3 +1,5 @@
+# pyright: reportAttributeAccessIssue=false
+# Ray's actor classes carry their metadata in attributes that its types do not name.
 """verl's agent loop workers, which report each finished group to the trainer at once.
 
 verl's workers write rows and statuses into one TransferQueue partition, and the trainer lists that partition until

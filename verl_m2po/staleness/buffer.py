@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import transfer_queue as tq
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
@@ -62,7 +63,7 @@ class StalenessReplayBuffer(ReplayBufferAsync):
             trainer_config=trainer_config,
             max_off_policy_threshold=None,
             max_off_policy_strategy="drop",
-            sampler_kwargs={},
+            sampler_kwargs=DictConfig({}),
             poll_interval=0.02,
             refill_fn=dispatch,
         )

@@ -31,7 +31,7 @@ class FailureWindow:
         """
         self._failed.append(True)
         self._errors.append(error)
-        failures, window = sum(self._failed), self._failed.maxlen
+        failures, window = sum(self._failed), self._failed.maxlen or 0
         if len(self._failed) == window and failures > self.max_failed_fraction * window:
             distinct = "\n".join(f"  {times} x {error}" for error, times in Counter(self._errors).most_common())
             raise TooManyFailures(

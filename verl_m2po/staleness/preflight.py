@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_m2po.preflight.problem import Problem
 from verl_m2po.staleness.codec import BYTES_PER_PROMPT_TOKEN, BYTES_PER_RESPONSE_TOKEN
-from verl_m2po.staleness.config import StaleKConfig, load_mode_config
+from verl_m2po.staleness.config import BoundedAsyncConfig, StaleKConfig, load_mode_config
 from verl_m2po.staleness.units import StalenessUnitsError, UpdateClock
 
 ROW_OVERHEAD_BYTES = 4096
@@ -103,7 +103,7 @@ def _check_units(config: DictConfig, mode: str, settings: StaleKConfig) -> list[
 
 def _check_settings(mode: str, settings: StaleKConfig) -> list[Problem]:
     shares = {"max_failed_fraction": settings.max_failed_fraction}
-    if hasattr(settings, "min_usable_share"):
+    if isinstance(settings, BoundedAsyncConfig):
         shares["min_usable_share"] = settings.min_usable_share
     problems = [
         Problem(f"trainer.v1.{mode}.{name}", value, "it is a share", "Set it to a number from 0 to 1")

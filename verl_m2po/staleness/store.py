@@ -1,3 +1,5 @@
+# pyright: reportAbstractUsage=false
+# tensordict's tensor classes are made at run time.
 """The rows of waiting groups in TransferQueue: one partition per lot, so that no operation sees more than its own lot.
 
 TransferQueue's listing and clearing cost time proportional to the partition. verl's own operations work on the

@@ -1,3 +1,5 @@
+# pyright: reportAbstractUsage=false, reportArgumentType=false, reportUnusedCoroutine=false, reportReturnType=false, reportAttributeAccessIssue=false
+# verl's trainer hands over untyped data, and its agent loop manager turns coroutines into plain calls at run time.
 """The trainer modes `stale_k`, `stale_k_separate` and `bounded_async`: verl's trainers with our buffer.
 
 Importing this module registers them. verl's hooks decide when the rule is asked:
