@@ -15,6 +15,9 @@ OUT ?= outputs/quickstart
 LOSS ?= m2po
 SEED ?= 1
 
+# Further arguments of pytest in `make test`, for example -k name
+PYTEST_ARGS ?=
+
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
@@ -41,7 +44,7 @@ quickstart: $(STAMP) ## Train a tiny model to add two-digit numbers (STEPS, OUT,
 	$(BIN)/verl-m2po quickstart --steps $(STEPS) --out $(OUT) --loss $(LOSS) --seed $(SEED)
 
 test: $(STAMP) ## All tests, the end-to-end ones included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## The tests that need no Ray (under two minutes)
 	$(BIN)/python -m pytest -m "not e2e and not ray and not slow"
