@@ -55,8 +55,10 @@ lint: $(STAMP) ## ruff
 types: $(STAMP) ## pyright
 	$(BIN)/pyright
 
-bench: $(STAMP) ## Measure the losses side by side, into docs/benchmarks.md (about 15 minutes)
+bench: $(STAMP) ## Measure the losses, the decision and a trainer step, into docs/benchmarks.md (about 20 minutes)
 	$(BIN)/python -m verl_m2po.bench --out docs/benchmarks.md
+	$(BIN)/python -m verl_m2po.bench.decision --out docs/benchmarks.md
+	$(BIN)/python -m verl_m2po.bench.trainer_step --out docs/benchmarks.md
 
 # The documentation has a small environment of its own: the extra `docs` would bring verl.
 DOCS_ENV := docs/_build/env

@@ -1,7 +1,5 @@
 """`python -m verl_m2po.bench`: measure, and write the table into docs/benchmarks.md."""
 
-import os
-import platform
 import sys
 from datetime import date
 from pathlib import Path
@@ -14,8 +12,9 @@ from rich.progress import track
 
 from verl_m2po.bench.batches import make_batch
 from verl_m2po.bench.measure import CONTESTANTS, Call, median, peak_tensors, seconds
+from verl_m2po.bench.page import processor, replace_section
 
-BEGIN, END = "<!-- losses: begin -->", "<!-- losses: end -->"
+SECTION = "losses"
 TOKENS = [13 * 1024, 51 * 1024, 206 * 1024, 1024 * 1024]
 MASKED = [0.0006, 0.01, 0.1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,12 +38,12 @@ def main(
     if out is None:
         console.print(table, markup=False, soft_wrap=True)
     else:
-        _replace_section(out, table)
+        replace_section(out, SECTION, table)
         console.print(f"written to {out}")
 
 
 def _header(device: str, rounds: int) -> list[str]:
-    on = torch.cuda.get_device_name() if device == "cuda" else f"one thread of {_processor()}"
+    on = torch.cuda.get_device_name() if device == "cuda" else f"one thread of {processor()}"
     names = ["tokens", "masked", "log-probs", *(contestant.name for contestant in CONTESTANTS)]
     return [
         f"`python -m verl_m2po.bench {' '.join(sys.argv[1:])}`, {date.today()}, {on}, torch {torch.__version__}, "
@@ -69,23 +68,6 @@ def _row(tokens: int, masked_fraction: float, dtype: str, device: str, rounds: i
     }
     values = [cells.get(contestant.name, "") for contestant in CONTESTANTS]
     return "| " + " | ".join([f"{tokens:,}", f"{masked_fraction:.2%}", dtype, *values]) + " |"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} cores)"
-    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
-
-
-def _replace_section(path: Path, table: str) -> None:
-    text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise typer.BadParameter(f"{path} has no section between {BEGIN} and {END}.")
-    before, rest = text.split(BEGIN, 1)
-    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}")
 
 
 if __name__ == "__main__":
