@@ -5,7 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from verl_m2po.plugin import EXTENSIONS
+
+pytestmark = pytest.mark.slow
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -6,6 +6,8 @@ from verl.utils.config import omega_conf_to_dataclass, validate_config
 
 from verl_m2po.config.hydra import GROUPS, PRIMARY_CONFIGS
 
+pytestmark = pytest.mark.slow
+
 ALL_OPTIONS = [(group, option) for group in GROUPS for option in options(group)]
 SEPARATE = [option for option in options("staleness") if option.endswith("_separate")] + ["bounded_async"]
 # verl's primary configs name no engine; a recipe does.

@@ -11,6 +11,8 @@ from hydra.errors import HydraException
 
 from verl_m2po.config.hydra import PRIMARY_CONFIGS
 
+pytestmark = pytest.mark.slow
+
 
 def test_it_adds_keys_and_changes_no_value():
     requests = [(name, []) for name in PRIMARY_CONFIGS] + [("ppo_trainer", ["model_engine=veomni"])]

@@ -11,6 +11,8 @@ from verl.plugin.platform.platform_base import PlatformBase
 from verl_m2po.cpu.device_module import device_module
 from verl_m2po.cpu.platform import PlatformCPU
 
+pytestmark = pytest.mark.slow
+
 
 def python(code: str, **environment: str) -> str:
     clean = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
