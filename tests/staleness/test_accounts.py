@@ -7,7 +7,7 @@ import pytest
 from verl_m2po.staleness.failures import FailureWindow, TooManyFailures
 from verl_m2po.staleness.ledger import TrainedRowsLedger
 from verl_m2po.staleness.metrics import LengthBias, StalenessMetrics
-from verl_m2po.staleness.records import Group, Row, Ticket
+from verl_m2po.staleness.records import Group, GroupReport, Row, Ticket
 from verl_m2po.staleness.units import UpdateClock
 
 
@@ -108,3 +108,17 @@ def test_the_ledger_continues_an_existing_file(tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[1]["groups"] == [[5, "u2", 0, [["u2_0_0", [[0, 3]]]]]]
+
+
+def test_the_ledger_knows_when_a_group_was_generated(tmp_path):
+    """Of a group from before a restart it does not; of one that was evicted it forgets."""
+    ledger = TrainedRowsLedger(str(tmp_path / "rows.jsonl"))
+    groups = tuple(group(((0, 3),), uid=uid) for uid in ("known", "restored", "evicted"))
+    for uid in ("known", "evicted"):
+        ledger.finished(GroupReport(uid, (), began_at=10.0, finished_at=12.5))
+    ledger.evicted(groups[2:])
+    ledger.advanced()
+    ledger.trained(1, 0, None, groups)
+    (line,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert line["generated"] == [[10.0, 12.5], None, None]
+    assert line["weights_at"] <= line["sampled_at"]

@@ -81,8 +81,10 @@ class FakeServer:
         self.generate = SimpleNamespace(remote=self._generate)
         self.abort_request = SimpleNamespace(remote=lambda request_id, **_: self.aborted.append(request_id))
         self.on_generate = lambda: None
+        self.asked: list[tuple[int, int]] = []
 
-    async def _generate(self, **_) -> TokenOutput:
+    async def _generate(self, prompt_ids, sampling_params, **_) -> TokenOutput:
+        self.asked.append((len(prompt_ids), sampling_params["max_tokens"]))
         self.on_generate()
         version, tokens, stop_reason = self._attempts.pop(0)
         return TokenOutput(
@@ -98,8 +100,8 @@ class FakeServer:
 def generate(monkeypatch):
     """Runs one generation of the real client against a scripted server; returns (output, session)."""
 
-    async def no_wait(_seconds):
-        return None
+    async def refuse_to_wait(_seconds):
+        raise AssertionError("the servers park a request until they have the new weights; nobody need wait here")
 
     def run(server: FakeServer, of: Session | None) -> TokenOutput:
         config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=SimpleNamespace(name="vllm")))
@@ -110,7 +112,7 @@ def generate(monkeypatch):
 
         monkeypatch.setattr(LLMServerClient, "_acquire_server", acquire)
         monkeypatch.setattr(LLMServerClient, "_release_server", lambda *_, **__: None)
-        monkeypatch.setattr("verl.workers.rollout.llm_server.asyncio.sleep", no_wait)
+        monkeypatch.setattr("verl.workers.rollout.llm_server.asyncio.sleep", refuse_to_wait)
 
         async def body():
             current_session.set(of)
@@ -122,10 +124,18 @@ def generate(monkeypatch):
 
 
 def test_every_attempt_of_an_interrupted_generation_is_recorded(generate):
-    of = Session()
-    result = generate(FakeServer((2, 3, "aborted"), (3, 4, "aborted"), (3, 1, "stop")), of)
+    of, server = Session(), FakeServer((2, 3, "aborted"), (3, 4, "aborted"), (3, 1, "stop"))
+    result = generate(server, of)
     assert of.spans == [[2, 3], [3, 5]]
-    assert len(result.token_ids) == of.generated_tokens == 8
+    assert len(result.token_ids) == len(result.log_probs) == of.generated_tokens == 8
+    assert result.stop_reason == "stop" and result.num_preempted == 0
+    assert server.asked == [(1, 50), (4, 47), (8, 43)], "it goes on after what it has, within its first budget"
+
+
+def test_an_interruption_at_the_last_token_of_the_budget_ends_the_generation(generate):
+    of = Session()
+    assert generate(FakeServer((2, 20, "aborted"), (3, 30, "aborted")), of).stop_reason == "length"
+    assert of.spans == [[2, 20], [3, 30]]
 
 
 def test_an_attempt_without_tokens_leaves_no_version(generate):

@@ -64,6 +64,28 @@ def test_each_contradiction_is_named(changes, key):
     assert problems[0].remedy
 
 
+@pytest.mark.parametrize(("value", "is_refused"), [(1, False), (4, False), (2, True)])
+def test_a_sync_step_that_contradicts_the_batch_sizes_is_refused(value, is_refused):
+    """Four mini-batches a step: 4 says the same, 1 is the default."""
+    changes = {"trainer__v1__bounded_async__parameter_sync_step": value}
+    keys = [problem.key for problem in preflight.check(config("bounded_async", **changes))]
+    assert keys == ["trainer.v1.bounded_async.parameter_sync_step"] * is_refused
+
+
+def test_more_rollouts_than_transfer_queue_may_hold_are_refused_before_the_ramp():
+    """Stale-256 of the paper: 66 batches of 256 prompts and 2,048 responses; verl's limit is 100,000 entries."""
+    changes = {
+        "trainer__v1__stale_k__staleness_updates": 256,
+        "transfer_queue__backend__SimpleStorage__total_storage_size": 100_000,
+    }
+    (problem,) = preflight.check(config(**changes))
+    assert problem.key == "transfer_queue.backend.SimpleStorage.total_storage_size"
+    assert f"{66 * 256 * 9} entries" in problem.why
+    for enough in (None, 66 * 256 * 9):
+        changes["transfer_queue__backend__SimpleStorage__total_storage_size"] = enough
+        assert preflight.check(config(**changes)) == []
+
+
 def test_temperature_and_raw_log_probs_do_not_match():
     changes = {
         "actor_rollout_ref__rollout__temperature": 0.6,

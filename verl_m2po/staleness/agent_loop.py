@@ -40,6 +40,7 @@ class _RunningGroup:
     lot: str
     sessions: list[Session] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    began_at: float = field(default_factory=time.time)
 
 
 def spans_of(session: Session, output: AgentLoopOutput) -> tuple[tuple[int, int], ...]:
@@ -128,6 +129,7 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
                 was_aborted=isinstance(error, GenerationAborted),
                 generated_tokens=sum(session.generated_tokens for session in group.sessions),
                 responses=max(1, len(group.sessions)),
+                began_at=group.began_at,
                 finished_at=time.time(),
             )
         )
@@ -203,9 +205,11 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         group = self._running[kwargs["uid"]]
         rows, fields = [], []
         for index, output in enumerate(outputs):
-            spans = spans_of(session, output)
             key = f"{group.uid}_{kwargs['session_id']}_{index}"
-            rows.append(Row(key, len(output.prompt_ids), len(output.response_ids), spans))
+            row = Row(key, len(output.prompt_ids), len(output.response_ids), spans_of(session, output))
+            # The client resumes below verl's, which so sees the last version only.
+            output.extra_fields |= {"min_global_steps": row.min_version, "max_global_steps": row.max_version}
+            rows.append(row)
             fields.append(codec.pack(self._fields(output, kwargs["session_id"])))
         await tq.async_kv_batch_put(
             keys=[row.key for row in rows], fields=list_of_dict_to_tensordict(fields), partition_id=group.lot

@@ -108,6 +108,8 @@ class StalenessReplayBuffer(ReplayBufferAsync):
             version: the new weight version.
         """
         self.version = version
+        if self._ledger is not None:
+            self._ledger.advanced()
         if expired := self.rule.expired(version):
             self._connected().abort(expired)
         self.pump()
@@ -151,6 +153,8 @@ class StalenessReplayBuffer(ReplayBufferAsync):
                 return False
             if selection.evicted:
                 self._store.delete([(group.ticket, group.rows) for group in selection.evicted])
+                if self._ledger is not None:
+                    self._ledger.evicted(selection.evicted)
                 for group in selection.evicted:
                     self.metrics.dropped(group)
             if selection.groups:
@@ -209,6 +213,8 @@ class StalenessReplayBuffer(ReplayBufferAsync):
     def _take_report(self, report: GroupReport) -> None:
         if report.error is None:
             self.rule.finish(report.uid, report.rows)
+            if self._ledger is not None:
+                self._ledger.finished(report)
             self._failures.succeeded()
             return
         ticket = self.rule.fail(report.uid)

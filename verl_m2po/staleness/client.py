@@ -2,13 +2,15 @@
 
 verl keeps the first and the last weight version of a trajectory. A generation that is interrupted by a weight update
 and resumed has several, and the loss needs to know where one ends and the next begins. Every attempt passes through
-`LLMServerClient.generate`; `_SpanRecorder` sits right in front of it.
+`LLMServerClient.generate`; `_SpanRecorder` sits right in front of it. It also resumes what a weight update interrupted,
+at once: the servers park a request until they hold the new weights, so the second that verl's client sleeps is lost.
 """
 
 import contextvars
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 
 
@@ -75,20 +77,52 @@ class _SpanRecorder(LLMServerClient):
             session.server_request_id = server_request_id
         return server_request_id
 
-    async def generate(self, request_id: str, **kwargs: Any) -> Any:
+    async def generate(
+        self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **kwargs: Any
+    ) -> Any:
         session = current_session.get()
         if session is None:
-            return await super().generate(request_id, **kwargs)
+            return await super().generate(request_id, prompt_ids=prompt_ids, sampling_params=sampling_params, **kwargs)
+        limit = next((key for key in ("max_tokens", "max_new_tokens") if key in sampling_params), None)
+        whole = None
+        params = dict(sampling_params)
+        while True:
+            if session.is_aborted:
+                raise GenerationAborted(request_id)
+            done = whole.token_ids if whole else []
+            try:
+                output = await super().generate(
+                    request_id, prompt_ids=prompt_ids + done, sampling_params=dict(params), **kwargs
+                )
+            finally:
+                session.server_request_id = None
+            session.record(output.extra_fields.get("global_steps"), len(output.token_ids))
+            whole = output if whole is None else _joined(whole, output)
+            if output.stop_reason not in ("aborted", "abort"):
+                break
+            if limit is not None:
+                params[limit] = sampling_params[limit] - len(whole.token_ids)
+                if params[limit] <= 0:
+                    break
         if session.is_aborted:
             raise GenerationAborted(request_id)
-        try:
-            output = await super().generate(request_id, **kwargs)
-        finally:
-            session.server_request_id = None
-        session.record(output.extra_fields.get("global_steps"), len(output.token_ids))
-        if session.is_aborted:
-            raise GenerationAborted(request_id)
-        return output
+        return whole
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """The output of a generation and that of its continuation as one."""
+    new_tokens = len(second.token_ids)
+    if first.routed_experts is not None and second.routed_experts is not None:
+        # The continuation routes its prompt again; the routing that generated a token is that of its own attempt.
+        new_rows = second.routed_experts[len(second.routed_experts) - new_tokens :]
+        second.routed_experts = np.concatenate([first.routed_experts, new_rows])
+    second.token_ids = [*first.token_ids, *second.token_ids]
+    if first.log_probs is not None or second.log_probs is not None:
+        second.log_probs = [*(first.log_probs or []), *(second.log_probs or [])]
+    if first.num_preempted is not None:
+        second.num_preempted = first.num_preempted + (second.num_preempted or 0)
+    second.extra_fields["num_cached_tokens"] = first.extra_fields.get("num_cached_tokens")
+    return second
 
 
 class SpanRecordingClient(FullyAsyncLLMServerClient, _SpanRecorder):

@@ -38,6 +38,14 @@ def estimate_buffer_bytes(config: DictConfig, staleness_steps: int) -> int:
     return rows * (response_bytes + prompt_bytes + ROW_OVERHEAD_BYTES)
 
 
+def buffer_rows(config: DictConfig, staleness_steps: int) -> int:
+    """Entries that TransferQueue must hold: staleness_steps + 1 batches that wait and the one that is trained.
+
+    An entry is a prompt or a response; validation comes on top.
+    """
+    return (staleness_steps + 2) * config.data.train_batch_size * (1 + config.actor_rollout_ref.rollout.n)
+
+
 def check_run_length(staleness_steps: int, clock: UpdateClock, mode: str, total_steps: int) -> list[Problem]:
     """Whether the staleness fits into the run at all.
 
@@ -72,10 +80,11 @@ def check(config: DictConfig, available_memory_bytes: int | None = None) -> list
         return [Problem(f"trainer.v1.{mode}", "", str(error), "Correct the key")]
     return [
         *_check_units(config, mode, settings),
-        *_check_settings(mode, settings),
+        *_check_settings(config, mode, settings),
         *_check_sampling(config),
         *_check_trainer(config, mode),
         *_check_memory(config, mode, settings, available_memory_bytes),
+        *_check_capacity(config, settings),
     ]
 
 
@@ -101,7 +110,7 @@ def _check_units(config: DictConfig, mode: str, settings: StaleKConfig) -> list[
     return problems
 
 
-def _check_settings(mode: str, settings: StaleKConfig) -> list[Problem]:
+def _check_settings(config: DictConfig, mode: str, settings: StaleKConfig) -> list[Problem]:
     shares = {"max_failed_fraction": settings.max_failed_fraction}
     if isinstance(settings, BoundedAsyncConfig):
         shares["min_usable_share"] = settings.min_usable_share
@@ -115,10 +124,7 @@ def _check_settings(mode: str, settings: StaleKConfig) -> list[Problem]:
         problems.append(
             Problem(f"trainer.v1.{mode}.failed_window_groups", value, "it counts groups", "Set it to 1 or more")
         )
-    if mode not in SEPARATE_MODES and settings.parameter_sync_step != 1:
-        key, value = f"trainer.v1.{mode}.parameter_sync_step", settings.parameter_sync_step
-        why = "where trainer and rollout share the devices, the weights are pushed once per trainer step"
-        problems.append(Problem(key, value, why, "Remove it; actor.ppo_mini_batch_size sets the updates per step"))
+    problems += _check_sync_step(config, mode, settings)
     timeout_s = settings.generation_timeout_s
     if timeout_s is not None and timeout_s <= 0:
         problems.append(
@@ -127,6 +133,28 @@ def _check_settings(mode: str, settings: StaleKConfig) -> list[Problem]:
             )
         )
     return problems
+
+
+def _check_sync_step(config: DictConfig, mode: str, settings: StaleKConfig) -> list[Problem]:
+    """1 is the default and means nothing; the modes set what follows from the batch sizes."""
+    value = settings.parameter_sync_step
+    if value == 1:
+        return []
+    key, remedy = (
+        f"trainer.v1.{mode}.parameter_sync_step",
+        "Remove it; actor.ppo_mini_batch_size sets the updates per step",
+    )
+    if mode not in SEPARATE_MODES:
+        why = "where trainer and rollout share the devices, the weights are pushed once per trainer step"
+        return [Problem(key, value, why, remedy)]
+    try:
+        mini_batches = make_clock(config).mini_batches_per_step
+    except StalenessUnitsError:
+        return []  # reported by _check_units
+    if value == mini_batches:
+        return []
+    why = f"one weight version is pushed per trainer step, which has {mini_batches} mini-batches"
+    return [Problem(key, value, why, remedy)]
 
 
 def _check_sampling(config: DictConfig) -> list[Problem]:
@@ -204,3 +232,19 @@ def _check_memory(
             "staleness",
         )
     ]
+
+
+def _check_capacity(config: DictConfig, settings: StaleKConfig) -> list[Problem]:
+    key = "transfer_queue.backend.SimpleStorage.total_storage_size"
+    capacity = OmegaConf.select(config, key)
+    if capacity is None:
+        return []
+    try:
+        staleness_steps = make_clock(config).steps(settings.staleness_updates)
+    except StalenessUnitsError:
+        return []  # reported by _check_units
+    need = buffer_rows(config, staleness_steps)
+    if need <= capacity:
+        return []
+    why = f"{staleness_steps + 1} batches of rollouts wait, which are up to {need} entries with the one that is trained"
+    return [Problem(key, capacity, why, "Set it to null: no limit. Their memory is checked by itself")]

@@ -133,7 +133,8 @@ class GroupReport:
         was_aborted: ended because the trainer asked for it.
         generated_tokens: over all its trajectories, finished or not.
         responses: how many trajectories it was to have, at least 1.
-        finished_at: `time.time()` on the worker's machine, seconds.
+        began_at: `time.time()` on the worker's machine when the worker took it up, seconds.
+        finished_at: the same when it ended.
     """
 
     uid: str
@@ -142,4 +143,5 @@ class GroupReport:
     was_aborted: bool = False
     generated_tokens: int = 0
     responses: int = 1
+    began_at: float = 0.0
     finished_at: float = 0.0
