@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 from method_losses import shared_tensors
 from torch.testing import assert_close
 
-from verl_m2po.step_scale import POWERS, effective_sample_share, sequence_log_weight, step_scale
+from verl_m2po.losses.config import StepScaleConfig
+from verl_m2po.step_scale import effective_sample_share, scaled_learning_rate, sequence_log_weight, step_scale
 
 pytestmark = pytest.mark.slow
 
 
 def test_reference_values():
-    share = effective_sample_share(torch.tensor([4.0, 1.0, 1.0, 0.0]).log())
+    share = effective_sample_share(torch.tensor([4.0, 1.0, 1.0, 1e-30]).log())
     assert_close((share, step_scale(share)), (0.5, 0.707107), atol=1e-6, rtol=0)
-    assert step_scale(0.5, power=POWERS["linear"]) == 0.5
+    assert step_scale(0.5, power=1) == 0.5
     tensors = shared_tensors()
     log_weight = sequence_log_weight(tensors["log_prob"] - tensors["old_log_prob"], tensors["response_mask"])
     assert_close(log_weight.exp().tolist(), [0.548812, 0.606531], atol=1e-6, rtol=0)
@@ -41,7 +42,12 @@ def test_the_share_is_between_one_response_and_all_whatever_the_scale(values, sh
 
 def test_equal_weights_and_no_responses_do_not_scale():
     assert effective_sample_share(torch.full((7,), 123.0)) == pytest.approx(1)
-    assert effective_sample_share(torch.zeros(0)) == 1
+    assert effective_sample_share(torch.zeros(0)) == effective_sample_share(torch.full((2,), -float("inf"))) == 1
+
+
+def test_copies_of_all_responses_change_nothing():
+    log_weight = torch.tensor([4.0, 1.0, 0.5]).log()
+    assert effective_sample_share(log_weight.repeat(4)) == pytest.approx(effective_sample_share(log_weight))
 
 
 def test_the_scale_grows_with_the_share_and_ends_at_the_base():
@@ -53,7 +59,10 @@ def test_the_scale_grows_with_the_share_and_ends_at_the_base():
 def test_tokens_that_do_not_count():
     log_ratio = torch.tensor([[0.5, float("nan"), float("inf")], [1.0, 2.0, 3.0], [9.0, 9.0, 9.0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
-    assert sequence_log_weight(log_ratio, mask).tolist() == [0.5, 3.0]
+    log_weight = sequence_log_weight(log_ratio, mask)
+    # Rows without a response token are padding.
+    assert log_weight.tolist() == [0.5, 3.0, -float("inf")]
+    assert effective_sample_share(log_weight) == effective_sample_share(log_weight[:2])
 
 
 def test_ranks_form_it_together(tmp_path):
@@ -78,8 +87,9 @@ def trained(scale_loss: float, scale_step: float) -> torch.Tensor:
     for _ in range(20):
         optimizer.zero_grad()
         (scale_loss * parameter.square().sum()).backward()
-        optimizer.param_groups[0]["lr"] = 0.01 * scale_step
-        optimizer.step()
+        with scaled_learning_rate(optimizer, scale_step):
+            optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == 0.01
     return parameter.detach()
 
 
@@ -89,7 +99,30 @@ def test_under_adam_scaling_the_loss_is_not_scaling_the_step():
     assert (trained(1.0, 0.5) - plain).abs().min() > 0.05
 
 
-@pytest.mark.parametrize(("base", "power"), [(0, 0.5), (1.5, 0.5), (1, -1)])
-def test_wrong_settings_are_refused(base, power):
-    with pytest.raises(ValueError, match=r"must (be in \(0, 1\]|not be negative)"):
-        step_scale(0.5, base, power)
+def test_the_learning_rate_comes_back_after_a_step_that_failed():
+    optimizer = torch.optim.SGD(
+        [{"params": [torch.zeros(1)], "lr": 0.1}, {"params": [torch.zeros(2)], "lr": 0.2}], lr=1
+    )
+    with pytest.raises(RuntimeError), scaled_learning_rate(optimizer, 0.5):
+        assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.1]
+        raise RuntimeError
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"base_share": 0}, r"base_share is a share .* in \(0, 1\], got 0"),
+        ({"base_share": 1.5}, r"base_share is a share"),
+        ({"power": -1}, r"power must be a number >= 0 .* or null"),
+        ({"power": float("inf")}, r"power must be a number >= 0"),
+        ({"power": "sqrt"}, r"power must be a number, got 'sqrt'"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=rf"policy_loss\.step_scale\.{message}"):
+        StepScaleConfig(**wrong)
+
+
+def test_null_and_zero_switch_it_off():
+    assert not StepScaleConfig().is_on and not StepScaleConfig(power=0).is_on and StepScaleConfig(power=0.5).is_on

@@ -1,9 +1,17 @@
 """The actor worker on verl's real FSDP2 engine: one decision for a mini-batch, however it is shared out."""
 
+import math
+
 import pytest
 import torch
-from actor_worker_runs import rollouts, run_packings, run_seams, save_model
+from actor_worker_runs import rollouts, run_packings, run_presets, run_seams, run_step_scale, save_model
+from compose import composed
+from omegaconf import OmegaConf
 from ranks import run_on_ranks
+
+from verl_m2po.losses import diagnostics, gallery
+from verl_m2po.staleness.preflight import has_proximal_policy
+from verl_m2po.step_scale import effective_sample_share
 
 pytestmark = pytest.mark.slow
 
@@ -42,10 +50,17 @@ def whole(gradients):
     return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
-def test_same_mask_gradient_and_metrics_for_every_dp_size_and_packing(model_folder):
+@pytest.mark.parametrize(
+    ("world_sizes", "loss"),
+    [
+        ((1, 2, 4), {"selected": "m2po"}),
+        # A share that single micro-batches reach or miss by themselves, and steps so fine that bounds tell them apart.
+        ((1, 2), {"selected": "bapo", "bapo": {"positive_share": 0.6, "low_step": 0.01, "high_step": 0.01}}),
+    ],
+)
+def test_same_mask_gradient_and_metrics_for_every_dp_size_and_packing(model_folder, world_sizes, loss):
     rows = rollouts(ROWS, seed=0)
-    loss = {"selected": "m2po"}
-    results = run_on_ranks((1, 2, 4), run_packings, model_folder, rows, PACKINGS, loss, True)
+    results = run_on_ranks(world_sizes, run_packings, model_folder, rows, PACKINGS, loss, True)
     expected = results[1][0]["in one piece"]
     keep = keep_of_all_ranks(results[1], "in one piece")
     assert 0 < expected["metrics"]["actor/m2po/masked_fraction"] < 1
@@ -114,3 +129,66 @@ def test_mismatch_floor_is_measured_on_tokens_of_age_zero_and_added_to_the_thres
 
 def test_foreign_worker_is_refused_by_the_loss(seams):
     assert "scope=mini_batch needs the actor worker" in seams["verl's own worker"]
+
+
+@pytest.fixture(scope="module")
+def step_scale(model_folder):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("VERL_PLATFORM", "cpu")
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+        return run_on_ranks((1, 2), run_step_scale, model_folder, rollouts(ROWS, seed=0))
+
+
+def test_the_step_is_scaled_by_the_responses_of_all_micro_batches_and_ranks(step_scale):
+    log_weights = [row["noise"][row["response_mask"]].sum() for row in rollouts(ROWS, seed=0)[:-1]]
+    share = effective_sample_share(torch.stack(log_weights))
+    for records in (rank for ranks in step_scale.values() for rank in ranks):
+        metrics = records["scaled"]["metrics"]
+        assert metrics["actor/m2po/sequence_effective_sample_size"] == pytest.approx(share, rel=1e-4)
+        assert metrics["actor/m2po/step_scale"] == pytest.approx(share**0.5, rel=1e-4)
+        assert 0.2 < share < 0.8, "or the test would show nothing"
+        plain, scaled = records["plain"]["moved"], records["scaled"]["moved"]
+        assert (scaled - share**0.5 * plain).norm() < 1e-3 * plain.norm()
+        assert records["scaled"]["lr"] == records["plain"]["lr"]
+
+
+def test_without_it_nothing_is_logged_and_with_it_alone_nothing_else(step_scale):
+    records = step_scale[1][0]
+    assert records["plain"]["metrics"] == {}
+    names = {"actor/m2po/sequence_effective_sample_size", "actor/m2po/step_scale"}
+    assert set(records["scaled"]["metrics"]) == names
+
+
+def test_beside_a_proximal_policy_the_ratio_is_still_that_to_the_behaviour_policy(step_scale):
+    for records in step_scale[2]:
+        observed, expected = records["proximal policy"]["metrics"], records["scaled"]["metrics"]
+        for name, value in expected.items():
+            assert observed[name] == pytest.approx(value, rel=1e-4), name
+        assert observed["actor/m2po/second_moment_all"] > 0.01
+
+
+@pytest.fixture(scope="module")
+def presets(model_folder):
+    actors = {}
+    for name in gallery.presets():
+        config = composed(f"loss={name}", "actor_rollout_ref.actor.policy_loss.diagnostics=true", "hardware=cpu")
+        OmegaConf.resolve(config.actor_rollout_ref.actor)
+        actors[name] = (config.actor_rollout_ref.actor, has_proximal_policy(config))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("VERL_PLATFORM", "cpu")
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+        return run_on_ranks((2,), run_presets, model_folder, rollouts(ROWS, seed=0), actors)[2]
+
+
+@pytest.mark.parametrize("name", gallery.presets())
+def test_every_preset_trains_the_real_actor_worker_and_reports_the_same_diagnostics(presets, name):
+    for records in presets:
+        assert 0 < records[name]["moved"] < 1e-2
+        for update in records[name]["updates"]:
+            # The bounds of gspo and its like are so narrow that they may leave nothing of such old data.
+            assert math.isfinite(update["loss"]) and 0 <= update["grad_norm"] < math.inf
+            reported = {key.removeprefix("actor/m2po/") for key in update["metrics"]}
+            step_scale = {"step_scale", "sequence_effective_sample_size"} if name == "vcpo" else set()
+            assert reported == {*diagnostics.NAMES, *step_scale}
+            # The age of the data is in every method's ratio, whatever it does about it.
+            assert update["metrics"]["actor/m2po/second_moment_all"] > 0.01

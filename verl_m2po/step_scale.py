@@ -5,37 +5,42 @@ scaled and not the loss: Adam divides a common factor of the gradient out again.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-POWERS = {"sqrt": 0.5, "linear": 1.0}
+# The paper's power. Its option "linear" is 1.
+SQUARE_ROOT = 0.5
 
 
 def sequence_log_weight(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
-    """Sum of log ratios over each response that has a token; non-finite log ratios do not count.
+    """Sum of log ratios over each response; non-finite log ratios do not count.
 
     Args:
         log_ratio: log of current over behaviour policy, [batch, response].
         response_mask: bool, same shape.
 
     Returns:
-        [responses], at least float32.
+        [batch], at least float32; -inf, no weight at all, where a row has no response token (padding).
     """
     finite = torch.isfinite(log_ratio) & response_mask
     dtype = torch.promote_types(log_ratio.dtype, torch.float32)
     sums = torch.where(finite, log_ratio, 0.0).to(dtype).sum(-1)
-    return sums[response_mask.any(-1)]
+    return sums.masked_fill(~response_mask.any(-1), -math.inf)
 
 
 def effective_sample_share(log_weight: Tensor, group: dist.ProcessGroup | None = None) -> float:
     """(sum w)^2 / (n sum w^2) over all responses of all ranks of `group`: 1 on-policy, 1/n if one response is all.
 
-    A common factor of the weights changes nothing, so the largest is taken out and nothing overflows.
+    A common factor of the weights changes nothing, so the largest is taken out and nothing overflows. Nor does it
+    change anything if each response is on the same number of ranks, as under tensor parallelism.
 
     Args:
-        log_weight: log w of each response of this rank, [responses]; may be empty.
+        log_weight: log w of each response of this rank, [responses]; -inf does not count as one. May be empty.
         group: Ranks that share the mini-batch; None: this process alone.
 
     Returns:
@@ -45,15 +50,15 @@ def effective_sample_share(log_weight: Tensor, group: dist.ProcessGroup | None =
     largest = log_weight.max() if log_weight.numel() else log_weight.new_tensor(-math.inf)
     if group is not None:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    weight = (log_weight - largest).exp()
-    sums = torch.stack([weight.sum(), weight.square().sum(), weight.new_tensor(float(weight.numel()))])
+    weight = (log_weight - torch.where(largest == -math.inf, 0.0, largest)).exp()
+    sums = torch.stack([weight.sum(), weight.square().sum(), (log_weight > -math.inf).sum(dtype=torch.float64)])
     if group is not None:
         dist.all_reduce(sums, group=group)
     total, square, count = sums.tolist()
     return total**2 / (count * square) if count else 1.0
 
 
-def step_scale(effective_share: float, base_share: float = 1.0, power: float = POWERS["sqrt"]) -> float:
+def step_scale(effective_share: float, base_share: float = 1.0, power: float = SQUARE_ROOT) -> float:
     """min(1, share / base)^power, the factor of the learning rate for one optimizer step.
 
     Args:
@@ -65,8 +70,32 @@ def step_scale(effective_share: float, base_share: float = 1.0, power: float = P
     Raises:
         ValueError: `base_share` outside (0, 1], or a negative power.
     """
-    if not 0 < base_share <= 1:
-        raise ValueError(f"The base of the effective sample share must be in (0, 1], got {base_share}.")
-    if power < 0:
-        raise ValueError(f"The power of the step scale must not be negative, got {power}.")
+    check_settings(base_share, power)
     return min(1.0, effective_share / base_share) ** power
+
+
+def check_settings(base_share: float, power: float, key: str = "step_scale") -> None:
+    """Raise unless `base_share` is in (0, 1] and `power` at least 0; `key` is what they are called in messages."""
+    if not 0 < base_share <= 1:
+        raise ValueError(f"{key}.base_share is a share of the responses and must be in (0, 1], got {base_share}.")
+    if not 0 <= power < math.inf:
+        raise ValueError(f"{key}.power must be a number >= 0 (the paper: 0.5), or null for none, got {power}.")
+
+
+@contextmanager
+def scaled_learning_rate(optimizer: Any, factor: float) -> Iterator[None]:
+    """Multiply the learning rate of every parameter group of `optimizer` by `factor`, and put it back at the end.
+
+    Args:
+        optimizer: torch's, or Megatron's, whose `param_groups` are those of the optimizers inside it.
+        factor: 1 changes nothing.
+    """
+    groups = optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate * factor
+    try:
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate

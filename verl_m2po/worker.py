@@ -6,7 +6,8 @@ data-parallel ranks together. Importing this module puts it into verl's seam for
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +20,15 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
-from verl_m2po.losses import diagnostics, opsm
-from verl_m2po.losses.config import KEY, M2POConfig
+from verl_m2po.losses import diagnostics, opsm, token_loss
+from verl_m2po.losses.bapo import BAPOConfig, BoundsSearch
+from verl_m2po.losses.config import KEY, M2POConfig, StepScaleConfig
 from verl_m2po.losses.diagnostics import TOKEN_SUMS
+from verl_m2po.losses.surrogate import detached_log_ratio
 from verl_m2po.losses.token_pass import Tokens, add_tokens, as_tokens, weigh
+from verl_m2po.mini_batch import MiniBatch, Search, training
 from verl_m2po.second_moment import TrustRegionSearch
-from verl_m2po.trust_region import MiniBatch, training
+from verl_m2po.step_scale import effective_sample_share, scaled_learning_rate, sequence_log_weight, step_scale
 
 # Optional field of the data, int [batch]: optimizer updates between the weights that generated the row and the weights
 # with which its `train_mini_batch` starts.
@@ -65,44 +69,90 @@ class M2POTrainingWorker(TrainingWorker):
         if policy_loss is None or not _observes(policy_loss):
             return super().train_batch(data)
         mini_batch = MiniBatch()
-        if policy_loss.loss_mode == "m2po":
-            self._decide(data, policy_loss.get("m2po", None) or M2POConfig(), mini_batch)
+        self._decide(data, policy_loss, mini_batch)
         loss_fn = self.loss_fn
         assert loss_fn is not None
         self.loss_fn = Observed(loss_fn, mini_batch, policy_loss.get("diagnostics", False), self._is_age_zero)
         try:
-            with training(mini_batch):
+            with training(mini_batch), self._scaling_step(_step_scale_of(policy_loss), mini_batch):
                 output = super().train_batch(data)
         finally:
             self.loss_fn = loss_fn
         self._updates_in_call += 1
         return self._with_metrics(output, mini_batch)
 
-    def _decide(self, data: TensorDict, settings: M2POConfig, mini_batch: MiniBatch) -> None:
+    def _decide(self, data: TensorDict, policy_loss: PolicyLossConfig, mini_batch: MiniBatch) -> None:
         """Put the decision over all of `data` into `mini_batch`, or the order to make it in the one loss call."""
-        if settings.scope != "mini_batch":
+        settings = _deciding_settings(policy_loss)
+        if settings is None or settings.scope != "mini_batch":
             return
-        refuse_unsupported(self.engine_config)
+        refuse_unsupported(self.engine_config, f"{KEY}.{policy_loss.loss_mode}.scope=mini_batch")
         group = self.engine.get_data_parallel_group()
-        if not settings.subtract_mismatch_floor and self._is_one_micro_batch(data):
+        needs_ages = isinstance(settings, M2POConfig) and settings.subtract_mismatch_floor
+        if not needs_ages and self._is_one_micro_batch(data):
             mini_batch.decide_in_loss, mini_batch.group = True, group
             return
-        seen = self.look_ahead(data)
+        # m2po looks at what sequence masking leaves; in bapo all tokens have a say.
+        config = actor_config(self.loss_fn) if isinstance(settings, M2POConfig) else None
+        seen = self.look_ahead(data, config)
         if not seen:
             # A pipeline stage without outputs never calls the loss, and neither does the rest of its group.
             return
+        mini_batch.decision = self._search(seen, settings, group).solve(group)
+
+    def _search(
+        self, seen: list[Seen], settings: M2POConfig | BAPOConfig, group: dist.ProcessGroup | None
+    ) -> Search[Any]:
+        """What has seen all tokens of this rank and only has to be solved."""
+        if isinstance(settings, BAPOConfig):
+            bounds = BoundsSearch(settings)
+            for micro_batch in seen:
+                bounds.add(_clean(micro_batch.tokens))
+            return bounds
         threshold = settings.threshold
         if settings.subtract_mismatch_floor:
             threshold += self._measure_mismatch_floor(seen, group)
         search = TrustRegionSearch(threshold)
         for micro_batch in seen:
             add_tokens(search, micro_batch.tokens)
-        mini_batch.region = search.solve(group)
+        return search
 
-    def look_ahead(self, data: TensorDict) -> list[Seen]:
+    @contextmanager
+    def _scaling_step(self, settings: StepScaleConfig, mini_batch: MiniBatch) -> Iterator[None]:
+        """Scale the optimizer step by the effective sample size of the mini-batch, known once all losses were called.
+
+        verl's engines have no hook there: `train_batch` of the engine calls its own `optimizer_step`.
+        """
+        if not settings.is_on:
+            yield
+            return
+        refuse_unsupported(self.engine_config, f"{KEY}.step_scale.power={settings.power}")
+        mini_batch.weighs_responses = True
+        engine, step = self.engine, self.engine.optimizer_step
+
+        def scaled_step() -> Any:
+            # All ranks, because pipeline stages without responses have parameters too.
+            log_weight = torch.cat(mini_batch.log_weights or [torch.zeros(0, device=self.device_name)])
+            share = effective_sample_share(log_weight, dist.group.WORLD)
+            scale = step_scale(share, settings.base_share, settings.power or 0)
+            mini_batch.metrics.update(sequence_effective_sample_size=share, step_scale=scale)
+            with scaled_learning_rate(engine.optimizer, scale):
+                return step()
+
+        engine.optimizer_step = scaled_step
+        try:
+            yield
+        finally:
+            engine.optimizer_step = step
+
+    def look_ahead(self, data: TensorDict, config: ActorConfig | None = None) -> list[Seen]:
         """Response tokens of all micro-batches of `data` under the current policy, packed as verl will train on them.
 
         Empty on a rank that computes no log-probs (pipeline stages before the last).
+
+        Args:
+            data: A mini-batch.
+            config: verl's actor settings, to leave out what sequence masking leaves out; None: all.
         """
         # A shallow copy: the engine writes its own keys, and entropies are not needed here.
         data = data.copy()
@@ -115,7 +165,6 @@ class M2POTrainingWorker(TrainingWorker):
         tu.assign_non_tensor(data, **missing, calculate_entropy=False, calculate_sum_pi_squared=False)
         auto_offload_off = tu.get(data, key="disable_auto_offload", default=False)
         seen: list[Seen] = []
-        config = actor_config(self.loss_fn)
 
         def remember(
             model_output: dict[str, Any], data: TensorDict, dp_group: dist.ProcessGroup | None = None
@@ -167,9 +216,18 @@ class M2POTrainingWorker(TrainingWorker):
         return self._mismatch_floor or 0.0
 
     def _with_metrics(self, output: TensorDict | None, mini_batch: MiniBatch) -> TensorDict | None:
-        """`output` with the statistics of the whole mini-batch, formed once from sums over all ranks."""
-        if not mini_batch.sums:
+        """`output` with what is known of the whole mini-batch."""
+        metrics = {**self._statistics(mini_batch), **mini_batch.metrics}
+        if output is None or not metrics:
             return output
+        named = {f"{diagnostics.PREFIX}{name}": value for name, value in metrics.items()}
+        tu.assign_non_tensor(output, metrics={**tu.get(output, "metrics"), **named})
+        return output
+
+    def _statistics(self, mini_batch: MiniBatch) -> dict[str, float]:
+        """Ratios over the whole mini-batch, formed once from sums over all ranks; none where no loss left a sum."""
+        if not mini_batch.sums:
+            return {}
         sums = torch.stack(mini_batch.sums).sum(0)
         group = self.engine.get_data_parallel_group()
         if group is not None:
@@ -180,11 +238,7 @@ class M2POTrainingWorker(TrainingWorker):
         metrics = diagnostics.ratios(named_sums)
         if self._mismatch_floor is not None:
             metrics["mismatch_floor"] = self._mismatch_floor
-        if output is None:
-            return None
-        named = {f"{diagnostics.PREFIX}{name}": value for name, value in metrics.items()}
-        tu.assign_non_tensor(output, metrics={**tu.get(output, "metrics"), **named})
-        return output
+        return metrics
 
 
 class Observed:
@@ -217,33 +271,57 @@ class Observed:
         with torch.no_grad():
             if len(self.mini_batch.sums) == before and self.every_loss:
                 # All its finite tokens count as kept: what such a loss clips is its own affair.
-                _, keep, sums = weigh(response_tokens(model_output, data), math.inf)
+                _, keep, sums = weigh(response_tokens(model_output, data, old=_behaviour_field(data)), math.inf)
                 diagnostics.leave(self.mini_batch, sums, keep, None)
             is_age_zero = self.is_age_zero(data)
             if is_age_zero is not None and len(self.mini_batch.sums) > before:
-                seen = Seen(response_tokens(model_output, data), is_age_zero)
+                seen = Seen(response_tokens(model_output, data, old=_behaviour_field(data)), is_age_zero)
                 diagnostics.add_age_zero(self.mini_batch, *_age_zero_sums(seen).unbind())
             entropy = model_output.get("entropy")
             if entropy is not None and len(self.mini_batch.sums) > before:
                 response_mask = data.select("response_mask").to_padded_tensor()["response_mask"].bool()
                 diagnostics.add_entropy(self.mini_batch, no_padding_2_padding(entropy, data), response_mask)
+            if self.mini_batch.weighs_responses:
+                self.mini_batch.log_weights.append(response_log_weights(model_output, data))
         return loss, metrics
 
 
-def response_tokens(model_output: dict[str, Any], data: TensorDict, config: ActorConfig | None = None) -> Tokens:
+def response_tokens(
+    model_output: dict[str, Any], data: TensorDict, config: ActorConfig | None = None, old: str = "old_log_probs"
+) -> Tokens:
     """The response tokens of one micro-batch, padded as verl pads them for a loss.
 
     Args:
         model_output: The engine's, with `log_probs`.
         data: The micro-batch.
         config: verl's actor settings, to leave out what sequence masking leaves out, as the loss will; None: all.
+        old: Field with the log-probs of the old policy.
     """
     log_prob = no_padding_2_padding(model_output["log_probs"], data).detach()
-    fields = data.select("response_mask", "old_log_probs", "advantages").to_padded_tensor()
-    old_log_prob, advantages, mask = fields["old_log_probs"], fields["advantages"], fields["response_mask"].bool()
+    fields = data.select("response_mask", old, "advantages").to_padded_tensor()
+    old_log_prob, advantages, mask = fields[old], fields["advantages"], fields["response_mask"].bool()
     if config is not None:
         mask = opsm.trained_tokens(log_prob, old_log_prob, advantages, mask, config)
     return as_tokens(log_prob, old_log_prob, advantages, mask)
+
+
+def response_log_weights(model_output: dict[str, Any], data: TensorDict) -> Tensor:
+    """log of current over behaviour policy of each response of one micro-batch, [batch]; -inf for padding rows."""
+    log_prob = no_padding_2_padding(model_output["log_probs"], data)
+    name = _behaviour_field(data)
+    fields = data.select("response_mask", name).to_padded_tensor()
+    return sequence_log_weight(detached_log_ratio(log_prob, fields[name]), fields["response_mask"].bool())
+
+
+def _behaviour_field(data: TensorDict) -> str:
+    """Where the log-probs of the policy that generated are: beside a proximal policy they have a field of their own."""
+    return "rollout_log_probs" if "rollout_log_probs" in data.keys() else "old_log_probs"  # noqa: SIM118
+
+
+def _clean(tokens: Tokens) -> token_loss.Tokens:
+    log_ratio = tokens.log_prob.to(tokens.dtype) - tokens.old_log_prob
+    advantages = tokens.advantages.to(tokens.dtype)
+    return token_loss.clean_tokens(tokens.log_prob, log_ratio, advantages, tokens.response_mask.bool())
 
 
 def policy_loss_config(loss_fn: Any) -> PolicyLossConfig | None:
@@ -257,8 +335,25 @@ def actor_config(loss_fn: Any) -> ActorConfig | None:
 
 
 def _observes(policy_loss: PolicyLossConfig) -> bool:
-    """Whether this loss decides or is measured over the whole mini-batch."""
-    return policy_loss.loss_mode in diagnostics.SELF_REPORTING or bool(policy_loss.get("diagnostics", False))
+    """Whether anything is decided or measured over the whole mini-batch."""
+    return (
+        policy_loss.loss_mode in diagnostics.SELF_REPORTING
+        or bool(policy_loss.get("diagnostics", False))
+        or _step_scale_of(policy_loss).is_on
+    )
+
+
+def _step_scale_of(policy_loss: PolicyLossConfig) -> StepScaleConfig:
+    return policy_loss.get("step_scale", None) or StepScaleConfig()
+
+
+def _deciding_settings(policy_loss: PolicyLossConfig) -> M2POConfig | BAPOConfig | None:
+    """The settings of a loss that decides by a statistic of its tokens; None for others."""
+    if policy_loss.loss_mode == "m2po":
+        return policy_loss.get("m2po", None) or M2POConfig()
+    if policy_loss.loss_mode == "bapo":
+        return policy_loss.get("bapo", None) or BAPOConfig()
+    return None
 
 
 def _age_zero_sums(seen: Seen) -> Tensor:
@@ -270,12 +365,12 @@ def _age_zero_sums(seen: Seen) -> Tensor:
     return sums[[TOKEN_SUMS.index("square"), TOKEN_SUMS.index("counted_tokens")]]
 
 
-def refuse_unsupported(engine_config: Any) -> None:
-    """Raise where the tokens of a mini-batch cannot be counted once each."""
+def refuse_unsupported(engine_config: Any, setting: str) -> None:
+    """Raise where the tokens of a mini-batch cannot be counted once each, as `setting` needs."""
     if getattr(engine_config, "dynamic_context_parallel", False):
         raise NotImplementedError(
-            f"{KEY}.m2po.scope=mini_batch cannot be honoured with Megatron's dynamic_context_parallel: verl gives no "
-            f"group of ranks that holds each token once. Switch it off, or use {KEY}.m2po.scope=micro_batch."
+            f"{setting} cannot be honoured with Megatron's dynamic_context_parallel: verl gives no group of ranks that "
+            "holds each token once. Switch one of them off (scope=micro_batch decides for each micro-batch)."
         )
 
 
@@ -286,7 +381,7 @@ def why_not_installed(worker_class: type = ActorRolloutRefWorker) -> str | None:
         return None
     return (
         f"the actor worker is {actor_worker.__module__}.{actor_worker.__qualname__}, which something else put in the "
-        f"place of verl_m2po.worker.M2POTrainingWorker. Derive it from that class, or use {KEY}.m2po.scope=micro_batch."
+        "place of verl_m2po.worker.M2POTrainingWorker. Derive it from that class, or switch the setting off"
     )
 
 

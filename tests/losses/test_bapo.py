@@ -1,13 +1,19 @@
 """The loss `bapo`: reference values, its limits, and its search against the obvious loop."""
 
+import dataclasses
+
 import pytest
+import torch
 from method_losses import evaluate, random_tensors, shared_tensors
 from torch.testing import assert_close
 
-from verl_m2po.losses.bapo import BAPOConfig, choose_bounds, loss_sums
+from verl_m2po.losses.bapo import BAPOConfig, BoundsSearch, choose_bounds, loss_sums
 from verl_m2po.losses.token_loss import Tokens, importance_weight
+from verl_m2po.mini_batch import MiniBatch, training
 
-CODE = {"weight": "none", "order": "low_first"}
+# Outside the actor worker every call decides for itself.
+ALONE = {"scope": "micro_batch"}
+CODE = {"weight": "none", "order": "low_first", **ALONE}
 
 
 def tokens(tensors) -> Tokens:
@@ -50,7 +56,7 @@ def test_reference_value_of_the_papers_rule():
 @pytest.mark.parametrize("seed", range(4))
 def test_with_equal_start_and_end_it_is_verls_asymmetric_clip(seed):
     tensors = random_tensors(seed)
-    fixed = {"low_start": 0.8, "low_end": 0.8, "high_start": 1.28, "high_end": 1.28, "positive_share": 0.9}
+    fixed = {"low_start": 0.8, "low_end": 0.8, "high_start": 1.28, "high_end": 1.28, "positive_share": 0.9, **ALONE}
     verls = evaluate("vanilla", tensors, actor={"clip_ratio_low": 0.2, "clip_ratio_high": 0.28})
     assert_close(evaluate("bapo", tensors, settings=fixed)[:2], verls[:2])
 
@@ -58,7 +64,7 @@ def test_with_equal_start_and_end_it_is_verls_asymmetric_clip(seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_with_dual_clip_too(seed):
     tensors = random_tensors(seed, scale=1.0)
-    fixed = {"low_start": 0.8, "low_end": 0.8, "high_start": 1.2, "high_end": 1.2, "dual_clip": 3.0}
+    fixed = {"low_start": 0.8, "low_end": 0.8, "high_start": 1.2, "high_end": 1.2, "dual_clip": 3.0, **ALONE}
     verls = evaluate("vanilla", tensors, actor={"clip_ratio_c": 3.0})
     assert_close(evaluate("bapo", tensors, settings=fixed)[:2], verls[:2])
 
@@ -120,13 +126,26 @@ def test_a_higher_lower_bound_only_lowers_the_share():
     assert (negative.diff() >= 0).all() and (positive.diff() >= 0).all()
 
 
-def test_sums_add_up_over_micro_batches():
-    tensors = random_tensors(2)
-    settings = BAPOConfig()
-    parts = [{key: value[rows] for key, value in tensors.items()} for rows in (slice(0, 2), slice(2, 6))]
-    sums = [loss_sums(tokens(t), importance_weight(tokens(t).log_ratio), settings) for t in (tensors, *parts)]
-    assert_close(sums[0][0], sums[1][0] + sums[2][0])
-    assert_close(sums[0][1], sums[1][1] + sums[2][1])
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.5, 0.7])
+def test_micro_batches_that_decide_together_decide_as_one(share):
+    tensors, settings = random_tensors(2, scale=1.0), BAPOConfig(positive_share=share)
+    together, parts = BoundsSearch(settings), (slice(0, 2), slice(2, 6))
+    for rows in parts:
+        together.add(tokens({key: value[rows] for key, value in tensors.items()}))
+    whole = BoundsSearch(settings).add(tokens(tensors)).solve()
+    assert_close(together.solve(), whole)
+    with training(MiniBatch(decision=whole)):
+        gradients = [evaluate("bapo", {k: v[rows] for k, v in tensors.items()}, bapo=settings)[1] for rows in parts]
+    _, expected, _ = evaluate("bapo", tensors, bapo=dataclasses.replace(settings, scope="micro_batch"))
+    # Each part was averaged over its own tokens.
+    counts = [tensors["response_mask"][rows].sum() for rows in parts]
+    parts_of_whole = [gradient * count for gradient, count in zip(gradients, counts, strict=True)]
+    assert_close(torch.cat(parts_of_whole) / sum(counts), expected)
+
+
+def test_without_the_actor_worker_the_mini_batch_is_refused():
+    with pytest.raises(RuntimeError, match=r"bapo\.scope=mini_batch needs the actor worker .*M2POTrainingWorker"):
+        evaluate("bapo", bapo=BAPOConfig())
 
 
 def test_the_grid_ends_at_its_end():
@@ -135,7 +154,7 @@ def test_the_grid_ends_at_its_end():
 
 
 def test_metrics_tell_the_bounds():
-    _, _, metrics = evaluate("bapo")
+    _, _, metrics = evaluate("bapo", settings=ALONE)
     assert {"actor/bapo/ratio_low", "actor/bapo/ratio_high", "actor/bapo/positive_share"} <= set(metrics)
 
 
@@ -146,6 +165,7 @@ def test_metrics_tell_the_bounds():
         ({"order": "paper"}, "bapo.order must be one of high_first, low_first"),
         ({"low_end": 0.5}, "bapo.low_end must be a number >= 0.6, got 0.5"),
         ({"high_step": 0}, "bapo.high_step must be a number > 0, got 0"),
+        ({"scope": "batch"}, "bapo.scope must be one of mini_batch, micro_batch, got 'batch'"),
     ],
 )
 def test_wrong_settings_are_refused(values, message):

@@ -10,8 +10,8 @@ from verl.workers.config import FSDPActorConfig
 
 from verl_m2po.losses.config import M2POPolicyLossConfig
 from verl_m2po.losses.m2po_clip import clip_bound
+from verl_m2po.mini_batch import MiniBatch, training
 from verl_m2po.second_moment import find_trust_region, keep_mask
-from verl_m2po.trust_region import MiniBatch, training
 
 OURS = ("m2po", "m2po_clip", "no_trust_region")
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -200,10 +200,10 @@ def test_threshold_of_the_mini_batch_is_used_where_one_was_decided():
     log_prob, old_log_prob, advantages, response_mask = batch()
     config = actor_config()
     object.__setattr__(config.policy_loss.m2po, "scope", "mini_batch")
-    with training(MiniBatch(region=find_trust_region([torch.tensor([0.1, 9.0])], 0.04))) as mini_batch:
+    with training(MiniBatch(decision=find_trust_region([torch.tensor([0.1, 9.0])], 0.04))) as mini_batch:
         _, gradient, metrics = evaluate("m2po", log_prob, old_log_prob, advantages, response_mask, config=config)
     beyond = (
-        torch.sign(advantages) * (log_prob - old_log_prob) > mini_batch.region.threshold_log_ratio
+        torch.sign(advantages) * (log_prob - old_log_prob) > mini_batch.decision.threshold_log_ratio
     ) & response_mask
     assert torch.equal(beyond, response_mask & (gradient == 0) & (advantages != 0))
     # The actor worker collects the sums; nothing is left for verl to average.

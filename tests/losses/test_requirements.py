@@ -17,6 +17,7 @@ PRESETS = sorted(
 )
 # Modes in which the data is older than the weights that train on it.
 STALE = "trainer.v1.trainer_mode=colocate_async"
+EXACT = "trainer.v1.trainer_mode=stale_k"
 POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 CORRECTION = "algorithm.rollout_correction"
 
@@ -30,9 +31,10 @@ def changed(name: str, *overrides: str) -> DictConfig:
     return OmegaConf.merge(preset(name), OmegaConf.from_dotlist(list(overrides)))
 
 
+@pytest.mark.parametrize("mode", [STALE, EXACT])
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_meets_its_own_needs(name):
-    assert list(problems(preset(name))) == []
+def test_every_preset_meets_its_own_needs(name, mode):
+    assert list(problems(changed(name, mode))) == []
 
 
 def test_a_config_that_knows_nothing_of_methods_has_no_needs():
@@ -76,6 +78,18 @@ VIOLATIONS = [
     (["asymre", "actor_rollout_ref.rollout.n=1"], "actor_rollout_ref.rollout.n", "Set {key}=8"),
     (["max_at_k", "algorithm.max_at_k.k=9"], "algorithm.max_at_k.k", "Set {key} to at most 8"),
     (["gspo", f"{CORRECTION}.rollout_is=token"], f"{CORRECTION}.rollout_is", "Set {key}=null"),
+    (
+        ["grpo", f"{POLICY_LOSS}.step_scale.power=0.5", "actor_rollout_ref.rollout.calculate_log_probs=false"],
+        "actor_rollout_ref.rollout.calculate_log_probs",
+        "Set {key}=true",
+    ),
+    (["vcpo", "actor_rollout_ref.actor.strategy=veomni"], "actor_rollout_ref.actor.strategy", "Set {key}=fsdp"),
+    (
+        # A proximal policy would take the age of the data out of this loss's ratio.
+        ["m2po", EXACT, f"{CORRECTION}.bypass_mode=false", f"{CORRECTION}.rollout_is=token"],
+        f"{CORRECTION}.bypass_mode",
+        "Set {key}=true",
+    ),
 ]
 
 

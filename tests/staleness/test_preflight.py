@@ -146,3 +146,21 @@ def test_the_modes_set_what_they_need(mode):
     assert changed.trainer.v1[mode].parameter_sync_step == mini_batches
     assert set(changed.trainer.v1[mode]) == set(MODE_DEFAULTS[mode])
     assert preflight.check(changed) == []
+
+
+@pytest.mark.parametrize(
+    ("correction", "bypass"),
+    [
+        ({"bypass_mode": False}, True),
+        ({"bypass_mode": True, "rollout_is": "token"}, True),
+        # Weights proximal over behaviour policy carry the age: the proximal policy stays.
+        ({"bypass_mode": False, "rollout_is": "token"}, False),
+        ({"bypass_mode": False, "rollout_rs": "seq_sum_k1"}, False),
+    ],
+)
+def test_a_proximal_policy_stays_only_where_weights_carry_the_age(correction, bypass):
+    from verl_m2po.staleness.trainer import set_what_the_mode_needs
+
+    changed = config(algorithm__rollout_correction=correction)
+    set_what_the_mode_needs(changed)
+    assert changed.algorithm.rollout_correction.bypass_mode == bypass

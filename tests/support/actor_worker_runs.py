@@ -59,8 +59,8 @@ def rollouts(rows, seed, ages=None):
     return data
 
 
-def build_worker(model_folder, policy_loss, ours=True):
-    """verl's training worker (or ours), with learning rate 0, so that it can train on the same data again."""
+def build_worker(model_folder, policy_loss, ours=True, lr=0.0):
+    """verl's training worker (or ours); with learning rate 0 it can train on the same data again."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import (
         FSDPActorConfig,
@@ -96,7 +96,7 @@ def build_worker(model_folder, policy_loss, ours=True):
             model_type="language_model",
             model_config=model_config,
             engine_config=engine_config,
-            optimizer_config=FSDPOptimizerConfig(lr=0.0, total_training_steps=10),
+            optimizer_config=FSDPOptimizerConfig(lr=lr, total_training_steps=10),
             checkpoint_config=CheckpointConfig(),
         )
     )
@@ -119,8 +119,8 @@ def pack(worker, micro_batch_size=None, max_tokens=None):
     worker.engine_config.micro_batch_size_per_gpu = micro_batch_size
 
 
-def as_data(rows, old_log_probs, global_batch_size, with_age=False, entropy=False):
-    """The TensorDict that verl gives to `train_batch`."""
+def as_data(rows, old_log_probs, global_batch_size, with_age=False, entropy=False, **fields):
+    """The TensorDict that verl gives to `train_batch`; `fields` are further ones of tokens, by row."""
     from verl.utils import tensordict_utils as tu
 
     def nested(values):
@@ -138,6 +138,7 @@ def as_data(rows, old_log_probs, global_batch_size, with_age=False, entropy=Fals
         "loss_mask": nested(whole(row, row["response_mask"]) for row in rows),
         "advantages": nested(row["advantages"] for row in rows),
         "old_log_probs": nested(old_log_probs),
+        **{name: nested(values) for name, values in fields.items()},
     }
     if with_age:
         tensors["age_updates"] = torch.tensor([row["age"] for row in rows])
@@ -171,15 +172,19 @@ def recording(worker):
     """What happens inside `train_batch`: keep masks by row, whole gradients, the number of forward-only passes."""
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
-    from verl_m2po.trust_region import current_mini_batch
+    from verl_m2po.mini_batch import current_mini_batch
 
     record = {"keep": {}, "gradients": {}, "forward_only_passes": 0}
-    loss, step, infer = POLICY_LOSS_REGISTRY["m2po"], worker.engine.optimizer_step, worker.engine.infer_batch
+    name = worker.loss_fn.keywords["config"].policy_loss.loss_mode
+    loss, step, infer = POLICY_LOSS_REGISTRY[name], worker.engine.optimizer_step, worker.engine.infer_batch
 
     def recorded_loss(**arguments):
         result = loss(**arguments)
+        mini_batch = current_mini_batch()
+        if mini_batch is None or mini_batch.keep is None:
+            return result
         for keep, advantages, response_mask in zip(
-            current_mini_batch().keep, arguments["advantages"], arguments["response_mask"], strict=True
+            mini_batch.keep, arguments["advantages"], arguments["response_mask"], strict=True
         ):
             record["keep"][row_of(advantages)] = (
                 keep[: int(response_mask.nonzero().max()) + 1].tolist() if (response_mask.any()) else []
@@ -187,32 +192,35 @@ def recording(worker):
         return result
 
     def recorded_step():
-        for name, parameter in worker.engine.module.named_parameters():
-            record["gradients"][name] = parameter.grad.full_tensor().clone()
+        for parameter_name, parameter in worker.engine.module.named_parameters():
+            record["gradients"][parameter_name] = parameter.grad.full_tensor().clone()
         return step()
 
     def recorded_infer(*arguments, **keywords):
         record["forward_only_passes"] += 1
         return infer(*arguments, **keywords)
 
-    POLICY_LOSS_REGISTRY["m2po"] = recorded_loss
+    POLICY_LOSS_REGISTRY[name] = recorded_loss
     worker.engine.optimizer_step, worker.engine.infer_batch = recorded_step, recorded_infer
     try:
         yield record
     finally:
-        POLICY_LOSS_REGISTRY["m2po"] = loss
+        POLICY_LOSS_REGISTRY[name] = loss
         worker.engine.optimizer_step, worker.engine.infer_batch = step, infer
 
 
-def train(worker, rows, old_log_probs, **options):
+def train(worker, rows, old_log_probs, with_age=False, entropy=False, **fields):
     """One `train_batch` on this rank's share of `rows`; a record of what happened, with its metrics."""
     from verl.utils import tensordict_utils as tu
 
     share = torch.arange(len(rows)).tensor_split(dist.get_world_size())[dist.get_rank()].tolist()
-    data = as_data([rows[i] for i in share], [old_log_probs[i] for i in share], len(rows), **options)
+    own = {name: [values[i] for i in share] for name, values in {"old_log_probs": old_log_probs, **fields}.items()}
+    data = as_data([rows[i] for i in share], global_batch_size=len(rows), with_age=with_age, entropy=entropy, **own)
     with recording(worker) as record:
         output = worker.train_batch(data)
-    record["metrics"] = m2po_metrics(tu.get(output, "metrics"))
+    metrics = tu.get(output, "metrics")
+    record["metrics"] = m2po_metrics(metrics)
+    record["loss"], record["grad_norm"] = metrics["loss"], metrics["grad_norm"]
     return record
 
 
@@ -272,4 +280,62 @@ def run_seams(model_folder, rows):
         output = worker.train_mini_batch(data)
     record["metrics"] = m2po_metrics(tu.get(output, "metrics"))
     records["two mini-batches, two epochs"] = record
+    return records
+
+
+def weights(worker):
+    """All parameters of `worker` in one tensor."""
+    return torch.cat([parameter.detach().full_tensor().flatten() for parameter in worker.engine.module.parameters()])
+
+
+def run_step_scale(model_folder, rows):
+    """What one update does to the weights, scaled and not, and where the behaviour log-probs have their own field."""
+    plain, scaled = {"lr": 0.01}, {"step_scale": {"power": 0.5}}
+    records = {}
+    for name, policy_loss in {
+        "plain": {},
+        "scaled": scaled,
+        "proximal policy": {**scaled, "diagnostics": True},
+    }.items():
+        worker = build_worker(model_folder, policy_loss, **plain)
+        behaviour = behaviour_log_probs(worker, rows)
+        old, fields = behaviour, {}
+        if name == "proximal policy":
+            old, fields = proximal_log_probs(behaviour, rows), {"rollout_log_probs": behaviour}
+        pack(worker, micro_batch_size=1)
+        before = weights(worker)
+        record = train(worker, rows, old, **fields)
+        groups = worker.engine.optimizer.param_groups
+        records[name] = {**record, "moved": weights(worker) - before, "lr": [group["lr"] for group in groups]}
+    return records
+
+
+def proximal_log_probs(behaviour, rows):
+    """Log-probs of the current policy, given those of `behaviour_log_probs`: the first update after it was taken."""
+    return [old + row["noise"] for old, row in zip(behaviour, rows, strict=True)]
+
+
+def run_presets(model_folder, rows, presets):
+    """{preset: what two updates with it did}; `presets` has their actor settings and whether the ratio is decoupled."""
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.utils.losses import ppo_loss
+
+    records = {}
+    worker = build_worker(model_folder, {}, lr=1e-4)
+    behaviour = behaviour_log_probs(worker, rows)
+    proximal = proximal_log_probs(behaviour, rows)
+    for name, (actor, is_decoupled) in presets.items():
+        worker.set_loss_fn(functools.partial(ppo_loss, config=omega_conf_to_dataclass(actor)))
+        old, fields = behaviour, {}
+        if is_decoupled:
+            ratios = [(new - old).exp().clamp(max=2.0) for new, old in zip(proximal, behaviour, strict=True)]
+            old, fields = proximal, {"rollout_log_probs": behaviour, "rollout_is_weights": ratios}
+        before = weights(worker)
+        packings = ({"micro_batch_size": 2}, {"max_tokens": 4096})
+        updates = []
+        for packing in packings:
+            pack(worker, **packing)
+            record = train(worker, rows, old, **fields)
+            updates.append({name: record[name] for name in ("loss", "grad_norm", "metrics")})
+        records[name] = {"updates": updates, "moved": (weights(worker) - before).abs().max().item()}
     return records

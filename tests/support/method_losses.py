@@ -20,7 +20,7 @@ FAMILIES = {
     "rec": {},
     "oapl": {},
     "decoupled_loglinear": {"alpha": 0.5},
-    "bapo": {},
+    "bapo": {"scope": "micro_batch"},
     "topr": {},
     "mix_ppg": {},
 }

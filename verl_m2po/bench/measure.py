@@ -16,8 +16,8 @@ from verl_m2po.bench.authors_loop import authors_loss
 from verl_m2po.bench.batches import Batch
 from verl_m2po.losses.config import M2POPolicyLossConfig
 from verl_m2po.losses.token_pass import add_tokens, as_tokens
+from verl_m2po.mini_batch import MiniBatch, training
 from verl_m2po.second_moment import TrustRegionSearch
-from verl_m2po.trust_region import MiniBatch, training
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Call:
         log_prob = self.batch.log_prob.detach().requires_grad_()
         # Our actor worker collects the statistics; under verl's own each loss turns them into numbers.
         given = self.contestant.scope == "mini_batch"
-        with training(MiniBatch(region=self.region if given else None)) as mini_batch:
+        with training(MiniBatch(decision=self.region if given else None)) as mini_batch:
             loss, _ = self.loss(
                 old_log_prob=self.batch.old_log_prob,
                 log_prob=log_prob,

@@ -4,9 +4,10 @@ See "BAPO: Balanced Policy Optimization with Adaptive Clipping" (arXiv:2510.1892
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from verl.base_config import BaseConfig
 from verl.trainer.ppo.core_algos import register_policy_loss
@@ -15,6 +16,7 @@ from verl.workers.config import ActorConfig
 from verl_m2po.losses.clipped import clipped_surrogate
 from verl_m2po.losses.settings import KEY, check_choice, check_number, settings_of
 from verl_m2po.losses.token_loss import TokenLoss, Tokens, evaluate, importance_weight
+from verl_m2po.mini_batch import SCOPES, decision_of
 
 ORDERS = ("high_first", "low_first")
 WEIGHTS = ("behaviour_probability", "none")
@@ -38,6 +40,8 @@ class BAPOConfig(BaseConfig):
         high_end: Where it is not raised any further; high_start holds it fixed.
         high_step: By how much it is raised at a time.
         dual_clip: Upper bound of the ratio where A < 0; null: none. The released code: 3.
+        scope: "mini_batch": one pair of bounds for the whole optimizer mini-batch, whatever the micro-batches and
+            ranks. "micro_batch": one for each micro-batch on each rank.
     """
 
     positive_share: float = 0.4
@@ -50,11 +54,13 @@ class BAPOConfig(BaseConfig):
     high_end: float = 3.0
     high_step: float = 0.1
     dual_clip: float | None = None
+    scope: str = "mini_batch"
 
     def __post_init__(self):
         check_number(self.positive_share, "bapo.positive_share", at_least=0, below=1)
         check_choice(self.order, ORDERS, "bapo.order")
         check_choice(self.weight, WEIGHTS, "bapo.weight")
+        check_choice(self.scope, SCOPES, "bapo.scope")
         check_number(self.low_start, "bapo.low_start", at_least=0)
         check_number(self.low_end, "bapo.low_end", at_least=self.low_start)
         check_number(self.high_start, "bapo.high_start", at_least=self.low_end)
@@ -85,8 +91,8 @@ def bapo_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """max(-A r, -A clip(r, low, high)) with the first bounds that give positive tokens their share of the loss.
 
-    Needs behaviour log-probs (`bypass_mode`). The bounds are those of this micro-batch; where no bounds give the share,
-    both stand at their ends.
+    Needs behaviour log-probs (`bypass_mode`). All tokens of the optimizer mini-batch decide on the bounds together
+    (`scope`); where no bounds give the share, both stand at their ends.
 
     Args:
         old_log_prob: log-probs under the behaviour policy, [batch, response].
@@ -101,6 +107,7 @@ def bapo_loss(
         The loss, and the bounds and the share that they give under `actor/bapo/`.
 
     Raises:
+        RuntimeError: scope=mini_batch, but nobody decided over the mini-batch.
         ValueError: Arguments do not fit each other.
     """
     settings = settings_of(config, "bapo", BAPOConfig)
@@ -119,15 +126,51 @@ def bapo_loss(
 def bapo_tokens(tokens: Tokens, settings: BAPOConfig) -> TokenLoss:
     """The rule of `bapo`."""
     ratio = importance_weight(tokens.log_ratio)
-    positive, negative = loss_sums(tokens, ratio, settings)
-    low, high, share = choose_bounds(positive, negative, settings)
+    search = BoundsSearch(settings)
+    bounds = decision_of(f"{KEY}.bapo.scope", settings.scope, lambda: search.add(tokens))
+    low, high = bounds.ratio_low.to(ratio.dtype), bounds.ratio_high.to(ratio.dtype)
     value, keep = clipped_surrogate(ratio, tokens.advantages, low, high)
     if settings.dual_clip is not None:
         is_beyond = (tokens.advantages < 0) & (ratio > settings.dual_clip)
         value = torch.where(is_beyond, -tokens.advantages * settings.dual_clip, value)
         keep = keep & ~is_beyond
-    metrics = {"actor/bapo/ratio_low": low, "actor/bapo/ratio_high": high, "actor/bapo/positive_share": share}
+    metrics = {f"actor/bapo/{name}": value for name, value in bounds._asdict().items()}
     return TokenLoss(value, -tokens.advantages * ratio, keep, metrics=metrics)
+
+
+class Bounds(NamedTuple):
+    """The decision, as 0-d float64 tensors.
+
+    Args:
+        ratio_low: Lower bound of the ratio.
+        ratio_high: Upper bound of the ratio.
+        positive_share: Share of tokens with A > 0 in the loss under these bounds.
+    """
+
+    ratio_low: Tensor
+    ratio_high: Tensor
+    positive_share: Tensor
+
+
+class BoundsSearch:
+    """The choice of bounds for tokens that arrive one micro-batch after the other."""
+
+    def __init__(self, settings: BAPOConfig):
+        self.settings = settings
+        self._sums: list[Tensor] = []
+
+    def add(self, tokens: Tokens) -> "BoundsSearch":
+        """Count these tokens; returns itself."""
+        self._sums.append(torch.cat(loss_sums(tokens, importance_weight(tokens.log_ratio), self.settings)))
+        return self
+
+    def solve(self, group: dist.ProcessGroup | None = None) -> Bounds:
+        """The bounds for all tokens added so far, on all ranks of `group` (None: this process alone)."""
+        sums = torch.stack(self._sums).sum(0)
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        highs = len(self.settings.highs())
+        return choose_bounds(sums[:highs], sums[highs:], self.settings)
 
 
 def loss_sums(tokens: Tokens, ratio: Tensor, settings: BAPOConfig) -> tuple[Tensor, Tensor]:
@@ -136,9 +179,9 @@ def loss_sums(tokens: Tokens, ratio: Tensor, settings: BAPOConfig) -> tuple[Tens
     Sums of absolute losses: they add up over micro-batches and ranks, so bounds for a whole mini-batch need no more.
 
     Returns:
-        [number of upper bounds] and [number of lower bounds].
+        [number of upper bounds] and [number of lower bounds], float64.
     """
-    weight = tokens.advantages.abs().where(tokens.mask, 0.0)
+    weight = tokens.advantages.abs().where(tokens.mask, 0.0).double()
     if settings.weight == "behaviour_probability":
         weight = weight * (tokens.log_prob - tokens.log_ratio).exp()
     positive_weight = weight.where(tokens.advantages > 0, 0.0)
@@ -148,16 +191,13 @@ def loss_sums(tokens: Tokens, ratio: Tensor, settings: BAPOConfig) -> tuple[Tens
     return torch.stack(positive), torch.stack(negative)
 
 
-def choose_bounds(positive: Tensor, negative: Tensor, settings: BAPOConfig) -> tuple[Tensor, Tensor, Tensor]:
+def choose_bounds(positive: Tensor, negative: Tensor, settings: BAPOConfig) -> Bounds:
     """The first bounds whose share reaches the target, the last ones if none does, without a look at any value.
 
     Args:
         positive: Of `loss_sums`, over all tokens that decide together.
         negative: Likewise.
         settings: Target, bounds and their order.
-
-    Returns:
-        Scalars: lower bound, upper bound, share of positive tokens in the loss.
     """
     highs, lows = settings.highs(), settings.lows()
     if settings.order == "high_first":
@@ -173,7 +213,7 @@ def choose_bounds(positive: Tensor, negative: Tensor, settings: BAPOConfig) -> t
     first = reached.to(torch.int8).argmax()
     low = positive.new_tensor(lows)[low_index[first]]
     high = positive.new_tensor(highs)[high_index[first]]
-    return low, high, shares[first]
+    return Bounds(low, high, shares[first])
 
 
 def _grid(start: float, end: float, step: float, key: str) -> list[float]:

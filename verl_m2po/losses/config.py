@@ -15,13 +15,13 @@ from verl_m2po.losses.mix_ppg import MixPPGConfig
 from verl_m2po.losses.oapl import OAPLConfig
 from verl_m2po.losses.opsm import OPSMConfig
 from verl_m2po.losses.rec import RECConfig
-from verl_m2po.losses.settings import KEY
+from verl_m2po.losses.settings import KEY, check_choice, check_number
 from verl_m2po.losses.topr import TOPRConfig
+from verl_m2po.mini_batch import SCOPES
 from verl_m2po.second_moment import check_threshold
+from verl_m2po.step_scale import check_settings
 
 logger = logging.getLogger(__name__)
-
-SCOPES = ("mini_batch", "micro_batch")
 
 
 @dataclass
@@ -43,8 +43,7 @@ class M2POConfig(BaseConfig):
 
     def __post_init__(self):
         check_positive_threshold(self.threshold, f"{KEY}.m2po.threshold")
-        if self.scope not in SCOPES:
-            raise ValueError(f"{KEY}.m2po.scope must be one of {', '.join(SCOPES)}, got {self.scope!r}.")
+        check_choice(self.scope, SCOPES, "m2po.scope")
         if self.subtract_mismatch_floor and self.scope != "mini_batch":
             raise ValueError(
                 f"{KEY}.m2po.subtract_mismatch_floor=true needs {KEY}.m2po.scope=mini_batch: "
@@ -67,6 +66,33 @@ class M2POClipConfig(BaseConfig):
         check_positive_threshold(self.threshold, f"{KEY}.m2po_clip.threshold")
 
 
+@dataclass
+class StepScaleConfig(BaseConfig):
+    """VCPO's scaling of the optimizer step by the effective sample size of the mini-batch, for any loss.
+
+    Args:
+        power: The learning rate of an update is multiplied by min(1, share / base_share)^power, where share is the
+            effective sample size of the mini-batch's responses over their number. The paper: 0.5; 1 is its option
+            "linear". None or 0: never.
+        base_share: Share from which on the step is whole, in (0, 1]. The paper: 1 (GSM8K, MATH) and 0.55 (AIME,
+            multi-turn).
+    """
+
+    power: float | None = None
+    base_share: float = 1.0
+
+    def __post_init__(self):
+        check_number(self.base_share, "step_scale.base_share")
+        if self.power is not None:
+            check_number(self.power, "step_scale.power")
+        check_settings(self.base_share, self.power or 0, f"{KEY}.step_scale")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any step may be scaled."""
+        return bool(self.power)
+
+
 # Sub-keys of the policy loss settings that are ours.
 SETTINGS: dict[str, type[BaseConfig]] = {
     "m2po": M2POConfig,
@@ -78,6 +104,7 @@ SETTINGS: dict[str, type[BaseConfig]] = {
     "topr": TOPRConfig,
     "mix_ppg": MixPPGConfig,
     "opsm": OPSMConfig,
+    "step_scale": StepScaleConfig,
 }
 
 
@@ -97,6 +124,7 @@ class M2POPolicyLossConfig(PolicyLossConfig):
         topr: Settings of the loss `topr`.
         mix_ppg: Settings of the loss `mix_ppg`.
         opsm: Settings of off-policy sequence masking, for every loss of this package and for the loss `opsm`.
+        step_scale: Settings of VCPO's step scale, for every loss, verl's included.
         diagnostics: Log the second moments, the effective sample size and the rest of `actor/m2po/*` for any loss.
     """
 
@@ -110,6 +138,7 @@ class M2POPolicyLossConfig(PolicyLossConfig):
     topr: TOPRConfig = field(default_factory=TOPRConfig)
     mix_ppg: MixPPGConfig = field(default_factory=MixPPGConfig)
     opsm: OPSMConfig = field(default_factory=OPSMConfig)
+    step_scale: StepScaleConfig = field(default_factory=StepScaleConfig)
     diagnostics: bool = False
 
     def __post_init__(self):

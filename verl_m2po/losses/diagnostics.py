@@ -8,8 +8,8 @@ themselves are logged, and the ratio of two logged numbers is exact.
 import torch
 from torch import Tensor
 
+from verl_m2po.mini_batch import MiniBatch, current_mini_batch
 from verl_m2po.second_moment import TrustRegion, trust_region_magnitude
-from verl_m2po.trust_region import MiniBatch, current_mini_batch
 
 # Sums over the tokens of a micro-batch. The trust region is A > 0 and r > 1, or A < 0 and r < 1; counted tokens are
 # response tokens with finite log ratio; kept ones have a gradient; the gain of a token is A r, 0 where it is not kept.
@@ -163,3 +163,7 @@ def ratios(sums: dict[str, float]) -> dict[str, float]:
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
+
+
+# What `ratios` gives for every loss.
+NAMES = tuple(ratios(dict.fromkeys(SUMS, 0.0)))

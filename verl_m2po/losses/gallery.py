@@ -30,6 +30,8 @@ POSITIVE, NEGATIVE = "#1b7837", "#b2182b"
 OVERRIDES: dict[str, tuple[str, ...]] = {
     # The decision over the plotted tokens themselves.
     "m2po": ("actor_rollout_ref.actor.policy_loss.m2po.scope=micro_batch",),
+    "bapo": ("actor_rollout_ref.actor.policy_loss.bapo.scope=micro_batch",),
+    "bapo_code": ("actor_rollout_ref.actor.policy_loss.bapo.scope=micro_batch",),
     # In units of REINFORCE's gradient, so that it can be compared.
     "oapl": ("actor_rollout_ref.actor.policy_loss.oapl.unit_gradient=true",),
     # A batch of four updates ago.

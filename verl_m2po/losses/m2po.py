@@ -10,9 +10,9 @@ from verl.workers.config import ActorConfig
 from verl_m2po.losses import diagnostics, opsm
 from verl_m2po.losses.config import KEY, M2POConfig
 from verl_m2po.losses.surrogate import negative_aggregate
-from verl_m2po.losses.token_pass import Tokens, add_tokens, as_tokens, weigh
-from verl_m2po.second_moment import TrustRegion, TrustRegionSearch
-from verl_m2po.trust_region import current_mini_batch
+from verl_m2po.losses.token_pass import add_tokens, as_tokens, weigh
+from verl_m2po.mini_batch import decision_of
+from verl_m2po.second_moment import TrustRegionSearch
 
 
 @register_policy_loss("m2po")
@@ -48,25 +48,8 @@ def m2po_loss(
     with torch.no_grad():
         trained = opsm.trained_tokens(log_prob, old_log_prob, advantages, response_mask, config)
         tokens = as_tokens(log_prob, old_log_prob, advantages, trained, rollout_is_weights)
-        region = _region(tokens, settings)
+        search = TrustRegionSearch(settings.threshold)
+        region = decision_of(f"{KEY}.m2po.scope", settings.scope, lambda: add_tokens(search, tokens))
         gain, keep, sums = weigh(tokens, region.threshold_log_ratio)
         metrics = diagnostics.report(sums, keep, region)
     return negative_aggregate(log_prob, gain, gain, response_mask, loss_agg_mode, config), metrics
-
-
-def _region(tokens: Tokens, settings: M2POConfig) -> TrustRegion:
-    """The trust region that holds for this micro-batch."""
-    if settings.scope == "micro_batch":
-        return add_tokens(TrustRegionSearch(settings.threshold), tokens).solve()
-    mini_batch = current_mini_batch()
-    if mini_batch is not None and mini_batch.decide_in_loss:
-        if mini_batch.region is not None:
-            raise RuntimeError("The loss was called twice for a mini-batch that the actor worker took for one piece.")
-        mini_batch.region = add_tokens(TrustRegionSearch(settings.threshold), tokens).solve(mini_batch.group)
-    if mini_batch is None or mini_batch.region is None:
-        raise RuntimeError(
-            f"{KEY}.m2po.scope=mini_batch needs the actor worker verl_m2po.worker.M2POTrainingWorker, which decides "
-            "over the whole optimizer mini-batch before verl splits it, but the loss was called without it. "
-            f"{KEY}.m2po.scope=micro_batch works with any actor worker: each micro-batch then decides for itself."
-        )
-    return mini_batch.region

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_m2po.losses.settings import KEY
 from verl_m2po.preflight.problem import Problem
+from verl_m2po.staleness.preflight import has_proximal_policy
 
 POLICY_LOSS = "algorithm.policy_loss"
 MODE = "trainer.v1.trainer_mode"
@@ -26,6 +27,11 @@ RESPONSES = "actor_rollout_ref.rollout.n"
 AGGREGATION = "actor_rollout_ref.actor.loss_agg_mode"
 OPSM_DELTA = f"{KEY}.opsm.delta"
 OPSM_BASE = f"{KEY}.opsm.base"
+STEP_SCALE = f"{KEY}.step_scale.power"
+DIAGNOSTICS = f"{KEY}.diagnostics"
+STRATEGY = "actor_rollout_ref.actor.strategy"
+# verl's engines whose optimizer shows the parameter groups that its step reads.
+SCALABLE = ("fsdp", "fsdp2", "megatron")
 REC = f"{KEY}.rec"
 
 # Weights below this can be truncated by verl without a word, and mix_ppg's clip would stand in the wrong place.
@@ -48,13 +54,20 @@ class Need(NamedTuple):
     when: Callable[[DictConfig], bool] | None = None
 
 
-def _does_not_recompute_on_policy(config: DictConfig) -> bool:
+def _needs_recorded_log_probs(config: DictConfig) -> bool:
     mode = OmegaConf.select(config, MODE)
     if mode not in VERL_MODES:
-        # The staleness modes of this package set what they need themselves.
+        # The staleness modes of this package record them in any case.
         return False
     # verl's synchronous trainer recomputes old_log_probs with the very weights that generated: the behaviour policy.
     return mode != "sync" or bool(OmegaConf.select(config, BYPASS))
+
+
+def _needs_bypass(config: DictConfig) -> bool:
+    if OmegaConf.select(config, MODE) not in VERL_MODES:
+        # The staleness modes of this package set it themselves, unless the config asks for a proximal policy.
+        return has_proximal_policy(config)
+    return _needs_recorded_log_probs(config)
 
 
 def _divides_by_std(config: DictConfig) -> bool:
@@ -73,22 +86,17 @@ _NEEDS_BEHAVIOUR = (
         LOG_PROBS,
         (True,),
         "the ratio is taken to the behaviour policy, whose log-probs are not recorded",
-        _does_not_recompute_on_policy,
+        _needs_recorded_log_probs,
     ),
     Need(
         BYPASS,
         (True,),
         "the ratio is taken to the behaviour policy, but old_log_probs are recomputed with the current weights, and "
         "the age of the data disappears from the ratio",
-        _does_not_recompute_on_policy,
+        _needs_bypass,
     ),
 )
 _NEEDS_BOTH_POLICIES = (
-    Need(
-        MODE,
-        VERL_MODES,
-        "the staleness modes of this package take every ratio to the behaviour policy, so there is no proximal one",
-    ),
     Need(LOG_PROBS, (True,), "the weights are proximal over behaviour policy, whose log-probs are not recorded"),
     Need(BYPASS, (False,), "there is no proximal policy beside the behaviour policy in bypass mode"),
 )
@@ -123,6 +131,15 @@ LOSS_NEEDS: dict[str, tuple[Need, ...]] = {
     "opsm": _NEEDS_BEHAVIOUR,
     "bypass_mode": _NEEDS_BEHAVIOUR,
 }
+STEP_SCALE_NEEDS = (
+    Need(
+        LOG_PROBS,
+        (True,),
+        "the step is scaled by ratios of current over behaviour policy, whose log-probs are not recorded",
+        _needs_recorded_log_probs,
+    ),
+    Need(STRATEGY, SCALABLE, "the learning rate of a single step cannot be changed in this engine's optimizer"),
+)
 # Estimators that compare the responses to a prompt.
 GROUP_ESTIMATORS = ("oapl", "asymre", "red_drop", "red_weight", "max_at_k")
 # Losses that read `opsm.delta` themselves.
@@ -154,6 +171,9 @@ def problems(config: DictConfig) -> Iterator[Problem]:
         yield from _truncation(config)
     if name == "dro":
         yield from _dro_beta(config)
+    if OmegaConf.select(config, STEP_SCALE):
+        for need in STEP_SCALE_NEEDS:
+            yield from _check(config, need, f"{STEP_SCALE}={OmegaConf.select(config, STEP_SCALE)}")
     yield from _opsm(config, name)
     yield from _estimator(config)
     yield from _ignored_weights(config, name)

@@ -104,7 +104,7 @@ def evaluate(
         advantages = advantages.to(log_ratio.dtype)
         check_tokens("log_prob", log_ratio, advantages=advantages, response_mask=response_mask)
         response_mask = response_mask.bool()
-        tokens = _tokens(log_prob, log_ratio, advantages, response_mask, rollout_is_weights)
+        tokens = clean_tokens(log_prob, log_ratio, advantages, response_mask, rollout_is_weights)
         loss = rule(tokens)
         if rollout_is_weights is not None and not weights_in_rule:
             loss = loss._replace(value=loss.value * rollout_is_weights, derivative=loss.derivative * rollout_is_weights)
@@ -119,10 +119,18 @@ def evaluate(
     return loss_value, {**(loss.metrics or {}), **metrics}
 
 
-def _tokens(
-    log_prob: Tensor, log_ratio: Tensor, advantages: Tensor, response_mask: Tensor, weights: Tensor | None
+def clean_tokens(
+    log_prob: Tensor, log_ratio: Tensor, advantages: Tensor, response_mask: Tensor, weights: Tensor | None = None
 ) -> Tokens:
-    """`Tokens` with zeros wherever a log-prob could spoil a sum."""
+    """`Tokens` with zeros wherever a log-prob could spoil a sum.
+
+    Args:
+        log_prob: log-probs under the current policy, any shape.
+        log_ratio: log of current over old policy, same shape, at least float32.
+        advantages: Same shape, dtype of `log_ratio`.
+        response_mask: bool, same shape.
+        weights: verl's rollout correction weights; None: 1.
+    """
     log_prob = log_prob.detach().to(log_ratio.dtype)
     mask = torch.isfinite(log_ratio) & torch.isfinite(log_prob) & response_mask
     return Tokens(torch.where(mask, log_prob, 0.0), torch.where(mask, log_ratio, 0.0), advantages, mask, weights)

@@ -8,6 +8,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from verl_m2po.cpu import environment
+from verl_m2po.losses import requirements
 from verl_m2po.preflight import devices, inputs, keys, losses, machine, staleness
 from verl_m2po.preflight.problem import Problem
 
@@ -41,6 +42,8 @@ def uses_this_package(config: DictConfig) -> bool:
         OmegaConf.select(config, "algorithm.policy_loss") is not None
         or OmegaConf.select(config, "trainer.device") == environment.PLATFORM_NAME
         or staleness.is_chosen(config)
+        or bool(OmegaConf.select(config, requirements.STEP_SCALE))
+        or bool(OmegaConf.select(config, requirements.DIAGNOSTICS))
     )
 
 

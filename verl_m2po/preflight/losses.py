@@ -21,14 +21,22 @@ def problems(config: DictConfig) -> Iterator[Problem]:
 
 
 def _actor_worker(config: DictConfig) -> Iterator[Problem]:
-    """One decision for the whole mini-batch needs our actor worker in verl's seam."""
-    scope = f"{KEY}.m2po.scope"
-    if OmegaConf.select(config, requirements.POLICY_LOSS) != "m2po" or OmegaConf.select(config, scope) != "mini_batch":
+    """What concerns the whole mini-batch needs our actor worker in verl's seam."""
+    loss = OmegaConf.select(config, requirements.POLICY_LOSS)
+    needing = {
+        f"{KEY}.m2po.scope": loss == "m2po" and OmegaConf.select(config, f"{KEY}.m2po.scope") == "mini_batch",
+        f"{KEY}.bapo.scope": loss == "bapo" and OmegaConf.select(config, f"{KEY}.bapo.scope") == "mini_batch",
+        requirements.STEP_SCALE: bool(OmegaConf.select(config, requirements.STEP_SCALE)),
+        requirements.DIAGNOSTICS: bool(OmegaConf.select(config, requirements.DIAGNOSTICS)),
+    }
+    if not any(needing.values()):
         return
     from verl_m2po import worker
 
-    if reason := worker.why_not_installed():
-        yield Problem(scope, "mini_batch", f"{scope}=mini_batch cannot be honoured: {reason.rstrip('.')}.", "")
+    reason = worker.why_not_installed()
+    for key in (key for key, needs in needing.items() if needs and reason):
+        value = OmegaConf.select(config, key)
+        yield Problem(key, value, f"{key}={value} cannot be honoured: {reason}.", "")
 
 
 def _settings(config: DictConfig) -> Iterator[Problem]:

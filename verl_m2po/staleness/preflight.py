@@ -20,6 +20,17 @@ class PreflightError(ValueError):
     """The configuration contradicts the staleness that it asks for."""
 
 
+def has_proximal_policy(config: DictConfig) -> bool:
+    """Whether verl recomputes `old_log_probs` and puts the age of the data into weights proximal over behaviour policy.
+
+    Recomputed without such weights, the age would be in no ratio that a loss sees.
+    """
+    correction = OmegaConf.select(config, "algorithm.rollout_correction") or {}
+    if correction.get("bypass_mode", False):
+        return False
+    return correction.get("rollout_is") is not None or correction.get("rollout_rs") is not None
+
+
 def make_clock(config: DictConfig) -> UpdateClock:
     """The clock of a verl configuration."""
     actor = config.actor_rollout_ref.actor

@@ -68,12 +68,12 @@ def require_sound(problems: list[preflight.Problem]) -> None:
 def set_what_the_mode_needs(config: DictConfig) -> None:
     """Change verl's configuration, in place, to what makes the age of a rollout visible to the loss.
 
-    The importance ratio must be taken to the policy that generated the tokens: bypass mode and the rollout's own
-    log-probs. Generation must report weight versions and lots: our agent loop manager.
+    The policy that generated the tokens must be in a ratio: the loss's own in bypass mode, or that of verl's weights
+    where a proximal policy stands between. Generation must report weight versions and lots: our agent loop manager.
     """
     mode = config.trainer.v1.trainer_mode
     needs = {
-        "algorithm.rollout_correction.bypass_mode": True,
+        "algorithm.rollout_correction.bypass_mode": not preflight.has_proximal_policy(config),
         "actor_rollout_ref.rollout.calculate_log_probs": True,
         "actor_rollout_ref.rollout.agent.agent_loop_manager_class": AGENT_LOOP_MANAGER,
         # Read by the buffer that ours replaces.
