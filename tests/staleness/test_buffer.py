@@ -19,6 +19,7 @@ from verl_m2po.staleness.failures import FailureWindow, TooManyFailures
 from verl_m2po.staleness.ledger import TrainedRowsLedger
 from verl_m2po.staleness.records import GroupReport, Row
 from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessViolation
+from verl_m2po.staleness.shutdown import StopRequest, StopRequested
 from verl_m2po.staleness.store import lot_partition
 from verl_m2po.staleness.units import UpdateClock
 
@@ -104,12 +105,14 @@ class Run:
     def __init__(self, tq, rule, name: str, fail_share: float = 0.0, ledger=None, max_failed_fraction=1.0) -> None:
         self.tq, self.name, self.dispatched = tq, name, 0
         self.workers = Workers(tq, fail_share)
+        self.is_asked_to_end = False
         self.buffer = StalenessReplayBuffer(
             rule=rule,
             clock=UpdateClock(BATCH, BATCH // 2),
             failures=FailureWindow(max_failed_fraction, window=10),
             ledger=ledger,
             dispatch=self.dispatch,
+            stop=StopRequest(wait_s=0.0, look=lambda: self.is_asked_to_end),
             trainer_mode="stale_k",
             trainer_config={},
         )
@@ -299,6 +302,17 @@ def test_too_many_failures_stop_the_run(transfer_queue):
     run = Run(transfer_queue, ExactStale(0, BATCH), "failing", fail_share=1.0, max_failed_fraction=0.2)
     with pytest.raises(TooManyFailures, match="10 x ValueError: this one fails"):
         run.buffer.sample(1, "train", BATCH)
+
+
+def test_a_run_that_is_asked_to_end_waits_for_no_generation(transfer_queue):
+    run = Run(transfer_queue, ExactStale(0, BATCH), "endless")
+    run.workers.start = lambda tickets: None  # they never finish
+    run.is_asked_to_end = True
+    with pytest.raises(StopRequested, match="a batch of 4 groups is not there yet"):
+        run.buffer.sample(1, "train", BATCH)
+    with pytest.raises(StopRequested, match="the present weights still have to generate"):
+        run.buffer.settle()
+    assert run.buffer.rule.in_flight == BATCH, "what is in flight is saved, to be generated again"
 
 
 def test_the_ledger_has_every_row_before_it_is_trained(transfer_queue, tmp_path):

@@ -1,6 +1,7 @@
 """What the rollout side reports: which weights generated which tokens, and what is refused."""
 
 import asyncio
+import contextlib
 import contextvars
 import math
 from types import SimpleNamespace
@@ -54,11 +55,13 @@ def test_unknown_provenance_counts_as_the_oldest(mask):
     [
         (output([]), "empty response"),
         (output([0, 0], [-1.0, -1.0]), "empty response"),
+        (output([1] * 3, [-1.0] * 3).model_copy(update={"response_mask": [1]}), "a mask of 1 for 3"),
         (output([1] * 9, [-1.0] * 9), "9 tokens, more than the 8"),
         (output([1] * 3), "no behaviour log-probs for 3"),
         (output([1] * 3, [-1.0]), "1 behaviour log-probs for 3"),
         (output([1] * 2, [-1.0, math.nan]), "not finite"),
         (output([1] * 2, [-1.0, math.inf]), "not finite"),
+        (output([1] * 2, [-1.0, -math.inf]), "not finite"),
         (output([1] * 2, [-1.0, -2.0], reward=math.nan), "reward nan is not finite"),
     ],
 )
@@ -177,6 +180,18 @@ class Worker(StalenessAgentLoopWorker):
         match behaviour:
             case "fails" if session_id == 1:
                 raise ValueError("no answer\nand more lines")
+            case "all fail":
+                raise ValueError(f"no answer {session_id}")
+            case "returns nothing":
+                return await self._agent_loop_postprocess([], validate=False)
+            case "a reward that raises":
+                self._compute_score = self.raising_reward
+                return await self._agent_loop_postprocess(output([1], [-1.0]), validate=False)
+            case "will not be cancelled" if session_id == 1:
+                while True:
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.sleep(0.3)
+                        return None
             case "hangs" if session_id == 1:
                 of.server, of.server_request_id = self.server, "the request"
                 await asyncio.sleep(3600)
@@ -185,6 +200,10 @@ class Worker(StalenessAgentLoopWorker):
                     await asyncio.sleep(0)
                 raise GenerationAborted(uid)
         self._running[uid].rows.append(Row(f"{uid}_{session_id}_0", 1, session_id + 1, ((3, session_id + 1),)))
+
+    @staticmethod
+    async def raising_reward(outputs, kwargs):
+        raise ZeroDivisionError("in the reward function")
 
     def run(self, behaviour: str, abort: bool = False):
         async def body():
@@ -212,6 +231,30 @@ def test_a_session_that_raises_fails_its_group_and_leaves_its_siblings_rows_to_b
     report = Worker(3).run("fails")
     assert report.error == "ValueError: no answer" and not report.was_aborted
     assert [row.key for row in report.rows] == ["u_0_0", "u_2_0"]
+
+
+def test_a_group_in_which_all_fail_is_one_failure_without_rows():
+    report = Worker(3).run("all fail")
+    assert report.error == "ValueError: no answer 0" and report.rows == () and not report.was_aborted
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "error"),
+    [
+        ("returns nothing", "ValueError: the agent loop returned no trajectory"),
+        ("a reward that raises", "ZeroDivisionError: in the reward function"),
+    ],
+)
+def test_what_cannot_be_scored_fails_its_group(behaviour, error):
+    report = Worker(2).run(behaviour)
+    assert report.error == error and report.rows == ()
+
+
+def test_a_generation_that_refuses_to_be_cancelled_does_not_hold_up_its_group(monkeypatch):
+    monkeypatch.setattr("verl_m2po.staleness.agent_loop.CANCEL_WAIT_S", 0.05)
+    report = Worker(2, timeout_s=0.05).run("will not be cancelled")
+    assert report.error == "TimeoutError: no answer within generation_timeout_s=0.05"
+    assert [row.key for row in report.rows] == ["u_0_0"]
 
 
 def test_a_generation_that_never_ends_is_cancelled_at_its_server():

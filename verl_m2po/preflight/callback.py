@@ -1,6 +1,7 @@
-"""The moment at which the preflight runs: Hydra calls it on the driver, after composing and before the job."""
+"""What happens on the driver around the job, called by Hydra: the preflight before it, and signals while it runs."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from verl_m2po.cpu import environment
 from verl_m2po.losses import requirements
 from verl_m2po.preflight import devices, inputs, keys, losses, machine, staleness
 from verl_m2po.preflight.problem import Problem
+from verl_m2po.staleness.shutdown import Listener
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +23,9 @@ class PreflightCallback(Callback):
     Hydra turns an exception of a callback into a warning, so a refusal leaves as ``SystemExit``: one message, no
     traceback, exit status 1.
     """
+
+    def __init__(self) -> None:
+        self._listener: Listener | None = None
 
     def on_job_start(self, config: DictConfig, **_kwargs: Any) -> None:
         """Check `config`; called by Hydra before the job."""
@@ -34,6 +39,14 @@ class PreflightCallback(Callback):
         fatal = [problem for problem in found if problem.is_fatal]
         if fatal:
             raise SystemExit("\n".join(["verl-m2po refuses this run:", *(f"  - {problem}" for problem in fatal)]))
+        if staleness.is_chosen(config) and threading.current_thread() is threading.main_thread():
+            self._listener = Listener()
+            self._listener.start()
+
+    def on_job_end(self, **_kwargs: Any) -> None:
+        """End as a signal asks for; called by Hydra after the job."""
+        if self._listener is not None:
+            self._listener.stop()
 
 
 def uses_this_package(config: DictConfig) -> bool:

@@ -34,6 +34,10 @@ REPORT_WAIT_S = 5.0
 """How long a worker holds the trainer's question before it answers that nothing has finished."""
 
 
+CANCEL_WAIT_S = 10.0
+"""How long a generation that took too long may resist its cancellation. One that goes on finds its group gone."""
+
+
 @dataclass
 class _RunningGroup:
     uid: str
@@ -65,9 +69,11 @@ def check_output(output: AgentLoopOutput, needs_log_probs: bool, max_response_to
     """Refuse a trajectory that must not be trained on.
 
     Raises:
-        ValueError: empty, too long, or with log-probs or a reward that are missing, misaligned or not finite.
+        ValueError: empty, too long, or with a mask, log-probs or a reward that are missing, misaligned or not finite.
     """
     tokens = len(output.response_ids)
+    if len(output.response_mask) != tokens:
+        raise ValueError(f"a mask of {len(output.response_mask)} for {tokens} response tokens")
     if not tokens or not sum(output.response_mask):
         raise ValueError("empty response")
     if tokens > max_response_tokens:
@@ -175,7 +181,7 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         if not generation.done():
             session.abort()  # before the cancellation: it needs the request that is still running
             generation.cancel()
-            await asyncio.wait({generation})
+            await asyncio.wait({generation}, timeout=CANCEL_WAIT_S)
             raise TimeoutError(f"no answer within generation_timeout_s={self._generation_timeout_s}")
         generation.result()
 

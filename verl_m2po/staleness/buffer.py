@@ -17,6 +17,7 @@ from verl_m2po.staleness.metrics import StalenessMetrics
 from verl_m2po.staleness.records import Group, GroupReport, Selection, Ticket
 from verl_m2po.staleness.reports import Reports
 from verl_m2po.staleness.rules import StalenessRule, StalenessViolation
+from verl_m2po.staleness.shutdown import StopRequest
 from verl_m2po.staleness.store import LotStore
 from verl_m2po.staleness.units import UpdateClock, version_at_step
 
@@ -43,6 +44,7 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         failures: stops the run when too many groups fail.
         ledger: records what was trained; None records nothing.
         dispatch: starts that many new groups; it must call `open_groups` for them.
+        stop: ends a wait of a run that was asked to end.
         trainer_mode: for verl.
         trainer_config: for verl.
     """
@@ -55,6 +57,7 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         failures: FailureWindow,
         ledger: TrainedRowsLedger | None,
         dispatch: Callable[[int], Any],
+        stop: StopRequest,
         trainer_mode: str,
         trainer_config: Any,
     ) -> None:
@@ -73,6 +76,7 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         self._failures = failures
         self._ledger = ledger
         self._dispatch = dispatch
+        self._stop = stop
         self._store = LotStore()
         self._reports: Reports | None = None
 
@@ -184,6 +188,7 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         self._take_reports(timeout_s=0.0)
         self.pump()
         while not is_done():
+            self._stop.give_up_waiting_for(what)
             self.pump()
             self._take_reports(WAIT_S)
             if time.monotonic() - logged_at > LOG_WAITING_EVERY_S:

@@ -25,6 +25,8 @@ class StaleKConfig:
         failed_window_groups: see `max_failed_fraction`; nothing is judged before that many groups have ended.
         buffer_memory_limit_gib: refuse to start if the waiting rollouts could need more than this, in GiB. null takes
             half of the machine's memory. TransferQueue can spill to disk; the error says how.
+        stop_wait_s: wall-clock seconds for which a run that was asked to end (Ctrl-C, SIGTERM) still waits for rollouts
+            in flight. null waits as long as they take.
         ledger_path: file to which every trained row is appended, with its weight versions, as JSON lines. null: none.
     """
 
@@ -33,6 +35,7 @@ class StaleKConfig:
     max_failed_fraction: float = 0.2
     failed_window_groups: int = 100
     buffer_memory_limit_gib: float | None = None
+    stop_wait_s: float | None = 10.0
     ledger_path: str | None = None
     # Read by verl's base trainer under the name of the mode; the mode sets it, see trainer.py.
     parameter_sync_step: int = 1

@@ -1,5 +1,6 @@
 """Waiting for groups to end, without polling: one open question per agent loop worker."""
 
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -26,30 +27,50 @@ class WorkerReports:
 
     Args:
         workers: actor handles.
+        answer_timeout_s: seconds without an answer after which a worker counts as blocked; None waits for ever. A
+            worker that has nothing to report answers within `agent_loop.REPORT_WAIT_S`.
     """
 
-    def __init__(self, workers: Sequence[Any]) -> None:
+    def __init__(self, workers: Sequence[Any], answer_timeout_s: float | None = None) -> None:
         self._workers = list(workers)
-        self._questions = {worker.take_reports.remote(): index for index, worker in enumerate(self._workers)}
+        self._answer_timeout_s = answer_timeout_s
+        self._questions: dict[Any, tuple[int, float]] = {}
+        for index in range(len(self._workers)):
+            self._ask(index)
+
+    def _ask(self, index: int) -> None:
+        self._questions[self._workers[index].take_reports.remote()] = (index, time.monotonic())
 
     def wait(self, timeout_s: float) -> list[GroupReport]:
         """See `Reports.wait`.
 
         Raises:
-            RuntimeError: a worker died; the groups that it was generating are gone.
+            RuntimeError: a worker died, and the groups that it was generating are gone; or it is blocked.
         """
         answered, _ = ray.wait(list(self._questions), num_returns=1, timeout=timeout_s)
         if answered:  # whoever else has answered by now comes along
             answered, _ = ray.wait(list(self._questions), num_returns=len(self._questions), timeout=0)
         reports = []
         for question in answered:
-            index = self._questions.pop(question)
+            index, _ = self._questions.pop(question)
             try:
                 reports.extend(ray.get(question))
             except RayActorError as error:
                 raise RuntimeError(f"agent loop worker {index} of {len(self._workers)} died: {error}") from error
-            self._questions[self._workers[index].take_reports.remote()] = index
+            self._ask(index)
+        self._check_that_none_is_blocked()
         return reports
+
+    def _check_that_none_is_blocked(self) -> None:
+        if self._answer_timeout_s is None:
+            return
+        for index, asked_at in self._questions.values():
+            if time.monotonic() - asked_at > self._answer_timeout_s:
+                raise RuntimeError(
+                    f"agent loop worker {index} of {len(self._workers)} has not answered for "
+                    f"{self._answer_timeout_s:.0f} s. An agent loop or a tool blocks its event loop, so that not even "
+                    "generation_timeout_s can end it: let it await, or put the blocking call into asyncio.to_thread"
+                )
 
     def abort(self, uids: list[str]) -> None:
         for worker in self._workers:

@@ -6,8 +6,9 @@ Importing this module registers them. verl's hooks decide when the rule is asked
 
     prepare_step      nothing: the buffer starts groups itself, as many as the rule admits
     sample            waits for the batch, checks it row by row
-    on_sample_end     stale_k: waits until the present weights have generated their whole batch, then the rollout sleeps
+    on_sample_begin   stale_k: waits until the present weights have generated their whole batch
     on_step_end       separate modes: waits until nothing in flight would be spoiled, pushes the weights, starts groups
+                      asked to end: saves instead, and lets fit() return
     _save_checkpoint  waits likewise, then writes the state of the rule beside verl's checkpoint
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -36,9 +38,11 @@ from verl_m2po.staleness.client import SpanRecordingClient
 from verl_m2po.staleness.config import BoundedAsyncConfig, load_mode_config
 from verl_m2po.staleness.failures import FailureWindow
 from verl_m2po.staleness.ledger import TrainedRowsLedger
+from verl_m2po.staleness.liveness import Watch
 from verl_m2po.staleness.records import Ticket
 from verl_m2po.staleness.reports import WorkerReports
 from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessRule
+from verl_m2po.staleness.shutdown import StopRequest, StopRequested
 from verl_m2po.staleness.store import LOT_FIELD, lot_partition
 
 logger = logging.getLogger(__name__)
@@ -107,7 +111,50 @@ class _StalenessTrainer(PPOTrainer):
     def __init__(self, config: DictConfig) -> None:
         require_sound(preflight.check(config, available_memory_bytes=psutil.virtual_memory().total))
         set_what_the_mode_needs(config)
+        settings = load_mode_config(config, config.trainer.v1.trainer_mode)
+        self._stop = StopRequest(settings.stop_wait_s)
+        self._watch = Watch()
+        # Trainer steps: the last one that is on disk, and the last one that has taken rollouts to train on.
+        self._saved_step = self._begun_step = 0
         super().__init__(config)
+
+    def init(self) -> None:
+        """As verl's; ends in an error if TransferQueue dies meanwhile."""
+        self._watch.add("TransferQueue controller", [ray.get_actor("TransferQueueController", "transfer_queue")])
+        storage = [name for name in ray.util.list_named_actors() if name.startswith("TransferQueueStorageUnit")]
+        self._watch.add("TransferQueue storage unit", [ray.get_actor(name) for name in sorted(storage)])
+        with self._watch.guard():
+            super().init()
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        """As verl's; ends in an error if a process of the run dies, and after a checkpoint if it is asked to end."""
+        for name, actors in self._actors(agent_loop_manager).items():
+            self._watch.add(name, actors)
+        with self._watch.guard():
+            try:
+                super().fit(agent_loop_manager)
+            except StopRequested as stop:
+                self._shutdown_dump_executor()
+                self._leave_step(stop)
+
+    def _actors(self, agent_loop_manager: Any) -> dict[str, list[Any]]:
+        """The processes that the run depends on, under the names that an error gives them."""
+        managers = self._rollout_server_managers()
+        actors = {
+            "actor worker": self.actor_rollout_wg.workers,
+            "rollout server": [server for manager in managers for server in manager.server_handles],
+            "rollout worker": [
+                w for manager in managers for replica in manager.get_replicas() for w in replica.workers
+            ],
+            "rollout load balancer": [manager.global_load_balancer for manager in managers],
+            "agent loop worker": agent_loop_manager.agent_loop_workers,
+            "reward worker": self.get_reward_handles() or [],
+        }
+        if self.use_critic:
+            actors["critic worker"] = self.critic_wg.workers
+        if self.use_reference_policy:
+            actors["reference worker"] = self.ref_policy_wg.workers
+        return actors
 
     def _make_rule(self, staleness_steps: int, batch_size: int) -> StalenessRule:
         return ExactStale(staleness_steps, batch_size)
@@ -121,6 +168,7 @@ class _StalenessTrainer(PPOTrainer):
             failures=FailureWindow(settings.max_failed_fraction, settings.failed_window_groups),
             ledger=TrainedRowsLedger(settings.ledger_path) if settings.ledger_path else None,
             dispatch=self._add_prompts_to_generate,
+            stop=self._stop,
             trainer_mode=self.trainer_mode,
             trainer_config=self.config.trainer.v1[self.trainer_mode],
         )
@@ -138,6 +186,7 @@ class _StalenessTrainer(PPOTrainer):
 
     def on_train_begin(self) -> None:
         self.replay_buffer.metrics.begin()
+        self._stop.announce_training()
         # Instead of verl's warm-up batches: the rule admits the ramp.
         self.replay_buffer.pump()
 
@@ -158,12 +207,19 @@ class _StalenessTrainer(PPOTrainer):
 
     def _reissue_inflight_prompts(self, partition_id: str = "train") -> int:
         # verl calls this once, when the agent loop workers are there and before the first step.
-        self.replay_buffer.connect(WorkerReports(self.agent_loop_manager.agent_loop_workers))
+        timeout_s = load_mode_config(self.config, self.trainer_mode).generation_timeout_s
+        # As long again: a worker that generates answers every few seconds, one that cannot answer cannot time out.
+        answer_timeout_s = None if timeout_s is None else 2 * timeout_s + 60
+        self.replay_buffer.connect(WorkerReports(self.agent_loop_manager.agent_loop_workers, answer_timeout_s))
         tickets, prompts = self.replay_buffer.reopen_groups()
         if prompts is not None:
             self._generate(tickets, prompts)
             logger.info("generating %d groups again that were in flight at the checkpoint", len(tickets))
         return len(tickets)
+
+    def on_sample_end(self) -> None:
+        self._begun_step = self.global_steps
+        super().on_sample_end()
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """As verl's, and the age of each row for the actor worker, which measures the mismatch floor at age zero."""
@@ -180,8 +236,9 @@ class _StalenessTrainer(PPOTrainer):
         return super()._consume_sync_metrics() | self.replay_buffer.step_metrics()
 
     def _save_checkpoint(self) -> None:
-        # What is in flight under exact staleness needs weights that a restart would no longer have.
-        if isinstance(self.replay_buffer.rule, ExactStale):
+        # What is in flight under exact staleness needs weights that a restart would no longer have, if they are not
+        # those of the checkpoint.
+        if isinstance(self.replay_buffer.rule, ExactStale) and self.replay_buffer.version < self.global_steps:
             self.replay_buffer.settle()
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,6 +247,39 @@ class _StalenessTrainer(PPOTrainer):
         beside.write_text(json.dumps(state, separators=(",", ":")))
         os.replace(beside, folder / STATE_FILE)
         super()._save_checkpoint()
+        self._saved_step = self.global_steps
+
+    def _end_if_asked(self) -> bool:
+        """After the updates of a step: if the run was asked to end, save, and let this step be verl's last."""
+        if not self._stop.is_made():
+            return False
+        if self._saved_step < self.global_steps:
+            self._save_checkpoint()
+        self.total_training_steps = self.global_steps
+        return True
+
+    def _leave_step(self, stop: StopRequested) -> None:
+        """Save what can be saved when the rollouts that the step needs did not come in time.
+
+        A step without a batch has changed nothing: the checkpoint is that of the step before, with the rollouts that
+        have been generated since.
+        """
+        logger.warning("%s", stop)
+        if self._begun_step == self.global_steps:
+            logger.warning(
+                "trainer step %d is lost: it waits for rollouts that only its own weights can generate. The last "
+                "checkpoint is that of step %d",
+                self.global_steps,
+                self._saved_step,
+            )
+            return
+        self.global_steps -= 1
+        if self._saved_step < self.global_steps:
+            self._quieten_rollout()
+            self._save_checkpoint()
+
+    def _quieten_rollout(self) -> None:
+        """Hand the devices to the trainer, in the midst of generation."""
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
@@ -202,6 +292,7 @@ class _StalenessTrainer(PPOTrainer):
                 "of its rollouts are unknown. Resume with the mode that wrote it, or set trainer.resume_mode=disable"
             )
         self.replay_buffer.load_state_dict(json.loads(path.read_text()), version=self.global_steps)
+        self._saved_step = self.global_steps
 
     def _checkpoint_folder(self) -> str:
         trainer = self.config.trainer
@@ -217,14 +308,24 @@ class PPOTrainerStaleK(_StalenessTrainer, PPOTrainerColocateAsync):
     def get_llm_client(self) -> SpanRecordingClient:
         return self.llm_server_manager.get_client(client_cls=SpanRecordingClient)
 
-    def on_sample_end(self) -> None:
+    def on_sample_begin(self) -> None:
         # Putting the rollout to sleep aborts what is running; nothing may be, it would resume with other weights.
+        # Before a batch is taken, so that a run that is asked to end meanwhile has not begun the step.
+        self.replay_buffer.settle()
+        super().on_sample_begin()
+
+    def on_sample_end(self) -> None:
         self.replay_buffer.settle()
         super().on_sample_end()
 
     def on_step_end(self) -> None:
-        super().on_step_end()
-        self.replay_buffer.advance(self.global_steps)
+        if not self._end_if_asked():
+            super().on_step_end()
+            self.replay_buffer.advance(self.global_steps)
+
+    def _quieten_rollout(self) -> None:
+        self.checkpoint_manager.abort_replicas()
+        self.checkpoint_manager.sleep_replicas()
 
 
 class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):
@@ -239,9 +340,10 @@ class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):
         return self.standalone_server_manager.get_client(client_cls=SpanRecordingClient)
 
     def on_step_end(self) -> None:
-        self.replay_buffer.settle()
-        super().on_step_end()
-        self.replay_buffer.advance(self.global_steps)
+        if not self._end_if_asked():
+            self.replay_buffer.settle()
+            super().on_step_end()
+            self.replay_buffer.advance(self.global_steps)
 
 
 @register_trainer("stale_k_separate")

@@ -1,0 +1,138 @@
+"""A process of the run dies: whatever the trainer waits for, it ends in an error that says who."""
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+
+from verl_m2po.staleness.liveness import Watch, WorkerDied
+from verl_m2po.staleness.reports import WorkerReports
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def actor(cluster):
+    """An actor that can be killed, and one that is busy for ever."""
+
+    @cluster.remote(num_cpus=0)
+    class Actor:
+        def pid(self) -> int:
+            return os.getpid()
+
+        def work(self) -> None:
+            time.sleep(3600)
+
+    return Actor.remote
+
+
+def watch(**actors) -> Watch:
+    watch = Watch(ask_every_s=0.2, unwind_s=0.5, exit_s=None)
+    for name, handle in actors.items():
+        watch.add(name, [handle])
+    return watch
+
+
+def kill(cluster, actor) -> None:
+    os.kill(cluster.get(actor.pid.remote()), signal.SIGKILL)
+
+
+def test_a_hanging_trainer_is_interrupted_and_the_dead_are_named(cluster, actor):
+    dead, busy = actor(), actor()
+    busy.work.remote()
+    began = time.monotonic()
+    with pytest.raises(WorkerDied, match="rollout died"), watch(rollout=dead, busy=busy).guard():
+        kill(cluster, dead)
+        time.sleep(60)
+    assert time.monotonic() - began < 30
+
+
+def test_so_is_one_that_waits_in_ray(cluster, actor):
+    dead, busy = actor(), actor()
+    with pytest.raises(WorkerDied, match="rollout died"), watch(rollout=dead).guard():
+        kill(cluster, dead)
+        cluster.get(busy.work.remote())
+
+
+def test_an_error_that_a_death_has_caused_names_the_dead(cluster, actor):
+    """Too many failed groups, for example, after a rollout server is gone."""
+    dead = actor()
+    with pytest.raises(WorkerDied, match="rollout died") as died, watch(rollout=dead).guard():
+        kill(cluster, dead)
+        raise ValueError("too many failures")
+    assert isinstance(died.value.__cause__, ValueError)
+
+
+def test_other_errors_stay_what_they_are(actor):
+    with pytest.raises(ValueError, match="of its own"), watch(rollout=actor()).guard():
+        raise ValueError("of its own")
+
+
+def test_the_living_and_the_busy_disturb_nobody(cluster, actor):
+    idle, busy = actor(), actor()
+    busy.work.remote()
+    with watch(idle=idle, busy=busy).guard():
+        cluster.get(idle.pid.remote())
+        time.sleep(1.5)  # several rounds of questions
+
+
+def test_one_of_several_is_told_apart(cluster, actor):
+    several = [actor(), actor()]
+    watch = Watch()
+    watch.add("agent loop worker", several)
+    kill(cluster, several[1])
+    assert watch.find_dead(timeout_s=10.0).startswith("agent loop worker 1 of 2 died")
+
+
+@pytest.fixture
+def worker(cluster):
+    """An agent loop worker that answers, or does not."""
+
+    @cluster.remote(num_cpus=0)
+    class Worker:
+        def pid(self) -> int:
+            return os.getpid()
+
+        async def take_reports(self) -> list:
+            await asyncio.sleep(0.1)
+            return ["a report"]
+
+        async def block(self) -> None:
+            time.sleep(3600)
+
+    return Worker.remote
+
+
+def test_reports_come_from_whoever_has_some(worker):
+    reports = WorkerReports([worker(), worker()], answer_timeout_s=60)
+    assert reports.wait(timeout_s=30.0)
+
+
+def test_a_blocked_agent_loop_worker_is_an_error_after_its_time(cluster, worker):
+    fine, blocked = worker(), worker()
+    cluster.get([fine.pid.remote(), blocked.pid.remote()])
+    blocked.block.remote()
+    reports = WorkerReports([fine, blocked], answer_timeout_s=1.0)
+    with pytest.raises(RuntimeError, match="worker 1 of 2 has not answered for 1 s"):
+        for _ in range(100):
+            reports.wait(timeout_s=0.2)
+
+
+def test_a_dead_agent_loop_worker_is_an_error(cluster, worker):
+    dead = worker()
+    reports = WorkerReports([dead])
+    kill(cluster, dead)
+    with pytest.raises(RuntimeError, match="agent loop worker 0 of 1 died"):
+        for _ in range(100):
+            reports.wait(timeout_s=0.2)

@@ -1,0 +1,136 @@
+"""Noticing that a process of the run has died, whatever the trainer waits for at that moment.
+
+verl, TransferQueue and the weight transfer wait without a limit for a peer that no longer exists. So a thread of the
+trainer keeps one question open to every actor of the run. Ray fails the question of a dead one, and the run ends with
+an error that names it.
+"""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+logger = logging.getLogger(__name__)
+
+ASK_EVERY_S = 5.0
+
+UNWIND_S = 10.0
+"""How long the trainer has to fail by itself, which says more, before it is interrupted."""
+
+EXIT_S = 30.0
+"""How long the trainer has to clean up after a death before its process ends regardless."""
+
+INTERRUPT = signal.SIGUSR1
+"""Sent by the watching thread to its own process, to reach the main thread inside a system call."""
+
+
+class WorkerDied(RuntimeError):
+    """A process of the run is gone, and the run with it."""
+
+
+class Watch:
+    """Watches actors, and ends what the main thread does when one of them dies.
+
+    Args:
+        ask_every_s: seconds between two questions to the same actor.
+        unwind_s: see `UNWIND_S`.
+        exit_s: see `EXIT_S`; None never ends the process.
+    """
+
+    def __init__(
+        self, ask_every_s: float = ASK_EVERY_S, unwind_s: float = UNWIND_S, exit_s: float | None = EXIT_S
+    ) -> None:
+        self._ask_every_s, self._unwind_s, self._exit_s = ask_every_s, unwind_s, exit_s
+        self._names: dict[Any, str] = {}
+        self._questions: dict[Any, Any] = {}
+        self._lock = threading.Lock()
+        self._death: str | None = None
+
+    def add(self, name: str, actors: Sequence[Any]) -> None:
+        """Watch `actors`, too. The first name of an actor counts.
+
+        Args:
+            name: what they are, in the user's words, singular.
+            actors: handles.
+        """
+        with self._lock:
+            for index, actor in enumerate(actors):
+                self._names.setdefault(actor, name if len(actors) == 1 else f"{name} {index} of {len(actors)}")
+
+    def find_dead(self, timeout_s: float) -> str | None:
+        """Ask everybody.
+
+        Returns:
+            Who died, with Ray's reason; None if nobody is known to be dead after `timeout_s` seconds.
+        """
+        with self._lock:
+            for actor in self._names.keys() - self._questions.values():
+                self._questions[actor.__ray_ready__.remote()] = actor
+            questions = dict(self._questions)
+        if not questions:
+            return None
+        answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=timeout_s)
+        for question in answered:
+            with self._lock:
+                self._questions.pop(question, None)
+            try:
+                ray.get(question)
+            except ActorDiedError as error:
+                return f"{self._names[questions[question]]} died. {error}"
+            except ActorUnavailableError:
+                continue  # dead or not, the next question will tell
+        return None
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Run a block that cannot outlive what it depends on. In the main thread.
+
+        Raises:
+            WorkerDied: an actor died, and the block failed for that reason, or hung and was interrupted.
+        """
+        has_ended = threading.Event()
+        before = signal.signal(INTERRUPT, self._interrupt)
+        threading.Thread(target=self._watch, args=(has_ended,), name="liveness", daemon=True).start()
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            if death := self._death or self.find_dead(timeout_s=2.0):
+                self._limit_cleaning_up(death)
+                raise WorkerDied(death) from error
+            raise
+        finally:
+            has_ended.set()
+            signal.signal(INTERRUPT, before)
+
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        # Inside ray.get any other exception of a signal handler is printed and forgotten.
+        raise KeyboardInterrupt(self._death)
+
+    def _watch(self, has_ended: threading.Event) -> None:
+        while self._death is None:
+            if has_ended.wait(self._ask_every_s):
+                return
+            self._death = self.find_dead(timeout_s=0.5)
+        logger.error("%s", self._death)
+        if not has_ended.wait(self._unwind_s):
+            self._limit_cleaning_up(self._death)
+            signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
+
+    def _limit_cleaning_up(self, death: str) -> None:
+        """End the process, if cleaning up after `death` waits for the dead as well."""
+
+        def end() -> None:
+            logger.critical("the trainer does not end by itself after this: %s", death)
+            os._exit(1)
+
+        if self._exit_s is not None:
+            timer = threading.Timer(self._exit_s, end)
+            timer.daemon = True
+            timer.start()

@@ -1,0 +1,212 @@
+"""Ending a run from outside: the first Ctrl-C or SIGTERM asks for a checkpoint and an end, the second ends it at once.
+
+The signal reaches the driver; the training loop runs in an actor of Ray's, perhaps on another machine. Between them is
+one key in the key-value store that every Ray cluster has, so that nothing runs, listens or polls for it: the trainer
+reads the key once per step, and once per second while it waits for rollouts.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import psutil
+import ray
+from ray.experimental import internal_kv
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+CHECK_EVERY_S = 1.0
+"""While the trainer waits: how often it looks for a request."""
+
+SHARED_MEMORY = "/dev/shm"
+SEGMENTS = ("sem.mp-", "psm_", "torch_", "verl_weights_")
+"""How names in there begin that belong to the processes which map them. Others, a model for example, may not."""
+
+_NAMESPACE = b"verl_m2po"
+_TRAINING, _STOP = "training", "stop"
+
+
+class StopRequested(Exception):
+    """The run was asked to end, and what it waits for does not come within the time that it was given."""
+
+
+def _key(what: str) -> bytes:
+    return f"{what}/{ray.get_runtime_context().get_job_id()}".encode()
+
+
+def _is_set(what: str) -> bool:
+    return bool(internal_kv._internal_kv_exists(_key(what), namespace=_NAMESPACE))
+
+
+def _set(what: str) -> None:
+    internal_kv._internal_kv_put(_key(what), b"1", namespace=_NAMESPACE)
+
+
+class StopRequest:
+    """The trainer's side: whether the run was asked to end, and for how long it may still wait for rollouts.
+
+    Args:
+        wait_s: seconds after which a wait for rollouts is given up once the run was asked to end; None waits as long as
+            they take.
+        look: returns whether the run was asked to end; None asks Ray.
+    """
+
+    def __init__(self, wait_s: float | None, look: Callable[[], bool] | None = None) -> None:
+        self._wait_s = wait_s
+        self._look = look or functools.partial(_is_set, _STOP)
+        self._looked_at = -CHECK_EVERY_S
+        self._seen_at: float | None = None
+
+    def announce_training(self) -> None:
+        """From now on there is something to save."""
+        _set(_TRAINING)
+
+    def is_made(self) -> bool:
+        """Whether the run was asked to end."""
+        if self._seen_at is None:
+            self._looked_at = time.monotonic()
+            if self._look():
+                self._seen_at = self._looked_at
+                logger.warning("the run was asked to end: saving a checkpoint as soon as this step allows it")
+        return self._seen_at is not None
+
+    def give_up_waiting_for(self, what: str) -> None:
+        """Call it while waiting; cheap enough for every turn.
+
+        Raises:
+            StopRequested: the run was asked to end, and has waited for `wait_s` since.
+        """
+        if self._seen_at is None and (time.monotonic() - self._looked_at < CHECK_EVERY_S or not self.is_made()):
+            return
+        assert self._seen_at is not None
+        if self._wait_s is not None and time.monotonic() - self._seen_at >= self._wait_s:
+            raise StopRequested(f"the run was asked to end, and after another {self._wait_s:g} s {what}")
+
+
+class Listener:
+    """The driver's side: hands the first signal on, and leaves at the second.
+
+    A run that has not begun to train has nothing to save: it leaves at the first.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def start(self) -> None:
+        """Listen from now on. Only the main thread of a process may."""
+        self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        _give_ray_its_own_session()
+
+    def stop(self) -> None:
+        """Listen no more, close Ray and leave nothing of the run behind. After a signal, end as shells expect it.
+
+        Raises:
+            SystemExit: there was a signal.
+        """
+        left = _Left.now()
+        ray.shutdown()
+        left.remove(grace_s=10.0)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self.received is not None:
+            raise SystemExit(128 + self.received)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None or not ray.is_initialized():
+            _leave(signal.Signals(number))
+        self.received = signal.Signals(number)
+        # Not here: the handler may have interrupted a call into Ray.
+        threading.Thread(target=self._ask, args=(self.received,), daemon=True).start()
+
+    @staticmethod
+    def _ask(number: signal.Signals) -> None:
+        if not _is_set(_TRAINING):
+            _leave(number)
+        _say(
+            f"{number.name}: finishing the step and saving a checkpoint; the same command goes on from there. "
+            "Send it again to leave at once"
+        )
+        _set(_STOP)
+
+
+def _leave(number: signal.Signals) -> NoReturn:
+    """End this process and all that it has started."""
+    _say(f"{number.name}: leaving at once")
+    _Left.now().remove(grace_s=0.0)
+    sys.stdout.flush()
+    os._exit(128 + number)
+
+
+@dataclass
+class _Left:
+    """What would outlive the driver: the processes that it started, and the shared memory that they use.
+
+    Ray ends its processes when it is closed, but in a way that keeps them from unlinking the semaphores of Python's
+    multiprocessing and, in the midst of a weight sync, verl's buffer of weights.
+    """
+
+    processes: list[psutil.Process]
+    segments: set[Path]
+
+    @classmethod
+    def now(cls) -> "_Left":
+        processes = psutil.Process().children(recursive=True)
+        return cls(processes, _segments(process.pid for process in processes))
+
+    def remove(self, grace_s: float) -> None:
+        """Give the processes `grace_s` seconds to end, then kill them; remove their shared memory."""
+        _, alive = psutil.wait_procs(self.processes, timeout=grace_s)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for segment in self.segments:
+            segment.unlink(missing_ok=True)
+
+
+def _segments(pids: Iterable[int]) -> set[Path]:
+    """Shared memory that Python, torch or verl made and one of these processes maps. Linux only, elsewhere none."""
+    # By inode: a semaphore is mapped under the temporary name that it had before it got its own.
+    inodes = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                if SHARED_MEMORY in line:
+                    inodes.add(int(line.split(maxsplit=5)[4]))
+    found = set()
+    for path in Path(SHARED_MEMORY).glob("*") if inodes else ():
+        with contextlib.suppress(OSError):
+            if path.name.startswith(SEGMENTS) and path.stat().st_ino in inodes:
+                found.add(path)
+    return found
+
+
+def _say(message: str) -> None:
+    print(f"verl-m2po: {message}", file=sys.stderr, flush=True)
+
+
+def _give_ray_its_own_session() -> None:
+    """Keep a signal that is meant for the driver's process group away from Ray's daemons.
+
+    Symptom: after `timeout`, `kill -TERM -PGID` or a batch system's SIGTERM nothing can be saved: raylet and GCS are
+    gone. Cause: Ray starts them in the driver's process group, and keeps only SIGINT from them
+    (ray/_private/services.py, `start_ray_process`). They still die with the driver, by the kernel's parent-death
+    signal, which is why this is done on Linux only.
+    Delete when: `ray.init` can start its daemons in a session of their own.
+    """
+    from ray._private import services
+
+    if sys.platform.startswith("linux") and not isinstance(services.ConsolePopen, functools.partial):
+        services.ConsolePopen = functools.partial(services.ConsolePopen, start_new_session=True)
