@@ -15,13 +15,17 @@ OUT ?= outputs/quickstart
 LOSS ?= m2po
 SEED ?= 1
 
+# Faults: which, and where their logs go
+SEEDS ?= 1-12
+FAULTS_OUT ?= outputs/faults
+
 # Further arguments of pytest in `make test`, for example -k name
 PYTEST_ARGS ?=
 
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast lint types bench docs docs-links clean
+.PHONY: help env quickstart test test-fast faults lint types bench docs docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -48,6 +52,9 @@ test: $(STAMP) ## All tests, the end-to-end ones included
 
 test-fast: $(STAMP) ## The tests that need no Ray (under two minutes)
 	$(BIN)/python -m pytest -m "not e2e and not ray and not slow"
+
+faults: $(STAMP) ## Kill processes of real runs, restart, check what was trained on (SEEDS, FAULTS_OUT; about an hour)
+	PYTHONPATH=tests/support $(BIN)/python -m fault_campaign --seeds $(SEEDS) --out $(FAULTS_OUT)
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

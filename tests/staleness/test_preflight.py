@@ -41,6 +41,7 @@ def test_a_sound_configuration_has_no_problem(mode):
         ({"trainer__v1__stale_k__max_failed_fraction": 1.5}, "trainer.v1.stale_k.max_failed_fraction"),
         ({"trainer__v1__stale_k__failed_window_groups": 0}, "trainer.v1.stale_k.failed_window_groups"),
         ({"trainer__v1__stale_k__generation_timeout_s": 0}, "trainer.v1.stale_k.generation_timeout_s"),
+        ({"trainer__v1__stale_k__stop_wait_s": -1}, "trainer.v1.stale_k.stop_wait_s"),
         ({"trainer__v1__stale_k__parameter_sync_step": 4}, "trainer.v1.stale_k.parameter_sync_step"),
         ({"trainer__v1__stale_k__no_such_key": 1}, "trainer.v1.stale_k"),
         ({"trainer__v1__stale_k__staleness_updates": "many"}, "trainer.v1.stale_k"),

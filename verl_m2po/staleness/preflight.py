@@ -143,6 +143,9 @@ def _check_settings(config: DictConfig, mode: str, settings: StaleKConfig) -> li
                 f"trainer.v1.{mode}.generation_timeout_s", timeout_s, "no generation could ever end", "Set null or more"
             )
         )
+    if settings.stop_wait_s is not None and settings.stop_wait_s < 0:
+        name = f"trainer.v1.{mode}.stop_wait_s"
+        problems.append(Problem(name, settings.stop_wait_s, "no wait is that short", "Set null, 0 or more"))
     return problems
 
 

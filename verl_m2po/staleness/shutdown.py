@@ -107,8 +107,15 @@ class Listener:
 
     def start(self) -> None:
         """Listen from now on. Only the main thread of a process may."""
-        self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        self._take_signals()
+        # Ray's C++ side takes SIGTERM for a crash as soon as it is there, behind Python's back.
+        ray._private.worker._post_init_hooks.append(self._take_signals)
         _give_ray_its_own_session()
+
+    def _take_signals(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
 
     def stop(self) -> None:
         """Listen no more, close Ray and leave nothing of the run behind. After a signal, end as shells expect it.
@@ -116,6 +123,7 @@ class Listener:
         Raises:
             SystemExit: there was a signal.
         """
+        ray._private.worker._post_init_hooks.remove(self._take_signals)
         left = _Left.now()
         ray.shutdown()
         left.remove(grace_s=10.0)

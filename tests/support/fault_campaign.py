@@ -1,0 +1,381 @@
+"""Kills the processes of real training runs, one after the other, restarts them, and checks what was trained on.
+
+    make faults SEEDS=1-12
+
+Each seed is one fault: which process, and in the midst of what. The seeds are spread over the trainer modes; the faults
+of one mode hit one training run, attempt after attempt with the same command, and a last attempt ends undisturbed. Then
+the ledger of all attempts must be that of a run that nothing has happened to.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import cpu_run
+import psutil
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torchdata.stateful_dataloader.sampler import RandomSampler
+from trained_rows import Promise, broken, redone_steps
+
+from verl_m2po.staleness.shutdown import _segments
+from verl_m2po.tasks import arithmetic, tiny_model
+
+BATCH, MINI_BATCH, RESPONSES, STALENESS_STEPS, SAVE_EVERY = 8, 4, 4, 2, 2
+PROMPTS, DATA_SEED = 512, 1
+
+END_WITHIN_S = 120.0
+"""A run that lost a process must have ended by itself after that."""
+
+START_WITHIN_S, STEP_WITHIN_S = 600.0, 120.0
+
+MODES = {
+    "stale_k": (),
+    "stale_k_separate": ("actor_rollout_ref.hybrid_engine=false", "actor_rollout_ref.rollout.nnodes=1"),
+    "bounded_async": ("actor_rollout_ref.hybrid_engine=false", "actor_rollout_ref.rollout.nnodes=1"),
+}
+
+# What is killed, by how Ray and vLLM title its process, and the words of which one must stand in the error.
+TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "actor worker": (("ray::WorkerDict",), ("actor worker", "WorkerDict")),
+    "rollout server": (("ray::vLLMHttpServer",), ("rollout server", "vLLMHttpServer")),
+    "rollout engine": (("VLLM::EngineCore",), ("EngineCore", "EngineDead", "rollout server")),
+    "agent loop worker": (
+        ("ray::StalenessAgentLoop", "ray::AgentLoopWorker"),
+        ("agent loop worker", "AgentLoopWorker"),
+    ),
+    "reward worker": (("ray::RewardLoopWorker",), ("reward worker", "RewardLoopWorker")),
+    "TransferQueue storage": (("ray::SimpleStorageUnit",), ("TransferQueue storage", "SimpleStorageUnit")),
+    "TransferQueue controller": (("ray::TransferQueueController",), ("TransferQueue controller", "Controller")),
+    "trainer": (("ray::TaskRunner",), ("TaskRunner",)),
+    "driver": (("main_ppo",), ()),
+    "all processes": (("",), ()),
+}
+
+# In the midst of what, by the method that the actor worker's title shows; "" is none, so that generation is waited for.
+MOMENTS = {"start": None, "generation": "", "training": "update_actor", "saving": "save_checkpoint"}
+
+
+@dataclass
+class Fault:
+    """One killed process and what came of it. Times in seconds."""
+
+    seed: int
+    mode: str
+    target: str
+    moment: str
+    after_steps: int
+    delay_s: float
+    killed_after_step: int = 0
+    ended_after_s: float | None = None
+    status: int | None = None
+    error: str = ""
+    redone_steps: int = 0
+    recovered_after_s: float | None = None
+    left: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @classmethod
+    def draw(cls, seed: int) -> "Fault":
+        """The fault of `seed`. Targets and modes go round, the rest is chance."""
+        rng = random.Random(seed)
+        target = list(TARGETS)[seed % len(TARGETS)]
+        return cls(
+            seed=seed,
+            mode=list(MODES)[seed % len(MODES)],
+            target=target,
+            moment=rng.choice(list(MOMENTS)),
+            after_steps=rng.choice([1, 2, 3]),
+            delay_s=round(rng.uniform(0.0, 0.5), 3),
+        )
+
+
+class Attempt:
+    """One start of the run's command."""
+
+    def __init__(self, folder: Path, number: int, command: list[str]) -> None:
+        self.mark = uuid.uuid4().hex
+        self.metrics = folder / f"attempt-{number}.jsonl"
+        self.log = folder / f"attempt-{number}.txt"
+        self.began_at = time.monotonic()
+        self.first_step_s: float | None = None
+        self._stream = self.log.open("w")
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=self._stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={
+                **os.environ,
+                cpu_run.MARK: self.mark,
+                "VERL_FILE_LOGGER_PATH": str(self.metrics),
+                "TENSORBOARD_DIR": str(folder / "tensorboard"),
+            },
+        )
+
+    @property
+    def steps(self) -> int:
+        """Trainer steps that it has logged."""
+        return len(self.metrics.read_text().splitlines()) if self.metrics.exists() else 0
+
+    @property
+    def last_step(self) -> int:
+        """The last trainer step that it has logged, 0 for none."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    def find(self, titles: tuple[str, ...]) -> list[psutil.Process]:
+        return [p for p in cpu_run.marked(self.mark) if any(title in _title(p) for title in titles)]
+
+    def wait_for(self, what: Callable[[], bool], within_s: float, every_s: float = 0.2) -> bool:
+        """Whether it happened before the time was over or the run ended."""
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if what():
+                return True
+            time.sleep(every_s)
+        return False
+
+    def wait_for_steps(self, steps: int, within_s: float) -> bool:
+        """Wait until it has logged that many; notes when the first one came."""
+        if self.first_step_s is None and self.wait_for(lambda: self.steps > 0, within_s):
+            self.first_step_s = round(time.monotonic() - self.began_at, 1)
+        return self.wait_for(lambda: self.steps >= steps, within_s)
+
+    def end(self, within_s: float) -> int | None:
+        """Its exit status; None if it had to be killed."""
+        try:
+            return self.process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        cpu_run.kill_marked(self.mark, grace_s=20 if self.process.poll() is not None else 0)
+        self.process.wait()
+        self._stream.close()
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+class Campaign:
+    """One training run and the faults that hit it."""
+
+    def __init__(self, folder: Path, faults: list[Fault], say: Callable[[str], None] = print) -> None:
+        self.folder, self.faults, self._say = folder, faults, say
+        self.mode = faults[0].mode
+        # Long enough for every attempt to be hit before the end: what survives an attempt is at most its steps.
+        self.steps = sum(fault.after_steps + SAVE_EVERY for fault in faults if fault.moment != "start") + 4
+        self._ledger = folder / "ledger.jsonl"
+        self._attempts: list[list[dict]] = []
+
+    def run(self) -> None:
+        """Kill, restart, ...; fills in `faults`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = self._command()
+        for number, fault in enumerate(self.faults, start=1):
+            attempt = Attempt(self.folder, number, command)
+            try:
+                self._say(f"seed {fault.seed}: {self.mode}, {fault.target} during {fault.moment}")
+                self._hit(attempt, fault)
+            finally:
+                attempt.close()
+            self._end_attempt(attempt, number)
+        last = Attempt(self.folder, len(self.faults) + 1, command)
+        try:
+            last.wait_for_steps(1, START_WITHIN_S)
+            status = last.end(within_s=self.steps * STEP_WITHIN_S)
+        finally:
+            last.close()
+        self._end_attempt(last, len(self.faults) + 1)
+        self._judge(status, last)
+
+    def _command(self) -> list[str]:
+        data = self.folder / "data"
+        arithmetic.write_parquet(data, train_rows=PROMPTS, validation_rows=8)
+        mode = f"trainer.v1.{self.mode}"
+        return [
+            sys.executable,
+            "-m",
+            "verl.trainer.main_ppo",
+            "--config-name=arithmetic",
+            "hardware=cpu",
+            "ray_kwargs.ray_init.address=local",
+            f"actor_rollout_ref.model.path={tiny_model.build()}",
+            f"data.train_files={data / 'train.parquet'}",
+            f"data.val_files={data / 'validation.parquet'}",
+            f"data.seed={DATA_SEED}",
+            f"data.train_batch_size={BATCH}",
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={MINI_BATCH}",
+            f"actor_rollout_ref.rollout.n={RESPONSES}",
+            "trainer.val_before_train=false",
+            "trainer.test_freq=-1",
+            f"trainer.total_training_steps={self.steps}",
+            f"trainer.v1.trainer_mode={self.mode}",
+            f"{mode}.staleness_updates={STALENESS_STEPS * BATCH // MINI_BATCH}",
+            f"{mode}.ledger_path={self._ledger}",
+            f"trainer.save_freq={SAVE_EVERY}",
+            "trainer.resume_mode=auto",
+            f"trainer.default_local_dir={self.folder / 'checkpoints'}",
+            *MODES[self.mode],
+        ]
+
+    def _hit(self, attempt: Attempt, fault: Fault) -> None:
+        titles, words = TARGETS[fault.target]
+        if not attempt.wait_for(lambda: bool(attempt.find(titles)), START_WITHIN_S):
+            fault.problems.append("the process to kill never appeared")
+            return
+        if fault.moment == "start":
+            attempt.wait_for_steps(1, fault.delay_s * 60)
+        else:
+            self._wait_for_moment(attempt, fault)
+        victims = cpu_run.marked(attempt.mark) if fault.target == "all processes" else attempt.find(titles)
+        segments = _segments(process.pid for process in cpu_run.marked(attempt.mark))
+        fault.killed_after_step = attempt.last_step
+        killed_at = time.monotonic()
+        for victim in victims:
+            victim.send_signal(signal.SIGKILL)
+        try:
+            fault.status = attempt.process.wait(END_WITHIN_S)
+            fault.ended_after_s = round(time.monotonic() - killed_at, 1)
+        except subprocess.TimeoutExpired:
+            fault.problems.append(f"the run did not end within {END_WITHIN_S:.0f} s")
+        fault.error = _error(attempt.log.read_text(errors="replace"), words)
+        if fault.ended_after_s is not None:
+            self._check_end(attempt, fault, bool(words), segments)
+
+    def _wait_for_moment(self, attempt: Attempt, fault: Fault) -> None:
+        attempt.wait_for_steps(fault.after_steps, START_WITHIN_S)
+        workers = attempt.find(("ray::WorkerDict",))
+        method = MOMENTS[fault.moment]
+
+        def is_now() -> bool:
+            titles = [_title(worker) for worker in workers]
+            return any(method in title if method else "." not in title for title in titles)
+
+        attempt.wait_for(is_now, STEP_WITHIN_S, every_s=0.005)
+        time.sleep(fault.delay_s * (0.4 if method else 1.0))
+
+    @staticmethod
+    def _check_end(attempt: Attempt, fault: Fault, must_say: bool, segments: set[Path]) -> None:
+        if fault.status == 0:
+            fault.problems.append("the run ended as if nothing had happened")
+        if must_say and not fault.error:
+            fault.problems.append("no error names what died")
+        deadline = time.monotonic() + 20
+        while (alive := cpu_run.marked(attempt.mark)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if alive:
+            fault.problems.append(f"processes stay: {[_title(process)[:60] for process in alive]}")
+        fault.left = sorted(segment.name for segment in segments if segment.exists())
+        # Nobody is left to clean up if the driver is killed.
+        if fault.left and fault.target not in ("driver", "all processes"):
+            fault.problems.append(f"shared memory stays: {fault.left}")
+        for segment in segments:
+            segment.unlink(missing_ok=True)
+
+    def _end_attempt(self, attempt: Attempt, number: int) -> None:
+        if number > 1:
+            self.faults[number - 2].recovered_after_s = attempt.first_step_s
+        lines = self._ledger.read_text().splitlines() if self._ledger.exists() else []
+        known = sum(len(attempt) for attempt in self._attempts)
+        self._attempts.append([_parse(line) for line in lines[known:]])
+
+    def _judge(self, status: int | None, last: Attempt) -> None:
+        problems = []
+        if status != 0:
+            tail = "\n".join(last.log.read_text(errors="replace").splitlines()[-40:])
+            problems.append(f"the last attempt ended with {status}:\n{tail}")
+        order = list(RandomSampler(range(PROMPTS), generator=torch.Generator().manual_seed(DATA_SEED)))
+        promise = Promise(self.mode, STALENESS_STEPS, self.steps, BATCH, RESPONSES, order)
+        problems += broken(self._attempts, promise)
+        for fault, redone in zip(self.faults, redone_steps(self._attempts), strict=True):
+            fault.redone_steps = redone
+            if redone > SAVE_EVERY + 1:
+                fault.problems.append(f"{redone} steps were trained again, with a checkpoint every {SAVE_EVERY}")
+            fault.problems += problems
+
+
+def _parse(line: str) -> dict:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}  # cut off by the kill
+
+
+def _error(output: str, words: tuple[str, ...]) -> str:
+    """The last line that says that one of `words` died."""
+    for line in reversed(output.splitlines()):
+        if any(word in line for word in words) and re.search("[Dd]ied|[Dd]ead|not answered", line):
+            return re.sub(r"\x1b\[\d+m", "", line).strip()[:200]
+    return ""
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`1-12`, `3` or `1,4,9`."""
+    parts = [part.split("-") for part in text.split(",")]
+    return [seed for part in parts for seed in range(int(part[0]), int(part[-1]) + 1)]
+
+
+def run_all(seeds: list[int], out: Path, say: Callable[[str], None] = print) -> list[Fault]:
+    """Let the faults of `seeds` happen, mode by mode; returns them in the order of the seeds."""
+    faults = [Fault.draw(seed) for seed in seeds]
+    for mode in MODES:
+        if of_mode := [fault for fault in faults if fault.mode == mode]:
+            Campaign(out / mode, of_mode, say).run()
+            _write(faults, out / "faults.json")
+    return faults
+
+
+def _write(faults: list[Fault], path: Path) -> None:
+    path.write_text(json.dumps([asdict(fault) for fault in faults], indent=2) + "\n")
+
+
+def table_of(faults: list[Fault]) -> Table:
+    """One row per fault."""
+    table = Table("seed", "mode", "killed", "during", "after step", "ended after, s", "steps redone", "lost")
+    table.add_column("first new step, s after the restart")
+    for fault in faults:
+        ended, recovered = ("-" if s is None else f"{s:.0f}" for s in (fault.ended_after_s, fault.recovered_after_s))
+        lost = "nothing" if not fault.problems else "; ".join(fault.problems)[:300]
+        cells = (fault.seed, fault.mode, fault.target, fault.moment, fault.killed_after_step, ended, fault.redone_steps)
+        table.add_row(*map(str, cells), lost, recovered)
+    return table
+
+
+def main(
+    seeds: Annotated[str, typer.Option(help="Faults: 1-12, or 1,4,9")] = "1-12",
+    out: Annotated[Path, typer.Option(help="Folder for logs, checkpoints and faults.json")] = Path("outputs/faults"),
+) -> None:
+    """Kill processes of real training runs, restart them, and check that nothing was lost or trained twice."""
+    out = out.resolve()
+    if out.exists() and any(out.iterdir()):
+        raise SystemExit(f"{out} is not empty: a run in it would be resumed. Name another folder or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    faults = run_all(parse_seeds(seeds), out)
+    Console(width=200).print(table_of(faults))
+    print(f"{out / 'faults.json'}")
+    raise SystemExit(any(fault.problems for fault in faults))
+
+
+if __name__ == "__main__":
+    typer.run(main)
