@@ -4,7 +4,7 @@
 
 Each seed is one fault: which process, and in the midst of what. The seeds are spread over the trainer modes; the faults
 of one mode hit one training run, attempt after attempt with the same command, and a last attempt ends undisturbed. Then
-the ledger of all attempts must be that of a run that nothing has happened to.
+the ledger of all attempts must be that of a run that nothing has happened to. Two of the faults ask the run to end.
 """
 
 import json
@@ -39,6 +39,8 @@ PROMPTS, DATA_SEED = 512, 1
 END_WITHIN_S = 120.0
 """A run that lost a process must have ended by itself after that."""
 
+ASKED_END_WITHIN_S = 30.0
+
 START_WITHIN_S, STEP_WITHIN_S = 600.0, 120.0
 
 MODES = {
@@ -47,21 +49,43 @@ MODES = {
     "bounded_async": ("actor_rollout_ref.hybrid_engine=false", "actor_rollout_ref.rollout.nnodes=1"),
 }
 
-# What is killed, by how Ray and vLLM title its process, and the words of which one must stand in the error.
-TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "actor worker": (("ray::WorkerDict",), ("actor worker", "WorkerDict")),
-    "rollout server": (("ray::vLLMHttpServer",), ("rollout server", "vLLMHttpServer")),
-    "rollout engine": (("VLLM::EngineCore",), ("EngineCore", "EngineDead", "rollout server")),
-    "agent loop worker": (
-        ("ray::StalenessAgentLoop", "ray::AgentLoopWorker"),
-        ("agent loop worker", "AgentLoopWorker"),
+
+@dataclass(frozen=True)
+class Target:
+    """What is hit.
+
+    Args:
+        titles: how Ray and vLLM title its process; "" is every process of the run.
+        words: one of them must stand in an error; none where nobody is left to say anything.
+        send: other than SIGKILL, it goes to the driver's process group, as terminals and batch systems send it.
+    """
+
+    titles: tuple[str, ...]
+    words: tuple[str, ...] = ()
+    send: signal.Signals = signal.SIGKILL
+
+    @property
+    def asks(self) -> bool:
+        """Whether the run is asked to end, and may save a checkpoint first."""
+        return self.send != signal.SIGKILL
+
+
+# Seeds go round in this order.
+TARGETS = {
+    "rollout engine": Target(("VLLM::EngineCore",), ("EngineCore", "EngineDead", "rollout server")),
+    "actor worker": Target(("ray::WorkerDict",), ("actor worker", "WorkerDict")),
+    "agent loop worker": Target(("ray::StalenessAgent", "ray::AgentLoop"), ("agent loop worker", "AgentLoopWorker")),
+    "TransferQueue storage": Target(("ray::SimpleStorageUnit",), ("TransferQueue storage", "SimpleStorageUnit")),
+    "rollout server": Target(("ray::vLLMHttpServer",), ("rollout server", "vLLMHttpServer")),
+    "all processes": Target(("",)),
+    "SIGTERM": Target(("main_ppo",), send=signal.SIGTERM),
+    "reward worker": Target(("ray::RewardLoopWorker",), ("reward worker", "RewardLoopWorker")),
+    "TransferQueue controller": Target(
+        ("ray::TransferQueueController",), ("TransferQueue controller", "QueueController")
     ),
-    "reward worker": (("ray::RewardLoopWorker",), ("reward worker", "RewardLoopWorker")),
-    "TransferQueue storage": (("ray::SimpleStorageUnit",), ("TransferQueue storage", "SimpleStorageUnit")),
-    "TransferQueue controller": (("ray::TransferQueueController",), ("TransferQueue controller", "Controller")),
-    "trainer": (("ray::TaskRunner",), ("TaskRunner",)),
-    "driver": (("main_ppo",), ()),
-    "all processes": (("",), ()),
+    "trainer": Target(("ray::TaskRunner",), ("TaskRunner",)),
+    "Ctrl-C": Target(("main_ppo",), send=signal.SIGINT),
+    "driver": Target(("main_ppo",)),
 }
 
 # In the midst of what, by the method that the actor worker's title shows; "" is none, so that generation is waited for.
@@ -89,14 +113,13 @@ class Fault:
 
     @classmethod
     def draw(cls, seed: int) -> "Fault":
-        """The fault of `seed`. Targets and modes go round, the rest is chance."""
+        """The fault of `seed`. Targets, modes and moments go round at different periods, the rest is chance."""
         rng = random.Random(seed)
-        target = list(TARGETS)[seed % len(TARGETS)]
         return cls(
             seed=seed,
-            mode=list(MODES)[seed % len(MODES)],
-            target=target,
-            moment=rng.choice(list(MOMENTS)),
+            mode=list(MODES)[seed // 4 % len(MODES)],
+            target=list(TARGETS)[seed % len(TARGETS)],
+            moment=list(MOMENTS)[(seed + seed // 4) % len(MOMENTS)],
             after_steps=rng.choice([1, 2, 3]),
             delay_s=round(rng.uniform(0.0, 0.5), 3),
         )
@@ -240,28 +263,31 @@ class Campaign:
         ]
 
     def _hit(self, attempt: Attempt, fault: Fault) -> None:
-        titles, words = TARGETS[fault.target]
-        if not attempt.wait_for(lambda: bool(attempt.find(titles)), START_WITHIN_S):
+        target = TARGETS[fault.target]
+        if not attempt.wait_for(lambda: bool(attempt.find(target.titles)), START_WITHIN_S):
             fault.problems.append("the process to kill never appeared")
             return
         if fault.moment == "start":
             attempt.wait_for_steps(1, fault.delay_s * 60)
         else:
             self._wait_for_moment(attempt, fault)
-        victims = cpu_run.marked(attempt.mark) if fault.target == "all processes" else attempt.find(titles)
+        victims = attempt.find(target.titles)
         segments = _segments(process.pid for process in cpu_run.marked(attempt.mark))
         fault.killed_after_step = attempt.last_step
         killed_at = time.monotonic()
-        for victim in victims:
-            victim.send_signal(signal.SIGKILL)
+        if target.asks:
+            os.killpg(attempt.process.pid, target.send)
+        else:
+            for victim in victims:
+                victim.send_signal(signal.SIGKILL)
         try:
             fault.status = attempt.process.wait(END_WITHIN_S)
             fault.ended_after_s = round(time.monotonic() - killed_at, 1)
         except subprocess.TimeoutExpired:
             fault.problems.append(f"the run did not end within {END_WITHIN_S:.0f} s")
-        fault.error = _error(attempt.log.read_text(errors="replace"), words)
+        fault.error = _error(attempt.log.read_text(errors="replace"), target.words)
         if fault.ended_after_s is not None:
-            self._check_end(attempt, fault, bool(words), segments)
+            self._check_end(attempt, fault, segments)
 
     def _wait_for_moment(self, attempt: Attempt, fault: Fault) -> None:
         attempt.wait_for_steps(fault.after_steps, START_WITHIN_S)
@@ -276,11 +302,16 @@ class Campaign:
         time.sleep(fault.delay_s * (0.4 if method else 1.0))
 
     @staticmethod
-    def _check_end(attempt: Attempt, fault: Fault, must_say: bool, segments: set[Path]) -> None:
+    def _check_end(attempt: Attempt, fault: Fault, segments: set[Path]) -> None:
+        target = TARGETS[fault.target]
         if fault.status == 0:
             fault.problems.append("the run ended as if nothing had happened")
-        if must_say and not fault.error:
+        if target.words and not fault.error:
             fault.problems.append("no error names what died")
+        if target.asks and fault.status != 128 + target.send:
+            fault.problems.append(f"it ended with status {fault.status} after {fault.target}")
+        if target.asks and fault.ended_after_s > ASKED_END_WITHIN_S:
+            fault.problems.append(f"it took more than {ASKED_END_WITHIN_S:.0f} s to end")
         deadline = time.monotonic() + 20
         while (alive := cpu_run.marked(attempt.mark)) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -310,8 +341,10 @@ class Campaign:
         problems += broken(self._attempts, promise)
         for fault, redone in zip(self.faults, redone_steps(self._attempts), strict=True):
             fault.redone_steps = redone
-            if redone > SAVE_EVERY + 1:
-                fault.problems.append(f"{redone} steps were trained again, with a checkpoint every {SAVE_EVERY}")
+            # Those since the last checkpoint, with the one in progress; a run that is asked to end finishes its step.
+            allowed = 0 if TARGETS[fault.target].asks else SAVE_EVERY
+            if redone > allowed:
+                fault.problems.append(f"{redone} steps were trained again, at most {allowed} may be")
             fault.problems += problems
 
 

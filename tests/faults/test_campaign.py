@@ -1,0 +1,30 @@
+"""Three faults on a real training run: a process, all processes, SIGTERM. `make faults` tries twelve, in all modes."""
+
+from pathlib import Path
+
+import fault_campaign
+import pytest
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("3", [3]), ("1-4", [1, 2, 3, 4]), ("1,4-5,9", [1, 4, 5, 9])])
+def test_seeds_are_numbers_and_ranges(text, seeds):
+    assert fault_campaign.parse_seeds(text) == seeds
+
+
+def test_the_seeds_of_a_campaign_cover_targets_modes_and_moments():
+    faults = [fault_campaign.Fault.draw(seed) for seed in range(1, 13)]
+    assert {fault.target for fault in faults} == set(fault_campaign.TARGETS)
+    assert {fault.mode for fault in faults} == set(fault_campaign.MODES)
+    assert {fault.moment for fault in faults} == set(fault_campaign.MOMENTS)
+    assert faults == [fault_campaign.Fault.draw(seed) for seed in range(1, 13)]
+    pairs = {(fault.target, fault.moment) for fault in map(fault_campaign.Fault.draw, range(1, 49))}
+    assert len(pairs) == len(fault_campaign.TARGETS) * len(fault_campaign.MOMENTS), "48 seeds try everything"
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(1500)
+def test_nothing_is_lost_whatever_happens(tmp_path: Path):
+    faults = fault_campaign.run_all([4, 5, 6], tmp_path)
+    assert {fault.mode for fault in faults} == {"stale_k_separate"}
+    assert [fault.problems for fault in faults] == [[], [], []]
+    assert all(fault.recovered_after_s for fault in faults), "each restart trained on"
