@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import psutil
 import ray
+from ray._private import services, worker
 from ray.experimental import internal_kv
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class Listener:
         self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._take_signals()
         # Ray's C++ side takes SIGTERM for a crash as soon as it is there, behind Python's back.
-        ray._private.worker._post_init_hooks.append(self._take_signals)
+        worker._post_init_hooks.append(self._take_signals)
         _give_ray_its_own_session()
 
     def _take_signals(self) -> None:
@@ -123,7 +124,7 @@ class Listener:
         Raises:
             SystemExit: there was a signal.
         """
-        ray._private.worker._post_init_hooks.remove(self._take_signals)
+        worker._post_init_hooks.remove(self._take_signals)
         left = _Left.now()
         ray.shutdown()
         left.remove(grace_s=10.0)
@@ -214,7 +215,5 @@ def _give_ray_its_own_session() -> None:
     signal, which is why this is done on Linux only.
     Delete when: `ray.init` can start its daemons in a session of their own.
     """
-    from ray._private import services
-
     if sys.platform.startswith("linux") and not isinstance(services.ConsolePopen, functools.partial):
         services.ConsolePopen = functools.partial(services.ConsolePopen, start_new_session=True)
