@@ -64,6 +64,7 @@ types: $(STAMP) ## pyright
 
 bench: $(STAMP) ## Measure the losses, the decision and a trainer step, into docs/benchmarks.md (about 20 minutes)
 	$(BIN)/python -m verl_m2po.bench --out docs/benchmarks.md
+	$(BIN)/python -m verl_m2po.bench.presets --out docs/benchmarks.md
 	$(BIN)/python -m verl_m2po.bench.decision --out docs/benchmarks.md
 	$(BIN)/python -m verl_m2po.bench.trainer_step --out docs/benchmarks.md
 

@@ -128,7 +128,8 @@ class M2POTrainingWorker(TrainingWorker):
             return
         refuse_unsupported(self.engine_config, f"{KEY}.step_scale.power={settings.power}")
         mini_batch.weighs_responses = True
-        engine, step = self.engine, self.engine.optimizer_step
+        engine: Any = self.engine
+        step = engine.optimizer_step
 
         def scaled_step() -> Any:
             # All ranks, because pipeline stages without responses have parameters too.

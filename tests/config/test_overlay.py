@@ -124,13 +124,13 @@ def test_a_sweep_runs_every_combination_in_a_directory_of_the_users(tmp_path):
         "--config-dir=conf",
         "--config-name=mine",
         "-m",
-        "loss=grpo,m2po",
+        "loss=glob(m2po*)",
         "staleness=on_policy,s64",
         cwd=tmp_path,
     )
     assert jobs == [
-        "vanilla sync mine",
-        "vanilla stale_k mine",
         "m2po sync mine",
         "m2po stale_k mine",
+        "m2po_clip sync mine",
+        "m2po_clip stale_k mine",
     ]

@@ -1,5 +1,6 @@
 """The drawings say what the registered functions do."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from torch.testing import assert_close
 from verl_m2po.losses import gallery
 
 RATIOS = torch.tensor(gallery.RATIOS, dtype=torch.float64)
-TABLE = Path(__file__).parents[2] / "docs" / "figures" / "methods" / "table.md"
+REPOSITORY = Path(__file__).parents[2]
+TABLE = REPOSITORY / "docs" / "figures" / "methods" / "table.md"
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,22 @@ def test_the_committed_table_is_that_of_the_code():
 
 def test_every_preset_has_a_figure():
     assert {path.stem for path in TABLE.parent.glob("*.svg")} == {*gallery.presets(), "advantages"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_every_preset_has_a_row_with_its_figure(page):
+    rows = [line for line in (REPOSITORY / page).read_text().splitlines() if line.startswith("|")]
+    without = ("asymre", "red_drop", "red_weight", "max_at_k") if page == "docs/methods.md" else ()
+    for name in set(gallery.presets()) - set(without):
+        assert any(f"| `{name}` |" in row and f"figures/methods/{name}.svg)" in row for row in rows), name
+
+
+def test_the_cost_column_is_that_of_the_benchmarks():
+    measured = re.findall(r"^\| `(\w+)` \| \d+ \| ([\d.]+) \|$", (REPOSITORY / "docs/benchmarks.md").read_text(), re.M)
+    assert {name for name, _ in measured} == set(gallery.presets())
+    text = (REPOSITORY / "docs/methods.md").read_text()
+    for name, times_vanilla in measured:
+        assert re.search(rf"^\| [^|]+ \| `{name}` \|(?: !\[[^|]+\|)? {times_vanilla}(?: \+ [Ff])? \|", text, re.M), name
 
 
 def test_advantages_of_a_group():

@@ -3,9 +3,9 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -80,7 +80,15 @@ class Call:
             sums.tolist()
 
 
-def seconds(calls: list[Call], rounds: int) -> list[list[float]]:
+class Timed(Protocol):
+    """What can be measured: a call, and the batch that says on which device it works."""
+
+    batch: Batch
+
+    def __call__(self) -> None: ...
+
+
+def seconds(calls: Sequence[Timed], rounds: int) -> list[list[float]]:
     """Times of each call, taken in turns so that all see the same machine. First round is not counted.
 
     On the CPU it is the time that the processor worked for this process, which a busy machine does not distort.

@@ -26,6 +26,9 @@ LARGEST = 6.0
 # Colours of A > 0 and A < 0.
 POSITIVE, NEGATIVE = "#1b7837", "#b2182b"
 
+# What verl's own config needs to compose.
+NEEDED = ("actor_rollout_ref.rollout.name=vllm", "actor_rollout_ref.actor.use_dynamic_bsz=true")
+
 # What a preset cannot say on its own in a batch of one-token responses.
 OVERRIDES: dict[str, tuple[str, ...]] = {
     # The decision over the plotted tokens themselves.
@@ -62,11 +65,14 @@ def presets() -> list[str]:
 @cache
 def preset_config(name: str) -> DictConfig:
     """verl's config with the preset `name` and what a plot of it needs."""
+    return compose_run("ppo_trainer", f"loss={name}", *NEEDED, *OVERRIDES.get(name, ()))
+
+
+def compose_run(config_name: str, *overrides: str) -> DictConfig:
+    """The config of a run, as verl's main would compose it."""
     GlobalHydra.instance().clear()
     with initialize_config_module("verl.trainer.config", version_base=None):
-        needed = ["actor_rollout_ref.rollout.name=vllm", "actor_rollout_ref.actor.use_dynamic_bsz=true"]
-        overrides = [f"loss={name}", *needed, *OVERRIDES.get(name, ())]
-        return compose("ppo_trainer", overrides=overrides)
+        return compose(config_name, overrides=list(overrides))
 
 
 def grid() -> Tensor:
