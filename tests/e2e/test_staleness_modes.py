@@ -4,13 +4,21 @@ import json
 
 import pytest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
+from verl_m2po.bench.paced import SECONDS_PER_TOKEN
+from verl_m2po.bench.paced.agent_loop import NAME, Lengths, write_config
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 SEPARATE = ("actor_rollout_ref.hybrid_engine=false", "actor_rollout_ref.rollout.nnodes=1")
 STEPS, UPDATES_PER_STEP, BATCH, RESPONSES = 8, 2, 8, 4
+TINY_BATCHES = (
+    "data.train_batch_size=2",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=1",
+    "actor_rollout_ref.rollout.n=2",
+)
 
 
-def run_mode(train, tmp_path, mode: str, staleness_updates: int, *overrides: str, steps: int = STEPS):
+def run_mode(train, tmp_path, mode: str, staleness_updates: int, *overrides: str, steps: int = STEPS, **kwargs):
     """Train in `mode`; returns the result and the ledger, one entry per sampled batch."""
     ledger = tmp_path / "ledger.jsonl"
     result = train(
@@ -19,32 +27,81 @@ def run_mode(train, tmp_path, mode: str, staleness_updates: int, *overrides: str
         f"++trainer.v1.{mode}.staleness_updates={staleness_updates}",
         f"++trainer.v1.{mode}.ledger_path={ledger}",
         *overrides,
+        **kwargs,
     )
     return result, [json.loads(line) for line in ledger.read_text().splitlines()]
+
+
+def paced(tmp_path, **settings) -> tuple[str, str]:
+    """Overrides that generate with our paced agent loop."""
+    path = tmp_path / "agent_loop.yaml"
+    write_config(str(path), **settings)
+    agent = "actor_rollout_ref.rollout.agent"
+    return f"{agent}.agent_loop_config_path={path}", f"{agent}.default_agent_loop={NAME}"
+
+
+def spans_of(line) -> list[tuple[int, int]]:
+    return [tuple(span) for group in line["groups"] for row in group[3] for span in row[1]]
 
 
 def versions_by_step(ledger) -> dict[int, set[int]]:
     versions: dict[int, set[int]] = {}
     for line in ledger:
-        spans = [span for group in line["groups"] for row in group[3] for span in row[1]]
-        versions.setdefault(line["step"], set()).update(version for version, _ in spans)
+        versions.setdefault(line["step"], set()).update(version for version, _ in spans_of(line))
     return versions
 
 
-def assert_every_place_was_trained_once(ledger, steps: int = STEPS) -> None:
+def assert_every_place_was_trained_once(
+    ledger, steps: int = STEPS, batch: int = BATCH, responses: int = RESPONSES
+) -> None:
     places = [group[2] for line in ledger for group in line["groups"]]
-    assert places == list(range(steps * BATCH))
-    assert all(len(group[3]) == RESPONSES for line in ledger for group in line["groups"])
+    assert places == list(range(steps * batch))
+    assert all(len(group[3]) == responses for line in ledger for group in line["groups"])
 
 
-@pytest.mark.parametrize("k_steps", [0, 2])
-def test_stale_k_is_exact_row_by_row(train, tmp_path, k_steps):
-    result, ledger = run_mode(
-        train, tmp_path, "stale_k", k_steps * UPDATES_PER_STEP, "trainer.test_freq=4", "trainer.val_before_train=true"
+def test_no_staleness_is_verls_synchronous_mode(train, tmp_path):
+    """k = 0 against `sync`, two ranks, one update a step: the same samples, so the same losses, step by step.
+
+    What is sampled must not depend on which requests happen to share a batch: every response has a seed of its own.
+    """
+    steps = 4
+    same = (
+        *paced(tmp_path, is_seeded=True),
+        "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+        "trainer.n_gpus_per_node=2",
+        "trainer.test_freq=4",
     )
-    assert versions_by_step(ledger) == {step: {max(0, step - 1 - k_steps)} for step in range(1, STEPS + 1)}
-    assert_every_place_was_trained_once(ledger)
-    ages = [UPDATES_PER_STEP * min(step, k_steps) for step in range(STEPS)]
+    sync = train(f"trainer.total_training_steps={steps}", *same)
+    # One update a step: the ratio is 1 up to float32 noise at every step only if every weight sync reached vLLM.
+    assert len(sync.series("actor/m2po/second_moment_all")) == steps
+    assert max(sync.series("actor/m2po/second_moment_all")) < 1e-10
+    assert sync.series("actor/m2po/masked_fraction") == [0.0] * steps
+    assert sync.series("val-core/arithmetic/acc/mean@1"), "verl validated with the arithmetic reward"
+
+    ours, ledger = run_mode(train, tmp_path / "ours", "stale_k", 0, *same, steps=steps)
+    assert versions_by_step(ledger) == {step: {step - 1} for step in range(1, steps + 1)}
+    assert_every_place_was_trained_once(ledger, steps)
+    for exact in ("critic/score/mean", "response_length/mean", "prompt_length/mean"):
+        assert ours.series(exact) == sync.series(exact)
+    assert ours.series("actor/grad_norm") == pytest.approx(sync.series("actor/grad_norm"), rel=1e-3)
+    assert ours.series("actor/loss") == pytest.approx(sync.series("actor/loss"), rel=1e-3, abs=1e-6)
+    assert ours.series("val-core/arithmetic/acc/mean@1") == sync.series("val-core/arithmetic/acc/mean@1")
+
+
+@pytest.mark.parametrize(
+    ("mode", "k_steps", "steps", "batch", "responses", "overrides"),
+    [
+        ("stale_k_separate", 1, STEPS, BATCH, RESPONSES, SEPARATE),
+        ("stale_k", 4, STEPS, BATCH, RESPONSES, ("trainer.test_freq=4", "trainer.val_before_train=true")),
+        ("stale_k_separate", 16, 20, 2, 2, (*SEPARATE, *TINY_BATCHES)),
+    ],
+    ids=["separate, k=1", "shared, k=4", "separate, k=16"],
+)
+def test_every_trained_row_is_exactly_k_steps_old(train, tmp_path, mode, k_steps, steps, batch, responses, overrides):
+    result, ledger = run_mode(train, tmp_path, mode, k_steps * UPDATES_PER_STEP, *overrides, steps=steps)
+    assert versions_by_step(ledger) == {step: {max(0, step - 1 - k_steps)} for step in range(1, steps + 1)}
+    assert_every_place_was_trained_once(ledger, steps, batch, responses)
+    ages = [UPDATES_PER_STEP * min(step, k_steps) for step in range(steps)]
     assert result.series("staleness/age_updates_max") == result.series("staleness/age_updates_mean") == ages
     verls = [age / UPDATES_PER_STEP for age in ages]
     assert result.series("training/off_policy/trajectory_staleness_worst/max") == verls
@@ -53,23 +110,42 @@ def test_stale_k_is_exact_row_by_row(train, tmp_path, k_steps):
     assert max(result.series("actor/m2po/mismatch_floor")) < 1e-9
 
 
-def test_stale_k_separate_is_exact_row_by_row(train, tmp_path):
-    result, ledger = run_mode(train, tmp_path, "stale_k_separate", 2 * UPDATES_PER_STEP, *SEPARATE)
-    assert versions_by_step(ledger) == {step: {max(0, step - 3)} for step in range(1, STEPS + 1)}
-    assert_every_place_was_trained_once(ledger)
-    assert len(result.series("staleness/age_updates_mean")) == STEPS
-
-
-def test_bounded_async_keeps_its_bound(train, tmp_path):
-    result, ledger = run_mode(train, tmp_path, "bounded_async", UPDATES_PER_STEP, *SEPARATE)
+def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path):
+    """Responses of 8 tokens in the median and up to 192, 30 ms a token: the longest outlive a bound of one step."""
+    steps, bound, environment = 200, 1, {SECONDS_PER_TOKEN: "0.03"}
+    result, ledger = run_mode(
+        train,
+        tmp_path,
+        "bounded_async",
+        bound,
+        *SEPARATE,
+        *TINY_BATCHES,
+        *paced(tmp_path, lengths=[Lengths(1, median=8, sigma=1.3, longest=192)]),
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "data.max_response_length=192",
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=verl_m2po.bench.paced.token_time:TokenTime",
+        steps=steps,
+        environment=environment,
+        timeout_s=540,
+    )
+    assert [line["step"] for line in ledger] == list(range(1, steps + 1))
+    trained = masked = 0
     for line in ledger:
-        oldest = line["version"] - 1
-        spans = [span for group in line["groups"] for row in group[3] for span in row[1]]
-        kept = [version for version, _ in spans if line["oldest_version"] is None or version >= line["oldest_version"]]
-        assert oldest <= min(kept) and max(kept) <= line["version"]
+        oldest_kept = line["version"] - bound if line["oldest_version"] is None else line["oldest_version"]
+        assert oldest_kept >= line["version"] - bound
+        kept = [(version, tokens) for version, tokens in spans_of(line) if version >= oldest_kept]
+        assert min(kept)[0] >= line["version"] - bound and max(kept)[0] <= line["version"]
+        if line["oldest_version"] is None:
+            assert kept == spans_of(line), "older tokens are there, and nobody was told to mask them"
+        trained += sum(tokens for _, tokens in kept)
+        masked += sum(tokens for _, tokens in spans_of(line)) - sum(tokens for _, tokens in kept)
     uids = [group[1] for line in ledger for group in line["groups"]]
-    assert len(uids) == len(set(uids)) == STEPS * BATCH
-    assert max(result.series("staleness/age_updates_max")) <= UPDATES_PER_STEP
+    assert len(uids) == len(set(uids)) == steps * 2
+    assert max(result.series("staleness/age_updates_max")) <= bound
+    # The long tail was there: generations that crossed weight updates, tokens that were masked, and were counted.
+    assert any(len(row[1]) > 2 for line in ledger for group in line["groups"] for row in group[3])
+    assert sum(result.series("staleness/over_age_tokens")) == masked > 0
+    assert sum(result.series("staleness/trained_tokens")) == trained
 
 
 def test_stale_k_continues_its_schedule_after_a_restart(train, tmp_path):

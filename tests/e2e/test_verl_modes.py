@@ -1,7 +1,7 @@
-"""verl's own three trainer modes on the CPU, with our losses.
+"""verl's own asynchronous trainer modes on the CPU, with our losses; `sync` is in test_staleness_modes.py.
 
 Each guards something that once went wrong without an error: weights that never reached vLLM, a proximal policy that was
-an alias of the live weights, a mask that depended on the number of ranks.
+an alias of the live weights.
 """
 
 import math
@@ -20,21 +20,6 @@ SEPARATE = (
 
 def finite(values: list[float]) -> bool:
     return bool(values) and all(math.isfinite(value) for value in values)
-
-
-def test_sync_learns_from_its_own_weights_with_two_ranks(train):
-    """One update a step: r = 1 up to float32 noise at every step only if every weight sync reached vLLM."""
-    result = train(
-        "trainer.total_training_steps=4",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=8",
-        "trainer.n_gpus_per_node=2",
-        "trainer.test_freq=4",
-    )
-    assert len(result.series("actor/m2po/second_moment_all")) == 4
-    assert max(result.series("actor/m2po/second_moment_all")) < 1e-10
-    assert result.series("actor/m2po/masked_fraction") == [0.0] * 4
-    assert finite(result.series("actor/grad_norm"))
-    assert result.series("val-core/arithmetic/acc/mean@1"), "verl validated with the arithmetic reward"
 
 
 def test_colocate_async_ages_as_verl_says(train):

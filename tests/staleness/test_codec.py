@@ -1,10 +1,14 @@
 """Stored rows: small, and restored exactly."""
 
+from itertools import chain
+
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_m2po.staleness import codec
+from verl_m2po.staleness.ragged import Ragged
 
 
 def verl_row(prompt: list[int], response: list[int], mask: list[int], reward: float = 0.5) -> dict:
@@ -45,15 +49,53 @@ def assert_same(a: dict, b: dict) -> None:
             assert a[key] == b[key], key
 
 
-@given(rows())
-def test_unpack_restores_what_was_packed(row):
-    shared = {"raw_prompt": [{"role": "user", "content": "1+1?"}], "uid": "u"}
-    assert_same(codec.unpack(codec.pack(row), shared), shared | row)
+def restored(batch: list[dict], over_age: codec.OverAge | None = None) -> list[dict]:
+    """Pack each row, unpack them together, as one dict per row."""
+    packed = [codec.pack(row) for row in batch]
+    columns = {}
+    for key in packed[0]:
+        values = [row[key] for row in packed]
+        is_tensor = isinstance(values[0], torch.Tensor)
+        columns[key] = Ragged(torch.cat(values), torch.tensor([len(v) for v in values])) if is_tensor else values
+    unpacked = codec.unpack(columns, over_age)
+    return [
+        dict(zip(unpacked, row, strict=True))
+        for row in zip(*(v.unbind() if isinstance(v, torch.Tensor) else v for v in unpacked.values()), strict=True)
+    ]
+
+
+@settings(deadline=None)
+@given(st.lists(rows(), min_size=1, max_size=5))
+def test_unpack_restores_what_was_packed(batch):
+    for before, after in zip(batch, restored(batch), strict=True):
+        assert_same(after, before)
 
 
 def test_further_tensors_survive():
-    row = verl_row([1, 2], [3, 4], [1, 1]) | {"teacher_logprobs": torch.rand(4, 3), "session_id": 1}
-    assert_same(codec.unpack(codec.pack(row), {}), row)
+    batch = [
+        verl_row([1] * n, [3] * n, [1] * n) | {"teacher_logprobs": torch.rand(2 * n, 3), "session_id": n}
+        for n in (2, 5)
+    ]
+    for before, after in zip(batch, restored(batch), strict=True):
+        assert_same(after, before)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6), st.data())
+def test_ragged_columns_do_as_lists_do(rows, data):
+    def ragged(lists):
+        return Ragged(torch.tensor([*chain(*lists)], dtype=torch.int64), torch.tensor([len(row) for row in lists]))
+
+    def lists(column):
+        return [part.tolist() for part in column.values.split(column.lengths.tolist())]
+
+    assert lists(ragged(rows).followed_by(ragged(rows[::-1]))) == [a + b for a, b in zip(rows, rows[::-1], strict=True)]
+    order = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=8))
+    assert lists(ragged(rows).take(torch.tensor(order))) == [rows[i] for i in order]
+    assert ragged(rows).places.tolist() == [i for row in rows for i in range(len(row))]
+    assert lists(Ragged.join([ragged(rows), ragged(rows)])) == rows * 2
+    if all(rows):
+        assert [row.tolist() for row in ragged(rows).nested().unbind()] == rows
 
 
 def test_bytes_per_token_are_as_stated():
@@ -65,20 +107,30 @@ def test_bytes_per_token_are_as_stated():
     assert size(11, 1) - size(10, 1) == codec.BYTES_PER_PROMPT_TOKEN
 
 
-@given(rows(), st.lists(st.integers(0, 6), max_size=5), st.integers(0, 8))
-def test_masking_older_tokens_equals_masking_them_one_by_one(row, versions, oldest):
+@settings(deadline=None)
+@given(st.lists(st.tuples(rows(), st.lists(st.integers(0, 6), max_size=5)), min_size=1, max_size=4), st.integers(0, 8))
+def test_masking_older_tokens_equals_masking_them_one_by_one(batch, oldest):
     """Each generated token (response_mask 1) has one version, in order; the others (tools) have none."""
-    before = row["response_mask"].tolist()
-    generated = [i for i, keep in enumerate(before) if keep]
-    of_token = [versions[i * len(versions) // len(generated)] if versions else 0 for i in range(len(generated))]
-    spans = tuple((version, 1) for version in of_token)
-    expected = list(before)
-    for position, version in zip(generated, of_token, strict=True):
-        if version < oldest:
-            expected[position] = 0
-    masked = codec.mask_older_tokens(row, spans, oldest)
-    assert row["response_mask"].tolist() == row["loss_mask"].tolist() == expected
-    assert masked == sum(before) - sum(expected)
+    expected, spans = [], []
+    for row, versions in batch:
+        mask = row["response_mask"].tolist()
+        generated = [i for i, keep in enumerate(mask) if keep]
+        of_token = [versions[i * len(versions) // len(generated)] if versions else 0 for i in range(len(generated))]
+        spans.append(tuple((version, 1) for version in of_token))
+        for position, version in zip(generated, of_token, strict=True):
+            if version < oldest:
+                mask[position] = 0
+        expected.append(mask)
+    if not any(spans):
+        return
+    after = restored([row for row, _ in batch], codec.OverAge(spans, oldest))
+    assert [row["response_mask"].tolist() for row in after] == expected
+    assert [row["loss_mask"].tolist() for row in after] == expected
+
+
+def test_spans_of_other_tokens_are_refused():
+    with pytest.raises(ValueError, match="2 generated tokens, but the spans are of 3"):
+        restored([verl_row([1], [2, 3], [1, 1])], codec.OverAge([((0, 3),)], oldest_version=1))
 
 
 def test_what_is_not_text_is_recognised():
@@ -91,4 +143,5 @@ def test_what_is_not_text_is_recognised():
 def test_a_row_without_rewards_or_log_probs_stays_without():
     row = verl_row([1], [2, 3], [1, 1])
     del row["rm_scores"], row["rollout_log_probs"]
-    assert_same(codec.unpack(codec.pack(row), {}), row)
+    (after,) = restored([row])
+    assert_same(after, row)

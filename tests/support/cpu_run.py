@@ -51,6 +51,8 @@ def run_main(
         "verl.trainer.main_ppo",
         f"--config-name={config_name}",
         "hardware=cpu",
+        # A cluster of its own, whatever else runs on the machine
+        "ray_kwargs.ray_init.address=local",
         *overrides,
     ]
     log = folder / "output.txt"

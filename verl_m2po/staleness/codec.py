@@ -2,13 +2,16 @@
 
 verl stores 48 bytes per response token (token ids twice, two masks and positions as int64; log-probs and rewards) and
 24 per prompt token. Packed it is 9 and 4: ids as int32, behaviour log-probs as float32, the mask as uint8. What the
-data set gave (messages, ground truth, ...) is stored once per group, with the prompt. `unpack` restores verl's row
-exactly; that runs once per row, when the row is selected.
+data set gave (messages, ground truth, ...) is stored once per group, with the prompt. `unpack` restores verl's rows
+exactly, a whole batch at a time, when it is selected.
 """
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+
+from verl_m2po.staleness.ragged import Ragged
 
 BYTES_PER_RESPONSE_TOKEN = 9
 BYTES_PER_PROMPT_TOKEN = 4
@@ -46,52 +49,68 @@ def pack(row: dict[str, Any]) -> dict[str, Any]:
     return packed | {"rest": rest}
 
 
-def unpack(packed: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
-    """verl's fields of one trajectory.
+def unpack(packed: Mapping[str, Ragged | list], older_than: "OverAge | None" = None) -> dict[str, torch.Tensor | list]:
+    """verl's fields of a batch, without those that the data set gave.
 
     Args:
-        packed: what `pack` returned.
-        shared: fields that all trajectories of the group have in common.
+        packed: what `pack` returned, a column for each field.
+        older_than: tokens to take out of the masks; None takes none.
+
+    Returns:
+        Jagged tensors, and a list for each field that is not a tensor. A field that some rows lack is left out.
     """
-    prompts = packed["packed_prompt"].to(torch.int64)
-    responses = packed["packed_response"].to(torch.int64)
-    response_mask = packed["packed_mask"].to(torch.int64)
-    rest = dict(packed["rest"])
-    row: dict[str, Any] = {
+    prompts = _as_int64(packed["packed_prompt"])
+    responses = _as_int64(packed["packed_response"])
+    response_mask = _as_int64(packed["packed_mask"])
+    if older_than is not None:
+        response_mask = response_mask.with_values(older_than.masked(response_mask.values))
+    input_ids = prompts.followed_by(responses)
+    columns: dict[str, Ragged] = {
         "prompts": prompts,
         "responses": responses,
         "response_mask": response_mask,
         "loss_mask": response_mask,
-        "input_ids": torch.cat([prompts, responses]),
-        "position_ids": torch.arange(len(prompts) + len(responses), dtype=torch.int64),
+        "input_ids": input_ids,
+        "position_ids": input_ids.with_values(input_ids.places),
     }
-    row |= {key: value for key, value in packed.items() if key not in ("rest", *_PACKED_TENSORS[:3])}
+    columns |= {k: v for k, v in packed.items() if isinstance(v, Ragged) and k not in _PACKED_TENSORS[:3]}
+    rest = _columns_of(packed["rest"])
     if "last_token_reward" in rest:
-        rm_scores = torch.zeros_like(response_mask, dtype=torch.float32)
-        rm_scores[-1] = rest.pop("last_token_reward")
-        row["rm_scores"] = rm_scores
-    return shared | row | rest
+        rewards = torch.zeros(len(responses.values), dtype=torch.float32)
+        rewards[responses.lengths.cumsum(0) - 1] = torch.tensor(rest.pop("last_token_reward"), dtype=torch.float32)
+        columns["rm_scores"] = responses.with_values(rewards)
+    return {key: column.nested() for key, column in columns.items()} | rest
 
 
-def mask_older_tokens(row: dict[str, Any], spans: tuple[tuple[int, int], ...], oldest_version: int) -> int:
-    """Take the tokens that are older than `oldest_version` out of the masks of `row`, in place.
+def _as_int64(column: Any) -> Ragged:
+    return column.with_values(column.values.to(torch.int64))
+
+
+def _columns_of(rows: Any) -> dict[str, list]:
+    return {key: [row[key] for row in rows] for key in rows[0] if all(key in row for row in rows)}
+
+
+class OverAge(NamedTuple):
+    """Which generated tokens are too old to be trained on.
 
     Args:
-        row: verl's fields of one trajectory; `response_mask` and `loss_mask` are replaced.
-        spans: (weight version, generated tokens); generated tokens are those with response_mask 1, in order.
+        spans: of each row, (weight version, generated tokens); generated tokens are those with response_mask 1.
         oldest_version: the oldest weight version that may be trained on.
-
-    Returns:
-        How many tokens were masked.
     """
-    mask = row["response_mask"].clone()
-    generated = mask.nonzero().squeeze(-1)
-    first, masked = 0, 0
-    for version, tokens in spans:
-        if version < oldest_version:
-            mask[generated[first : first + tokens]] = 0
-            masked += tokens
-        first += tokens
-    row["response_mask"] = mask
-    row["loss_mask"] = mask
-    return masked
+
+    spans: Sequence[tuple[tuple[int, int], ...]]
+    oldest_version: int
+
+    def masked(self, mask: torch.Tensor) -> torch.Tensor:
+        """`mask` of all rows, end to end, with the tokens of older versions set to 0.
+
+        Raises:
+            ValueError: the spans are not those of the generated tokens.
+        """
+        versions, tokens = torch.tensor([span for row in self.spans for span in row]).T
+        generated = mask.nonzero().squeeze(-1)
+        if len(generated) != int(tokens.sum()):
+            raise ValueError(f"{len(generated)} generated tokens, but the spans are of {int(tokens.sum())}")
+        masked = mask.clone()
+        masked[generated[versions.repeat_interleave(tokens) < self.oldest_version]] = 0
+        return masked

@@ -17,6 +17,7 @@ from tensordict.tensorclass import NonTensorStack
 from transfer_queue import KVBatchMeta
 
 from verl_m2po.staleness import codec
+from verl_m2po.staleness.ragged import Ragged
 from verl_m2po.staleness.records import Group, Row, Ticket
 
 TRAIN_PARTITION = "train"
@@ -30,15 +31,16 @@ def lot_partition(lot: int) -> str:
     return f"staleness_lot_{lot}"
 
 
-def _python_rows(data: TensorDict) -> list[dict[str, Any]]:
-    """A batch from TransferQueue as one dict per row."""
-    columns = {}
-    for key, column in data.items():
-        if isinstance(column, torch.Tensor):
-            columns[key] = column.unbind()
-        else:
-            columns[key] = column.tolist() if hasattr(column, "tolist") else list(column)
+def _rows_of(data: TensorDict) -> list[dict[str, Any]]:
+    """A batch of prompts from TransferQueue, or from the data set, as one dict per row."""
+    columns = {key: _elements(column) for key, column in data.items()}
     return [{key: column[i] for key, column in columns.items()} for i in range(len(data))]
+
+
+def _elements(column: Any) -> Any:
+    if isinstance(column, torch.Tensor):
+        return column.unbind()
+    return column.tolist() if hasattr(column, "tolist") else list(column)
 
 
 def _batch(rows: list[dict[str, Any]]) -> TensorDict:
@@ -55,6 +57,21 @@ def _batch(rows: list[dict[str, Any]]) -> TensorDict:
         else:
             columns[key] = torch.stack(values)
     return TensorDict(columns, batch_size=[len(rows)])
+
+
+def _repeated(columns: TensorDict, times: list[int]) -> dict[str, Any]:
+    """Each row of `columns` as often as `times` says. What is not a tensor is wrapped once and shared."""
+    counts = torch.tensor(times)
+    repeated: dict[str, Any] = {}
+    for key, column in columns.items():
+        if isinstance(column, NonTensorStack):
+            wrapped = [column[i] for i in range(len(times))]
+            repeated[key] = NonTensorStack(*[one for one, n in zip(wrapped, times, strict=True) for _ in range(n)])
+        elif column.is_nested:
+            repeated[key] = Ragged.of(column).take(torch.arange(len(times)).repeat_interleave(counts)).nested()
+        else:
+            repeated[key] = column.repeat_interleave(counts, dim=0)
+    return repeated
 
 
 def _tag(row: Row, ticket: Ticket) -> dict[str, Any]:
@@ -85,7 +102,7 @@ class LotStore:
         """
         columns = [key for key, column in prompts.items() if not isinstance(column, NonTensorData)]
         rows_by_lot: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
-        for ticket, row in zip(tickets, _python_rows(prompts.select(*columns)), strict=True):
+        for ticket, row in zip(tickets, _rows_of(prompts.select(*columns)), strict=True):
             rows_by_lot[ticket.lot][ticket.uid] = row
         for lot, rows in rows_by_lot.items():
             tq.kv_batch_put(keys=list(rows), partition_id=lot_partition(lot), fields=_batch(list(rows.values())))
@@ -96,7 +113,7 @@ class LotStore:
         rows: dict[str, dict[str, Any]] = {}
         for lot, uids in self._uids_by_lot(tickets).items():
             data = tq.kv_batch_get(keys=uids, partition_id=lot_partition(lot))
-            rows |= dict(zip(uids, _python_rows(data), strict=True))
+            rows |= dict(zip(uids, _rows_of(data), strict=True))
         return _batch([rows[ticket.uid] for ticket in tickets])
 
     @staticmethod
@@ -113,40 +130,49 @@ class LotStore:
             groups: the batch, in the order in which it is trained.
             oldest_version: tokens of an older weight version are masked; None masks none.
         """
-        packed = self._read_rows(groups)
-        shared = self._read_shared(groups)
-        keys, rows, tags = [], [], []
-        for group in groups:
-            for row in group.rows:
-                fields = codec.unpack(packed[row.key], shared[group.ticket.uid])
-                if oldest_version is not None:
-                    codec.mask_older_tokens(fields, row.spans, oldest_version)
-                keys.append(row.key)
-                rows.append(fields)
-                tags.append(_tag(row, group.ticket))
-        tq.kv_batch_put(keys=keys, partition_id=TRAIN_PARTITION, fields=_batch(rows), tags=tags)
+        rows = [row for group in groups for row in group.rows]
+        over_age = None
+        if oldest_version is not None:
+            over_age = codec.OverAge([row.spans for row in rows], oldest_version)
+        columns = self._shared_columns(groups) | {
+            key: column if isinstance(column, torch.Tensor) else NonTensorStack(*column)
+            for key, column in codec.unpack(self._packed_columns(groups), over_age).items()
+        }
+        keys = [row.key for row in rows]
+        tags = [_tag(row, group.ticket) for group in groups for row in group.rows]
+        tq.kv_batch_put(
+            keys=keys, partition_id=TRAIN_PARTITION, fields=TensorDict(columns, batch_size=[len(keys)]), tags=tags
+        )
         self.delete([(group.ticket, group.rows) for group in groups])
         return KVBatchMeta(partition_id=TRAIN_PARTITION, keys=keys, tags=tags)
 
     @staticmethod
-    def _read_rows(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
+    def _packed_columns(groups: tuple[Group, ...]) -> dict[str, Ragged | list]:
+        """The stored columns of the groups' rows, in the order of `groups`. A field that some rows lack is left out."""
+        places: dict[int, list[int]] = defaultdict(list)
         keys: dict[int, list[str]] = defaultdict(list)
+        place = 0
         for group in groups:
             keys[group.ticket.lot].extend(row.key for row in group.rows)
-        rows: dict[str, dict[str, Any]] = {}
-        for lot, lot_keys in keys.items():
-            data = tq.kv_batch_get(keys=lot_keys, partition_id=lot_partition(lot))
-            rows |= dict(zip(lot_keys, _python_rows(data), strict=True))
-        return rows
+            places[group.ticket.lot].extend(range(place, place + len(group.rows)))
+            place += len(group.rows)
+        parts = [tq.kv_batch_get(keys=keys[lot], partition_id=lot_partition(lot)) for lot in keys]
+        order = torch.tensor([place for lot in keys for place in places[lot]]).argsort()
+        columns: dict[str, Ragged | list] = {}
+        for key in set.intersection(*(set(part.keys()) for part in parts)):
+            if isinstance(parts[0][key], torch.Tensor):
+                column = Ragged.join([Ragged.of(part[key]) for part in parts])
+                columns[key] = column if len(parts) == 1 else column.take(order)
+            else:
+                elements = [element for part in parts for element in _elements(part[key])]
+                columns[key] = [elements[i] for i in order.tolist()]
+        return columns
 
-    def _read_shared(self, groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
-        shared: dict[str, dict[str, Any]] = {}
-        for lot, uids in self._uids_by_lot(group.ticket for group in groups).items():
-            data = tq.kv_batch_get(keys=uids, partition_id=lot_partition(lot))
-            shared |= dict(zip(uids, _python_rows(data), strict=True))
-        for group in groups:
-            shared[group.ticket.uid]["global_steps"] = group.ticket.dispatch_version + 1
-        return shared
+    def _shared_columns(self, groups: tuple[Group, ...]) -> dict[str, Any]:
+        """What the data set gave each group, once per row."""
+        prompts = self.get_prompts([group.ticket for group in groups])
+        prompts["global_steps"] = NonTensorStack(*[group.ticket.dispatch_version + 1 for group in groups])
+        return _repeated(prompts, [len(group.rows) for group in groups])
 
     def delete(self, groups: list[tuple[Ticket, tuple[Row, ...]]]) -> None:
         """Delete groups with their rows; a lot that becomes empty goes as a whole."""
