@@ -13,6 +13,7 @@ app = typer.Typer(help="Learn from stale rollouts in verl.", no_args_is_help=Tru
 
 app.command()(report_command.report)
 app.command()(report_command.dashboard)
+app.command()(report_command.timeline)
 
 
 @app.command()

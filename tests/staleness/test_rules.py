@@ -31,6 +31,13 @@ def assert_nothing_is_doubled(trace: Trace) -> None:
     assert uids.most_common(1)[0][1] == 1
 
 
+def assert_nothing_is_lost(simulation: Simulation) -> None:
+    """Whatever was started was trained, or is counted under the reason why it was not; at the end nothing is left."""
+    trace = simulation.trace
+    assert simulation.dispatched == len(trace.trained) + trace.ended.total()
+    assert simulation.rule.depth == 0
+
+
 def assert_exact(trace: Trace, k_steps: int, batch_size: int, steps: int) -> None:
     assert len(trace.trained) == steps * batch_size
     assert_nothing_is_doubled(trace)
@@ -59,39 +66,70 @@ workloads = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(k=st.integers(0, 9), parts=st.sampled_from([1, 2, 4]), workload=workloads, seed=st.integers(0, 2**32))
-def test_exact_stale_is_exact_whatever_happens(k, parts, workload, seed):
-    trace = Simulation(ExactStale(k, 4), workload, seed, parts).run(30)
-    assert_exact(trace, k, 4, 30)
-    assert trace.max_depth <= (k + 1) * 4
+def check_exact_stale(k: int, parts: int, workload: Workload, seed: int, steps: int, batch_size: int = 4) -> None:
+    simulation = Simulation(ExactStale(k, batch_size), workload, seed, parts)
+    trace = simulation.run(steps)
+    assert_exact(trace, k, batch_size, steps)
+    assert_nothing_is_lost(simulation)
+    assert trace.max_depth <= (k + 1) * batch_size
 
 
-@settings(max_examples=60, deadline=None)
-@given(
+def check_bounded_async(
+    bound: int, parts: int, share: float, workload: Workload, seed: int, steps: int, batch_size: int = 4
+) -> None:
+    simulation = Simulation(BoundedAsync(bound, batch_size, share), workload, seed, parts)
+    trace = simulation.run(steps)
+    assert_bounded(trace, bound, batch_size, steps)
+    assert_nothing_is_lost(simulation)
+    assert trace.max_depth <= (bound + 1) * batch_size
+    # Nothing starves: what has ended is trained after at most bound + 1 further steps, however long it took.
+    assert max(version - group.max_version for version, _, group in trace.trained) <= bound + 1
+
+
+exact_cases = given(
+    k=st.integers(0, 9), parts=st.sampled_from([1, 2, 4]), workload=workloads, seed=st.integers(0, 2**32)
+)
+bounded_cases = given(
     bound=st.integers(0, 9),
     parts=st.sampled_from([1, 2, 4]),
     share=st.sampled_from([0.0, 0.25, 1.0]),
     workload=workloads,
     seed=st.integers(0, 2**32),
 )
+
+
+@settings(max_examples=60, deadline=None)
+@exact_cases
+def test_exact_stale_is_exact_whatever_happens(k, parts, workload, seed):
+    check_exact_stale(k, parts, workload, seed, steps=30)
+
+
+@settings(max_examples=60, deadline=None)
+@bounded_cases
 def test_bounded_async_is_bounded_whatever_happens(bound, parts, share, workload, seed):
-    trace = Simulation(BoundedAsync(bound, 4, share), workload, seed, parts).run(30)
-    assert_bounded(trace, bound, 4, 30)
-    assert trace.max_depth <= (bound + 1) * 4
+    check_bounded_async(bound, parts, share, workload, seed, steps=30)
 
 
-@pytest.mark.parametrize("k", [0, 1, 16])
-def test_exact_stale_for_100_000_steps(k):
+@settings(max_examples=10, deadline=None)
+@exact_cases
+def test_exact_stale_is_exact_over_100_000_steps(k, parts, workload, seed):
+    check_exact_stale(k, parts, workload, seed, steps=10_000)
+
+
+@settings(max_examples=10, deadline=None)
+@bounded_cases
+def test_bounded_async_is_bounded_over_100_000_steps(bound, parts, share, workload, seed):
+    check_bounded_async(bound, parts, share, workload, seed, steps=10_000)
+
+
+def test_exact_stale_for_100_000_steps_in_a_row():
+    check_exact_stale(16, 1, Workload(length=long_tail, fail_share=0.05, rows=1), 16, steps=100_000, batch_size=2)
+
+
+@pytest.mark.parametrize(("bound", "share"), [(0, 0.25), (4, 0.25)])
+def test_bounded_async_for_100_000_steps_in_a_row(bound, share):
     workload = Workload(length=long_tail, fail_share=0.05, rows=1)
-    assert_exact(Simulation(ExactStale(k, 2), workload, seed=k).run(100_000), k, 2, 100_000)
-
-
-@pytest.mark.parametrize(("bound", "share"), [(0, 0.25), (1, 1.0), (4, 0.25), (16, 0.0)])
-def test_bounded_async_for_100_000_steps(bound, share):
-    workload = Workload(length=long_tail, fail_share=0.05, rows=1)
-    trace = Simulation(BoundedAsync(bound, 2, share), workload, seed=bound).run(100_000)
-    assert_bounded(trace, bound, 2, 100_000)
+    check_bounded_async(bound, 1, share, workload, bound, steps=100_000, batch_size=2)
 
 
 @settings(max_examples=40, deadline=None)
@@ -134,14 +172,6 @@ def test_long_answers_are_not_dropped_more_often_where_masking_is_allowed():
     unbiased = sum(masking.all_lengths) / len(masking.all_lengths)
     assert mean["masking"] == pytest.approx(unbiased, rel=0.02)
     assert mean["dropping"] < 0.9 * unbiased
-
-
-def test_no_group_starves():
-    """A finished group is trained after at most bound + 1 further steps, however long its generation took."""
-    workload = Workload(length=long_tail, rows=1)
-    trace = Simulation(BoundedAsync(3, 4, 0.0), workload, seed=3).run(3000)
-    for version, _, group in trace.trained:
-        assert version - group.max_version <= 3 + 1
 
 
 @settings(max_examples=40, deadline=None)

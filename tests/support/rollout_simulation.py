@@ -66,7 +66,7 @@ class Simulation:
         self.trace = Trace()
         self._ends: list[tuple[float, int, str]] = []
         self._generating: dict[str, tuple[float, list[int], list[tuple[float, int]]]] = {}
-        self._dispatched = 0
+        self.dispatched = 0
         self._versions: list[tuple[float, int]] = [(0.0, 0)]
 
     def run(self, steps: int) -> Trace:
@@ -91,13 +91,13 @@ class Simulation:
 
     def _pump(self) -> None:
         for _ in range(self.rule.admissible(self.version)):
-            uid = f"g{self._dispatched}"
-            self._dispatched += 1
-            self.rule.admit(uid, self.version, self._dispatched - 1)
+            uid = f"g{self.dispatched}"
+            self.dispatched += 1
+            self.rule.admit(uid, self.version, self.dispatched - 1)
             lengths = [max(1, int(self.workload.length(self.random))) for _ in range(self.workload.rows)]
             self._generating[uid] = (self.now, lengths, [])
             self.trace.all_lengths.append(sum(lengths) / len(lengths))
-            heapq.heappush(self._ends, (self.now + max(lengths) / self.workload.tokens_per_time, self._dispatched, uid))
+            heapq.heappush(self._ends, (self.now + max(lengths) / self.workload.tokens_per_time, self.dispatched, uid))
         self.trace.max_depth = max(self.trace.max_depth, self.rule.depth)
 
     def _abort(self, uid: str) -> None:

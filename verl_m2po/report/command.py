@@ -125,3 +125,31 @@ def dashboard(
     if folder.exists() and not folder.is_dir():
         raise typer.BadParameter(f"{folder} is a file; give the TensorBoard folder that holds it")
     Console().print(Text(f"written: {write_tensorboard_layout(folder)}"), soft_wrap=True)
+
+
+def timeline(
+    ledger: Annotated[Path, typer.Argument(help="The file that trainer.v1.<mode>.ledger_path names.", exists=True)],
+    out: Annotated[Path, typer.Option(help="Picture to write: .svg, .png or .pdf.")] = Path("timeline.svg"),
+    first: Annotated[int, typer.Option(help="Trainer step of the first row.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Rows, a trainer step each.", min=1, max=64)] = 8,
+    title: Annotated[str, typer.Option(help="Above the picture.")] = "",
+) -> None:
+    """Draw when each batch was generated, by which weights, and when it was trained."""
+    _need_matplotlib()
+    import matplotlib as mpl
+
+    from verl_m2po.report.style import RC
+    from verl_m2po.report.timeline import LedgerError, read_ledger
+    from verl_m2po.report.timeline import timeline as draw
+
+    if out.suffix not in (".svg", ".png", ".pdf"):
+        raise typer.BadParameter(f"--out is {out}; its name must end in .svg, .png or .pdf")
+    try:
+        figure = draw(read_ledger(ledger), first, steps, title)
+    except LedgerError as error:
+        raise typer.BadParameter(str(error)) from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # No date and no random ids in an SVG: the same ledger gives the same file.
+    with mpl.rc_context(RC):
+        figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    Console().print(Text(f"written: {out}"), soft_wrap=True)

@@ -1,3 +1,5 @@
+# pyright: reportAttributeAccessIssue=false
+# torch's types do not know of jagged tensors.
 """Sequences of different lengths, end to end in one tensor: what a jagged column is, as arithmetic wants it."""
 
 from collections.abc import Sequence

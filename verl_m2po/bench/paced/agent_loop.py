@@ -75,4 +75,4 @@ class PacedAgentLoop(SingleTurnAgentLoop):
             # Validation and training draw alike; a prompt that comes again in a later epoch is as long as before.
             params["max_tokens"] = lengths_at(self._lengths, step).draw(random.Random(name))
             params["ignore_eos"] = True
-        return await super().run(params, priority=priority, **kwargs)
+        return await super().run(params, priority=priority, **kwargs)  # pyright: ignore[reportAbstractUsage]
