@@ -28,13 +28,19 @@ def test_mini_batches_of_a_step_are_one_step(tmp_path):
 
 
 def test_steps_that_were_trained_again_after_a_crash_count_once(tmp_path):
-    write(tmp_path / "l", *(line(step, step + 0.5, []) for step in (1, 2, 3)), line(2, 20.5, [], weights_at=20.0))
+    again = [{"resumed_from": 1}, line(2, 20.5, [], weights_at=20.0)]
+    write(tmp_path / "l", *(line(step, step + 0.5, []) for step in (1, 2, 3)), *again)
     assert [(step.step, step.sampled_at) for step in read_ledger(tmp_path / "l")] == [(1, 1.5), (2, 20.5)]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "empty"), ("{}\n", "line 1 .* KeyError"), ('{"step": 1, "version": 0}\n', "weights_at"), ("no json\n", "line 1")],
+    [
+        ("", "empty"),
+        ("{}\n", "line 1 .* KeyError"),
+        ('{"step": 1, "version": 0}\n', "weights_at"),
+        ("no json\n", "line 1"),
+    ],
 )
 def test_what_is_no_ledger_is_refused(tmp_path, text, message):
     (tmp_path / "l").write_text(text)

@@ -6,29 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from verl_rows import verl_row
 
 from verl_m2po.staleness import codec
 from verl_m2po.staleness.ragged import Ragged
-
-
-def verl_row(prompt: list[int], response: list[int], mask: list[int], reward: float = 0.5) -> dict:
-    """A trajectory as verl's agent loop writes it."""
-    responses, prompts = torch.tensor(response), torch.tensor(prompt)
-    rm_scores = torch.zeros(len(response))
-    rm_scores[-1] = reward
-    return {
-        "prompts": prompts,
-        "responses": responses,
-        "response_mask": torch.tensor(mask),
-        "loss_mask": torch.tensor(mask),
-        "input_ids": torch.cat([prompts, responses]),
-        "position_ids": torch.arange(len(prompt) + len(response)),
-        "rollout_log_probs": -torch.arange(len(response), dtype=torch.float32) / 7,
-        "rm_scores": rm_scores,
-        "multi_modal_inputs": {},
-        "num_turns": 2,
-        "extra_fields": {"reward_extra_info": {"acc": 1.0}},
-    }
 
 
 @st.composite
@@ -64,7 +45,7 @@ def restored(batch: list[dict], over_age: codec.OverAge | None = None) -> list[d
     ]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(rows(), min_size=1, max_size=5))
 def test_unpack_restores_what_was_packed(batch):
     for before, after in zip(batch, restored(batch), strict=True):
@@ -80,7 +61,7 @@ def test_further_tensors_survive():
         assert_same(after, before)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6), st.data())
 def test_ragged_columns_do_as_lists_do(rows, data):
     def ragged(lists):
@@ -107,7 +88,7 @@ def test_bytes_per_token_are_as_stated():
     assert size(11, 1) - size(10, 1) == codec.BYTES_PER_PROMPT_TOKEN
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(rows(), st.lists(st.integers(0, 6), max_size=5)), min_size=1, max_size=4), st.integers(0, 8))
 def test_masking_older_tokens_equals_masking_them_one_by_one(batch, oldest):
     """Each generated token (response_mask 1) has one version, in order; the others (tools) have none."""

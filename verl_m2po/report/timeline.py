@@ -60,6 +60,8 @@ def read_ledger(path: Path) -> list[Step]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row: dict[str, Any] = json.loads(line)
+            if "resumed_from" in row:
+                continue
             step = row["step"]
             if step < last:  # a restart
                 steps = {s: kept for s, kept in steps.items() if s < step}
@@ -91,7 +93,7 @@ def timeline(steps: Sequence[Step], first: int = 1, count: int = 8, title: str =
         raise LedgerError(f"the ledger has trainer steps {steps[0].step} to {steps[-1].step}, none from {first} on")
     # The end of a step is when the next weights are there; the last step's is not in the ledger.
     ends = {step.step: after.weights_at for step, after in pairwise(steps)}
-    origin = min([moment for step in shown for moment, _ in step.generated] + [shown[0].weights_at])
+    origin = min([moment for step in shown for moment, _ in step.generated] or [shown[0].sampled_at])
     with mpl.rc_context(RC):
         figure = Figure(figsize=(9, 1.6 + 0.5 * len(shown)), layout="constrained")
         axes = figure.subplots()

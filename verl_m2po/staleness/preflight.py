@@ -10,8 +10,11 @@ from verl_m2po.staleness.codec import BYTES_PER_PROMPT_TOKEN, BYTES_PER_RESPONSE
 from verl_m2po.staleness.config import BoundedAsyncConfig, StaleKConfig, load_mode_config
 from verl_m2po.staleness.units import StalenessUnitsError, UpdateClock
 
-ROW_OVERHEAD_BYTES = 4096
-"""Upper estimate of what one trajectory costs besides its tokens: Python fields, TransferQueue's records and ours."""
+ROW_OVERHEAD_BYTES = 6144
+"""What one trajectory costs besides its tokens: Python fields, TransferQueue's records, its share of the prompt.
+
+Measured 4 to 5 kB in the storage process (docs/benchmarks.md, "Taking a batch out").
+"""
 
 SEPARATE_MODES = ("stale_k_separate", "bounded_async")
 
@@ -241,8 +244,9 @@ def _check_memory(
             settings.staleness_updates,
             f"{staleness_steps + 1} batches of rollouts wait, which needs up to {need_gib:.1f} GiB at full length; the "
             f"limit is {limit_gib:.1f} GiB",
-            "Let TransferQueue keep them on disk (transfer_queue.backend.SimpleStorage.ssd_offload.enabled=true, "
-            f".path=<folder>, .threshold_bytes=1024), raise trainer.v1.{mode}.buffer_memory_limit_gib, or lower the "
+            "Let TransferQueue keep them on disk "
+            "(+transfer_queue.backend.SimpleStorage.ssd_offload.enabled=true, +<the same>.path=<folder>, "
+            f"+<the same>.threshold_bytes=1024), raise trainer.v1.{mode}.buffer_memory_limit_gib, or lower the "
             "staleness",
         )
     ]

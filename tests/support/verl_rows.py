@@ -1,0 +1,23 @@
+"""Trajectories as verl's agent loop writes them."""
+
+import torch
+
+
+def verl_row(prompt: list[int], response: list[int], mask: list[int], reward: float = 0.5) -> dict:
+    """A trajectory as verl's agent loop writes it."""
+    responses, prompts = torch.tensor(response), torch.tensor(prompt)
+    rm_scores = torch.zeros(len(response))
+    rm_scores[-1] = reward
+    return {
+        "prompts": prompts,
+        "responses": responses,
+        "response_mask": torch.tensor(mask),
+        "loss_mask": torch.tensor(mask),
+        "input_ids": torch.cat([prompts, responses]),
+        "position_ids": torch.arange(len(prompt) + len(response)),
+        "rollout_log_probs": -torch.arange(len(response), dtype=torch.float32) / 7,
+        "rm_scores": rm_scores,
+        "multi_modal_inputs": {},
+        "num_turns": 2,
+        "extra_fields": {"reward_extra_info": {"acc": 1.0}},
+    }
