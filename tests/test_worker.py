@@ -127,6 +127,10 @@ def test_mismatch_floor_is_measured_on_tokens_of_age_zero_and_added_to_the_thres
     assert first["actor/m2po/second_moment_after"] <= 0.04 + floor * 1.001
 
 
+def test_the_mismatch_floor_outlives_a_restart(seams):
+    assert seams["floor after a restart"] == seams["floor"]["metrics"]["actor/m2po/mismatch_floor"]
+
+
 def test_foreign_worker_is_refused_by_the_loss(seams):
     assert "scope=mini_batch needs the actor worker" in seams["verl's own worker"]
 

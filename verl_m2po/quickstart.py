@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from verl_m2po import logs
 from verl_m2po.tasks import arithmetic, tiny_model
 
 ACCURACY = "val-core/arithmetic/acc/mean@1"
@@ -102,6 +103,7 @@ def prepare(run: Run, console: Console) -> tuple[Path, Path]:
 def train(run: Run, command: Sequence[str], console: Console) -> int:
     """Run `command`, showing its progress from verl's own log; return its exit status."""
     run.folder.mkdir(parents=True, exist_ok=True)
+    logs.keep_earlier(run.metrics)
     log = run.folder / "console.log"
     with log.open("w") as stream:
         process = subprocess.Popen(

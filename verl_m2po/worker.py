@@ -5,16 +5,18 @@ verl trains on a mini-batch, this worker looks at all of it with the current pol
 data-parallel ranks together. Importing this module puts it into verl's seam for actor workers.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
-from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
@@ -33,6 +35,10 @@ from verl_m2po.step_scale import effective_sample_share, scaled_learning_rate, s
 # Optional field of the data, int [batch]: optimizer updates between the weights that generated the row and the weights
 # with which its `train_mini_batch` starts.
 AGE_FIELD = "age_updates"
+
+
+STATE_FILE = "m2po_worker.json"
+"""Beside verl's shards in a checkpoint: what this worker knows besides them. The same on every rank."""
 
 
 class Seen(NamedTuple):
@@ -80,6 +86,21 @@ class M2POTrainingWorker(TrainingWorker):
             self.loss_fn = loss_fn
         self._updates_in_call += 1
         return self._with_metrics(output, mini_batch)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # pyright: ignore[reportAttributeAccessIssue]
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """As verl's, and the mismatch floor, which rows of age zero will not come again to measure."""
+        super().save_checkpoint(local_path, *args, **kwargs)
+        if self._mismatch_floor is not None and self.rank == 0:
+            (Path(local_path) / STATE_FILE).write_text(json.dumps({"mismatch_floor": self._mismatch_floor}))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # pyright: ignore[reportAttributeAccessIssue]
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """As verl's, and the mismatch floor, where the checkpoint has one."""
+        super().load_checkpoint(local_path, *args, **kwargs)
+        state = Path(local_path) / STATE_FILE if local_path else None
+        if state is not None and state.exists():
+            self._mismatch_floor = json.loads(state.read_text())["mismatch_floor"]
 
     def _decide(self, data: TensorDict, policy_loss: PolicyLossConfig, mini_batch: MiniBatch) -> None:
         """Put the decision over all of `data` into `mini_batch`, or the order to make it in the one loss call."""

@@ -1,11 +1,10 @@
 """The staleness modes end to end: the version of every trained row, from the ledger."""
 
-import json
-
 import pytest
 
 from verl_m2po.bench.paced import SECONDS_PER_TOKEN
 from verl_m2po.bench.paced.agent_loop import NAME, Lengths, write_config
+from verl_m2po.staleness.ledger import read_ledger, surviving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -29,7 +28,7 @@ def run_mode(train, tmp_path, mode: str, staleness_updates: int, *overrides: str
         *overrides,
         **kwargs,
     )
-    return result, [json.loads(line) for line in ledger.read_text().splitlines()]
+    return result, surviving(read_ledger(ledger))
 
 
 def paced(tmp_path, **settings) -> tuple[str, str]:

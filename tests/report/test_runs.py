@@ -24,6 +24,29 @@ def test_a_later_attempt_wins_where_attempts_overlap(tmp_path):
     assert problems == []
 
 
+@pytest.mark.parametrize("name", ["metrics", "attempt-1", "some-run"])
+def test_logs_that_were_moved_aside_for_a_later_attempt_come_first(tmp_path, name):
+    for attempt in range(1, 12):
+        write_log(tmp_path / f"run/{name}.attempt-{attempt}.jsonl", rows(attempt, attempt + 1, attempt))
+    write_log(tmp_path / f"run/{name}.jsonl", rows(12, 13, 12))
+    for path in (tmp_path / "run", tmp_path / f"run/{name}.jsonl"):
+        (run,), problems = read_runs([path])
+        assert run.name == ("some-run" if name == "some-run" else "run") and problems == []
+        assert run.series("critic/score/mean").to_dict() == {s: min(s, 12) for s in range(1, 14)}
+
+
+def test_runs_in_one_folder_keep_their_own_attempts(tmp_path):
+    for run, value in (("a", 1.0), ("b", 2.0)):
+        write_log(tmp_path / f"{run}.attempt-1.jsonl", rows(1, 4, value))
+        write_log(tmp_path / f"{run}.jsonl", rows(3, 6, value + 10))
+    runs, problems = read_runs([tmp_path])
+    assert [run.name for run in runs] == ["a", "b"] and problems == []
+    assert [run.series("critic/score/mean").tolist() for run in runs] == [
+        [1, 1, 11, 11, 11, 11],
+        [2, 2, 12, 12, 12, 12],
+    ]
+
+
 def test_attempts_are_ordered_by_number_not_by_letter(tmp_path):
     for attempt in range(1, 12):
         write_log(tmp_path / f"run/attempt-{attempt}.jsonl", rows(attempt, attempt + 1, attempt))

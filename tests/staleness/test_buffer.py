@@ -243,6 +243,7 @@ def test_a_restart_continues_where_the_checkpoint_was(transfer_queue, tmp_path):
     transfer_queue.load_checkpoint(tmp_path / "tq")
     again = Run(transfer_queue, ExactStale(2, BATCH), "after")
     again.buffer.load_state_dict(state, version=4)
+    again.buffer.begin(4)
     assert not set(batch.keys) & set(transfer_queue.kv_list("train").get("train", {})), "the trained batch came back"
     trained = []
     for step in (5, 6, 7):
@@ -278,6 +279,7 @@ def test_groups_in_flight_at_the_checkpoint_start_again(transfer_queue):
     state = run.buffer.state_dict()
     again = Run(transfer_queue, BoundedAsync(1, BATCH), "other")
     again.buffer.load_state_dict(state, version=3)
+    again.buffer.begin(3)
     tickets, prompts = again.buffer.reopen_groups()
     assert [ticket.uid for ticket in tickets] == as_list(prompts["uid"]) == [f"inflight-{i}" for i in range(8)]
     assert {ticket.dispatch_version for ticket in tickets} == {3}

@@ -52,6 +52,10 @@ def test_a_sound_configuration_has_no_problem(mode):
         ({"trainer__use_v1": False}, "trainer.use_v1"),
         ({"algorithm__filter_groups__enable": True}, "algorithm.filter_groups.enable"),
         ({"skip__rollout_tq__enable": True}, "skip.rollout_tq.enable"),
+        (
+            {"actor_rollout_ref__actor__checkpoint__async_save": True},
+            "actor_rollout_ref.actor.checkpoint.async_save",
+        ),
         ({"trainer__v1__sampler__custom_sampler__path": "x.py"}, "trainer.v1.sampler.custom_sampler.path"),
         (
             {"actor_rollout_ref__rollout__agent__agent_loop_manager_class": "mine.Manager"},

@@ -265,6 +265,10 @@ def run_seams(model_folder, rows):
     records["floor"] = train(worker, rows, old_log_probs, with_age=True)
     # Rows of age 0 have age 1 for the second update, so the floor stays what it was.
     records["floor, second update"] = train(worker, rows, old_log_probs, with_age=True)
+    worker.save_checkpoint(str(model_folder / "checkpoint"))
+    restarted = build_worker(model_folder, {"selected": "m2po", "m2po": {"subtract_mismatch_floor": True}})
+    restarted.load_checkpoint(str(model_folder / "checkpoint"))
+    records["floor after a restart"] = restarted._mismatch_floor
     worker = build_worker(model_folder, {"selected": "m2po"}, ours=False)
     pack(worker, **two_rows)
     try:

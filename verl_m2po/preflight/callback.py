@@ -8,6 +8,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from verl_m2po import logs
 from verl_m2po.cpu import environment
 from verl_m2po.losses import requirements
 from verl_m2po.preflight import devices, inputs, keys, losses, machine, staleness
@@ -39,6 +40,8 @@ class PreflightCallback(Callback):
         fatal = [problem for problem in found if problem.is_fatal]
         if fatal:
             raise SystemExit("\n".join(["verl-m2po refuses this run:", *(f"  - {problem}" for problem in fatal)]))
+        if uses_this_package(config):
+            logs.keep_earlier(logs.path_of(config))
         if staleness.is_chosen(config) and threading.current_thread() is threading.main_thread():
             self._listener = Listener()
             self._listener.start()

@@ -1,4 +1,4 @@
-"""Does the config contradict the staleness that it asks for? Asked only of our own trainer modes."""
+"""Does the config contradict the staleness that it asks for, or the checkpoint that it would resume from?"""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from verl_m2po.preflight.problem import Problem
-from verl_m2po.staleness import preflight
+from verl_m2po.staleness import preflight, resume
 from verl_m2po.staleness.config import MODE_DEFAULTS
 
 
@@ -16,6 +16,7 @@ def is_chosen(config: DictConfig) -> bool:
 
 
 def problems(config: DictConfig) -> Iterator[Problem]:
-    """Yield what contradicts the staleness of `config`."""
+    """Yield what contradicts the staleness of `config`, and what keeps it from resuming."""
     if is_chosen(config):
         yield from preflight.check(config, available_memory_bytes=psutil.virtual_memory().total)
+    yield from resume.problems(config)

@@ -3,6 +3,7 @@
 # Pandas annotates wider types than it returns.
 # pyright: reportArgumentType=false, reportReturnType=false
 
+import itertools
 import os
 import re
 from collections import Counter
@@ -17,6 +18,8 @@ from verl_m2po.report.read import Log, is_json_log, read_event_file, read_json_l
 from verl_m2po.report.settings import Settings, read_config, settings
 
 ATTEMPT = re.compile(r"^attempt-(\d+)\.jsonl$")
+# Logs that verl_m2po.logs moved aside for a later attempt, which has the name without the number.
+EARLIER = re.compile(r"^(.+)\.attempt-(\d+)\.jsonl$")
 EVENTS = "events.out.tfevents."
 # File names that say nothing about the run: the folder's name is the run's.
 GENERIC_STEMS = ("metrics", "log", "logs", "train", "run", "verl", "file")
@@ -63,10 +66,23 @@ class Run:
         return self.frame[metric].dropna() if metric in self.frame else pd.Series(dtype=float)
 
 
-def _attempt_number(path: Path) -> int:
-    match = ATTEMPT.match(path.name)
+def _attempt_number(name: str) -> int:
+    match = ATTEMPT.match(name)
     assert match
     return int(match[1])
+
+
+def _age(path: Path) -> tuple[str, float]:
+    """The name of the log that `path` is an attempt of, and its place among them: the present one comes last."""
+    match = EARLIER.match(path.name)
+    return (f"{match[1]}.jsonl", int(match[2])) if match else (path.name, float("inf"))
+
+
+def _attempts(logs: list[Path]) -> dict[str, tuple[Path, ...]]:
+    """The files of each log by its name, oldest attempt first."""
+    return {
+        name: tuple(paths) for name, paths in itertools.groupby(sorted(logs, key=_age), key=lambda log: _age(log)[0])
+    }
 
 
 def _event_time(path: Path) -> tuple[int, str]:
@@ -83,18 +99,20 @@ def _file_name(path: Path) -> str:
 def _in_folder(folder: Path, names: list[str]) -> tuple[list[Source], bool, list[str]]:
     """The runs whose logs lie directly in `folder`, whether it is itself one run, and a line for each odd file."""
     files = [folder / name for name in sorted(names)]
-    attempts = sorted((path for path in files if ATTEMPT.match(path.name)), key=_attempt_number)
     own_name = folder.resolve().name
-    if attempts:
-        return [Source(own_name, tuple(attempts), folder)], True, []
     candidates = [path for path in files if path.suffix == ".jsonl"]
     logs = [path for path in candidates if is_json_log(path)]
-    odd = [path for path in candidates if path not in logs]
+    odd = [path for path in candidates if path not in logs and not ATTEMPT.match(_age(path)[0])]
     lines = [f"{folder}: left out {len(odd)} .jsonl file(s) that are not verl logs, e.g. {odd[0].name}"] if odd else []
-    if logs:
+    numbered = {name: paths for name, paths in _attempts(candidates).items() if ATTEMPT.match(name)}
+    if numbered:
+        ordered = [path for name in sorted(numbered, key=_attempt_number) for path in numbered[name]]
+        return [Source(own_name, tuple(ordered), folder)], True, []
+    if by_name := _attempts(logs):
         # A config beside several logs belongs to none of them for certain.
-        config_folder = folder if len(logs) == 1 else None
-        return [Source(_file_name(path), (path,), config_folder) for path in logs], False, lines
+        config_folder = folder if len(by_name) == 1 else None
+        runs = [Source(_file_name(folder / name), paths, config_folder) for name, paths in by_name.items()]
+        return runs, False, lines
     events = [path for path in files if path.name.startswith(EVENTS) and path.suffix != LAYOUT_SUFFIX]
     events = sorted(events, key=_event_time)
     if events:
@@ -106,10 +124,14 @@ def find_sources(path: Path) -> tuple[list[Source], list[str]]:
     """The runs at `path`, and a line for each thing that is not one.
 
     A folder with ``attempt-1.jsonl``, ``attempt-2.jsonl`` ... or with TensorBoard event files is one run. Any other
-    ``.jsonl`` log is a run of its own. Folders are searched to any depth.
+    ``.jsonl`` log is a run of its own, with the ``<name>.attempt-1.jsonl`` ... that came before it. Folders are
+    searched to any depth.
     """
     if path.is_file():
-        return [Source(_file_name(path), (path,), path.parent)], []
+        name, number = _age(path)
+        is_present = number == float("inf")
+        earlier = [other for other in path.parent.glob("*.attempt-*.jsonl") if is_present and _age(other)[0] == name]
+        return [Source(_file_name(path), _attempts([path, *earlier])[name], path.parent)], []
     if not path.is_dir():
         return [], [f"{path}: not there"]
     sources: list[Source] = []

@@ -16,6 +16,7 @@ from verl_m2po.staleness.ledger import TrainedRowsLedger
 from verl_m2po.staleness.metrics import StalenessMetrics
 from verl_m2po.staleness.records import Group, GroupReport, Selection, Ticket
 from verl_m2po.staleness.reports import Reports
+from verl_m2po.staleness.resume import STATE_FORMATS
 from verl_m2po.staleness.rules import StalenessRule, StalenessViolation
 from verl_m2po.staleness.shutdown import StopRequest
 from verl_m2po.staleness.store import LotStore
@@ -28,8 +29,8 @@ WAIT_S = 1.0
 
 LOG_WAITING_EVERY_S = 60.0
 
-STATE_VERSION = 1
-"""Format of `StalenessReplayBuffer.state_dict`; raise it when an old one can no longer be read."""
+STATE_VERSION = STATE_FORMATS[-1]
+"""Format of `StalenessReplayBuffer.state_dict`."""
 
 
 class StalenessReplayBuffer(ReplayBufferAsync):
@@ -83,6 +84,16 @@ class StalenessReplayBuffer(ReplayBufferAsync):
     def connect(self, reports: Reports) -> None:
         """Listen to `reports` from now on."""
         self._reports = reports
+
+    def begin(self, version: int) -> None:
+        """A run starts, or starts again, from weight `version`: 0 without a checkpoint.
+
+        Args:
+            version: what the rollout will hold.
+        """
+        self.version = version
+        if self._ledger is not None:
+            self._ledger.resumed(version)
 
     def open_groups(self, uids: list[str], prompt_indices: list[int | str], prompts: TensorDict) -> list[Ticket]:
         """Record groups that are about to be generated with the present weights.
@@ -240,10 +251,16 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         Take it right before TransferQueue's: a group that finishes in between is then generated again, not lost.
         """
         self._take_reports(timeout_s=0.0)
-        return {"state_version": STATE_VERSION, "version": self.version, "rule": self.rule.state_dict()}
+        return {
+            "state_version": STATE_VERSION,
+            "version": self.version,
+            "rule": self.rule.state_dict(),
+            "failures": self._failures.state_dict(),
+            "metrics": self.metrics.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any], version: int) -> None:
-        """Go on from `state`, after TransferQueue has loaded its checkpoint.
+        """Go on from `state`, before `begin` and after TransferQueue has loaded its checkpoint.
 
         Args:
             state: what `state_dict` returned.
@@ -254,14 +271,13 @@ class StalenessReplayBuffer(ReplayBufferAsync):
             StalenessViolation: it ends a run, and cannot be made longer at the same staleness.
             RuntimeError: TransferQueue lacks rows that the state waits for.
         """
-        if state.get("state_version") != STATE_VERSION:
-            raise ValueError(
-                f"the checkpoint's staleness state has format {state.get('state_version')!r}, this version of "
-                f"verl-m2po reads {STATE_VERSION}; resume with the version that wrote it"
-            )
+        if state.get("state_version") not in STATE_FORMATS:
+            raise ValueError(f"staleness state of format {state.get('state_version')!r}, readable are {STATE_FORMATS}")
+        if "failures" in state:  # format 1 has none
+            self._failures.load_state_dict(state["failures"])
+            self.metrics.load_state_dict(state["metrics"])
         self.rule.load_state_dict(state["rule"])
         self.rule.check_resumable(version)
-        self.version = version
         ready = [Group.from_json(data) for data in state["rule"]["ready"]]
         deleted = self._store.restore(self.rule.in_flight_tickets(), ready)
         logger.info(

@@ -1,6 +1,7 @@
 """Counting failed generations, and stopping a run in which too many of them fail."""
 
 from collections import Counter, deque
+from typing import Any
 
 
 class TooManyFailures(RuntimeError):
@@ -38,3 +39,12 @@ class FailureWindow:
                 f"{failures} of the last {window} prompt groups failed, more than max_failed_fraction="
                 f"{self.max_failed_fraction} allows. What they reported, each once:\n{distinct}"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a restart needs to go on counting, as plain JSON."""
+        return {"failed": list(self._failed), "errors": list(self._errors)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from `state`; of a longer window the last groups count."""
+        self._failed.extend(state["failed"])
+        self._errors.extend(state["errors"])

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from verl_m2po.staleness.records import Group, Row
 from verl_m2po.staleness.units import UpdateClock
@@ -42,6 +43,13 @@ class LengthBias:
         ends = [len(ordered) * i // DECILES for i in range(DECILES + 1)]
         tenths = [ordered[a:b] for a, b in pairwise(ends)]
         return [sum(was_dropped for _, was_dropped in tenth) / len(tenth) for tenth in tenths]
+
+    def state_dict(self) -> list[list[Any]]:
+        """The window, as plain JSON."""
+        return [list(group) for group in self._groups]
+
+    def load_state_dict(self, state: list[list[Any]]) -> None:
+        self._groups.extend((length, was_dropped) for length, was_dropped in state)
 
 
 @dataclass
@@ -118,6 +126,13 @@ class StalenessMetrics:
             else:
                 self._step.tokens += tokens
                 self._step.age_by_steps[version - span_version] += tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        """What outlives a step, as plain JSON."""
+        return {"length_bias": self._length_bias.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._length_bias.load_state_dict(state["length_bias"])
 
     def _histogram(self) -> dict[str, float]:
         tokens: Counter[str] = Counter()

@@ -210,6 +210,9 @@ def _check_trainer(config: DictConfig, mode: str) -> list[Problem]:
         why = "lending the training devices to the rollout is driven by verl's own buffer"
         key = "trainer.v1.separate_async.hybrid_rollout.enable_switch"
         problems.append(Problem(key, True, why, "Set it to false"))
+    if OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.async_save"):
+        why = "verl would still be writing when the checkpoint is declared whole"
+        problems.append(Problem("actor_rollout_ref.actor.checkpoint.async_save", True, why, "Set it to false"))
     sampler = OmegaConf.select(config, "trainer.v1.sampler.custom_sampler.path")
     # hardware=cpu sets one of ours, which only makes verl's own buffer poll faster; it is not used here.
     if sampler and not sampler.startswith("pkg://verl_m2po."):

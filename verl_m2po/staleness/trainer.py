@@ -9,12 +9,13 @@ Importing this module registers them. verl's hooks decide when the rule is asked
     on_sample_begin   stale_k: waits until the present weights have generated their whole batch
     on_step_end       separate modes: waits until nothing in flight would be spoiled, pushes the weights, starts groups
                       asked to end: saves instead, and lets fit() return
-    _save_checkpoint  waits likewise, then writes the state of the rule beside verl's checkpoint
+    _save_checkpoint  waits likewise, then writes verl's checkpoint and the state of the buffer, whole or not at all
 """
 
 import json
 import logging
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.utils import tensordict_utils as tu
 
+from verl_m2po import logs
+
 # As a module: where the buffer is imported first, verl imports this file before the buffer has its class.
-from verl_m2po.staleness import buffer, preflight
+from verl_m2po.staleness import buffer, preflight, random_states, resume
+from verl_m2po.staleness.checkpoint import Checkpoints, folder_name
 from verl_m2po.staleness.client import SpanRecordingClient
 from verl_m2po.staleness.config import BoundedAsyncConfig, load_mode_config
 from verl_m2po.staleness.failures import FailureWindow
@@ -49,9 +54,6 @@ logger = logging.getLogger(__name__)
 
 AGE_FIELD = "age_updates"
 """Field of a row in TransferQueue; `verl_m2po.worker` reads it under the same name."""
-
-STATE_FILE = "staleness.json"
-"""Beside verl's own files in `global_step_N`: the state of the rule."""
 
 AGENT_LOOP_MANAGER = "verl_m2po.staleness.agent_loop.StalenessAgentLoopManager"
 
@@ -110,13 +112,27 @@ class _StalenessTrainer(PPOTrainer):
 
     def __init__(self, config: DictConfig) -> None:
         require_sound(preflight.check(config, available_memory_bytes=psutil.virtual_memory().total))
+        self._settings = resume.settings_of(config)
         set_what_the_mode_needs(config)
+        self._checkpoints = Checkpoints(config.trainer.default_local_dir)
+        self._resumed_from = resume.find(config.trainer)
+        self._resumed_state: dict[str, Any] = {}
+        if self._resumed_from is not None:
+            self._resumed_state = self._read_checkpoint(self._resumed_from, config)
+        if config.trainer.save_freq > 0:
+            self._checkpoints.require_writable()
         settings = load_mode_config(config, config.trainer.v1.trainer_mode)
         self._stop = StopRequest(settings.stop_wait_s)
         self._watch = Watch()
         # Trainer steps: the last one that is on disk, and the last one that has taken rollouts to train on.
         self._saved_step = self._begun_step = 0
         super().__init__(config)
+
+    def _read_checkpoint(self, folder: Path, config: DictConfig) -> dict[str, Any]:
+        """The state in the checkpoint `folder`, if this run can go on from there; read before anything is started."""
+        state = resume.read_state(folder)
+        require_sound(resume.check(folder, state, self._settings, resume.ranks_of(config)))
+        return state
 
     def init(self) -> None:
         """As verl's; ends in an error if TransferQueue dies meanwhile."""
@@ -130,6 +146,8 @@ class _StalenessTrainer(PPOTrainer):
         """As verl's; ends in an error if a process of the run dies, and after a checkpoint if it is asked to end."""
         for name, actors in self._actors(agent_loop_manager).items():
             self._watch.add(name, actors)
+        # Where the driver could not, since this process is on another machine.
+        logs.keep_earlier(logs.path_of(self.config))
         with self._watch.guard():
             try:
                 super().fit(agent_loop_manager)
@@ -240,14 +258,63 @@ class _StalenessTrainer(PPOTrainer):
         # those of the checkpoint.
         if isinstance(self.replay_buffer.rule, ExactStale) and self.replay_buffer.version < self.global_steps:
             self.replay_buffer.settle()
-        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.replay_buffer.state_dict()
-        beside = folder / f"{STATE_FILE}.tmp"
-        beside.write_text(json.dumps(state, separators=(",", ":")))
-        os.replace(beside, folder / STATE_FILE)
-        super()._save_checkpoint()
+        name, state = folder_name(self.global_steps), json.dumps(self._state(), separators=(",", ":"))
+        with self._checkpoints.writing(self.global_steps, self._resumed_from) as incomplete:
+            (incomplete / name / resume.STATE_FILE).write_text(state)
+            with self._verl_writes_into(incomplete):
+                super()._save_checkpoint()
+            resume.require_all_shards(incomplete / name)
+        self._checkpoints.prune(self.global_steps, self._checkpoints_to_keep())
+        self.checkpoint_callback.on_save(
+            trainer=self,
+            global_step=self.global_steps,
+            checkpoint_dir=str(self._checkpoints.folder(self.global_steps)),
+            async_save=False,
+        )
         self._saved_step = self.global_steps
+
+    def _state(self) -> dict[str, Any]:
+        """What verl does not save, as plain JSON."""
+        state = self.replay_buffer.state_dict() | {"settings": self._settings, "random_states": random_states.save()}
+        if self.config.algorithm.use_kl_in_reward:
+            state["kl_coefficient"] = self.kl_ctrl_in_reward.value
+        return state
+
+    @contextmanager
+    def _verl_writes_into(self, folder: Path) -> Iterator[None]:
+        """Let verl's `_save_checkpoint` write its checkpoint, its pointer included, into `folder`, and delete nothing.
+
+        verl deletes the model of an old checkpoint before the new one is complete, and never the rest of it.
+        """
+        trainer, callback = self.config.trainer, self.checkpoint_callback
+        redirected = {
+            "default_local_dir": str(folder),
+            "max_actor_ckpt_to_keep": None,
+            "max_critic_ckpt_to_keep": None,
+            "remove_previous_ckpt_in_save": False,
+        }
+        configured = {key: trainer[key] for key in redirected if key in trainer}
+        self.checkpoint_callback = CheckpointCallback()
+        try:
+            with open_dict(trainer):
+                trainer.update(redirected)
+            yield
+        finally:
+            with open_dict(trainer):
+                for key in redirected:
+                    del trainer[key]
+                trainer.update(configured)
+            self.checkpoint_callback = callback
+
+    def _checkpoints_to_keep(self) -> int | None:
+        """Whole checkpoints to keep: the most that verl's settings ask for, None for all."""
+        trainer = self.config.trainer
+        if trainer.get("remove_previous_ckpt_in_save"):
+            return 1
+        limits = [trainer.get("max_actor_ckpt_to_keep")]
+        if self.use_critic:
+            limits.append(trainer.get("max_critic_ckpt_to_keep"))
+        return None if None in limits else max(limits)
 
     def _end_if_asked(self) -> bool:
         """After the updates of a step: if the run was asked to end, save, and let this step be verl's last."""
@@ -283,22 +350,20 @@ class _StalenessTrainer(PPOTrainer):
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
-        if self.global_steps == 0:
-            return
-        path = Path(self._checkpoint_folder()) / STATE_FILE
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing: the checkpoint was not written by trainer_mode={self.trainer_mode}, and the ages "
-                "of its rollouts are unknown. Resume with the mode that wrote it, or set trainer.resume_mode=disable"
-            )
-        self.replay_buffer.load_state_dict(json.loads(path.read_text()), version=self.global_steps)
-        self._saved_step = self.global_steps
+        if self._resumed_from is not None:
+            self._load_state()
+            self._saved_step = self.global_steps
+        self.replay_buffer.begin(self.global_steps)
 
-    def _checkpoint_folder(self) -> str:
-        trainer = self.config.trainer
-        if trainer.resume_mode == "resume_path":
-            return trainer.resume_from_path
-        return os.path.join(trainer.default_local_dir, f"global_step_{self.global_steps}")
+    def _load_state(self) -> None:
+        """What verl does not load."""
+        state = self._resumed_state
+        self.replay_buffer.load_state_dict(state, version=self.global_steps)
+        if "random_states" in state:  # format 1 has none
+            random_states.load(state["random_states"])
+        if "kl_coefficient" in state and self.config.algorithm.use_kl_in_reward:
+            self.kl_ctrl_in_reward.value = state["kl_coefficient"]
+        self._resumed_state = {}
 
 
 @register_trainer("stale_k")

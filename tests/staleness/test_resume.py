@@ -1,0 +1,247 @@
+"""Who may go on from which checkpoint, and with what words the others are refused."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+from verl_m2po.staleness import random_states, resume
+from verl_m2po.staleness.checkpoint import CheckpointError, Checkpoints, flaws
+from verl_m2po.staleness.rules import BoundedAsync
+from verl_m2po.staleness.trainer import PPOTrainerBoundedAsync
+
+
+def config(root, mode: str = "stale_k", **changes):
+    """What resuming reads of a configuration, with changes given as `a__b=value`."""
+    base = OmegaConf.create(
+        {
+            "data": {"train_batch_size": 8, "train_files": "train.parquet", "seed": 1},
+            "algorithm": {"adv_estimator": "grpo", "use_kl_in_reward": False},
+            "actor_rollout_ref": {
+                "actor": {
+                    "ppo_mini_batch_size": 4,
+                    "ppo_epochs": 1,
+                    "strategy": "fsdp2",
+                    "policy_loss": {"loss_mode": "m2po", "m2po": {"threshold": 0.04}},
+                    "optim": {"lr": 1e-3, "total_training_steps": -1},
+                },
+                "rollout": {"n": 4, "temperature": 1.0},
+            },
+            "trainer": {
+                "v1": {"trainer_mode": mode, mode: {"staleness_updates": 4}},
+                "default_local_dir": str(root),
+                "resume_mode": "auto",
+                "resume_from_path": None,
+                "max_actor_ckpt_to_keep": 2,
+                "nnodes": 1,
+                "n_gpus_per_node": 1,
+            },
+        }
+    )
+    for key, value in changes.items():
+        OmegaConf.update(base, key.replace("__", "."), value, force_add=True)
+    return base
+
+
+def write(root, step: int = 4, ranks: int = 1, **state) -> None:
+    """A checkpoint of `config(root)`."""
+    state = {"state_version": 2, "settings": resume.settings_of(config(root))} | state
+    with Checkpoints(root).writing(step) as incomplete:
+        folder = incomplete / f"global_step_{step}"
+        (folder / "actor").mkdir()
+        for rank in range(ranks):
+            (folder / "actor" / f"model_world_size_{ranks}_rank_{rank}.pt").write_text("weights")
+        (folder / resume.STATE_FILE).write_text(json.dumps(state))
+
+
+def the_problem(config):
+    (problem,) = resume.problems(config)
+    return problem
+
+
+def test_the_same_run_goes_on(tmp_path):
+    assert resume.problems(config(tmp_path)) == []
+    write(tmp_path)
+    assert resume.problems(config(tmp_path)) == []
+    assert resume.find(config(tmp_path).trainer) == tmp_path / "global_step_4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"trainer__v1__stale_k__staleness_updates": 8},
+            "trainer.v1.stale_k.staleness_updates=8: global_step_4 was written with 4: its buffered rollouts have the "
+            "ages of the old schedule. Resume with trainer.v1.stale_k.staleness_updates=4, or start a new run",
+        ),
+        ({"data__train_batch_size": 16}, "data.train_batch_size=16: global_step_4 was written with 8"),
+        (
+            {"actor_rollout_ref__actor__ppo_mini_batch_size": 8},
+            "ppo_mini_batch_size=8: global_step_4 was written with 4: it counts ages in optimizer updates of another",
+        ),
+        ({"actor_rollout_ref__rollout__n": 8}, "rollout.n=8: global_step_4 was written with 4"),
+        ({"actor_rollout_ref__actor__strategy": "fsdp"}, "strategy=fsdp: global_step_4 was written with 'fsdp2'"),
+        (
+            {"trainer__v1__trainer_mode": "sync"},
+            "trainer_mode=sync: global_step_4 was written with 'stale_k': the modes count batches",
+        ),
+        (
+            {"trainer__n_gpus_per_node": 2},
+            "trainer.nnodes x trainer.n_gpus_per_node=2: global_step_4 holds shards for 1 rank(s), and verl loads an "
+            "FSDP checkpoint on as many ranks only. Resume on 1 rank(s), or merge the shards",
+        ),
+    ],
+)
+def test_another_schedule_engine_or_number_of_ranks_is_refused(tmp_path, changes, words):
+    write(tmp_path)
+    problem = the_problem(config(tmp_path, **changes))
+    assert problem.is_fatal and words in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"actor_rollout_ref__actor__policy_loss__m2po__threshold": 0.1},
+            "policy_loss.m2po.threshold=0.1: global_step_4 was written with 0.04; the run goes on with the new value",
+        ),
+        ({"actor_rollout_ref__actor__policy_loss__loss_mode": "vanilla"}, "loss_mode=vanilla"),
+        ({"actor_rollout_ref__actor__optim__lr": 1e-4}, "optim.lr=0.0001: global_step_4 was written with 0.001"),
+        ({"data__train_files": ["other.parquet"]}, "data.train_files=['other.parquet']"),
+    ],
+)
+def test_another_threshold_or_loss_goes_on_and_says_so(tmp_path, changes, words):
+    write(tmp_path)
+    problem = the_problem(config(tmp_path, **changes))
+    assert not problem.is_fatal and words in str(problem)
+
+
+def test_what_verl_fills_in_at_the_start_is_no_setting(tmp_path):
+    write(tmp_path)
+    assert not resume.problems(config(tmp_path, actor_rollout_ref__actor__optim__total_training_steps=100))
+
+
+def test_checkpoints_of_other_versions_of_this_package(tmp_path, caplog):
+    old, newer, foreign = (tmp_path / name / "global_step_4" for name in ("old", "newer", "foreign"))
+    for folder, state in ((old, {"state_version": 1, "version": 4, "rule": {}}), (newer, {"state_version": 3})):
+        folder.mkdir(parents=True)
+        (folder / resume.STATE_FILE).write_text(json.dumps(state))
+    foreign.mkdir(parents=True)
+    assert resume.read_state(old)["state_version"] == 1 and "an older verl-m2po wrote it" in caplog.text
+    settings = resume.settings_of(config(tmp_path))
+    assert resume.check(old, resume.read_state(old), settings, ranks=1) == []
+    (problem,) = resume.check(newer, {"state_version": 3}, settings, ranks=1)
+    assert problem.is_fatal and "has format 3, this version of verl-m2po reads 1 to 2" in str(problem)
+    with pytest.raises(FileNotFoundError, match="was not written by a trainer mode of verl-m2po"):
+        resume.read_state(foreign)
+
+
+def test_a_broken_state_file_is_named_before_it_is_parsed(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "global_step_4" / resume.STATE_FILE
+    path.write_text(path.read_text()[:-9])
+    assert resume.problems(config(tmp_path)) == []
+    with pytest.raises(CheckpointError, match=r"staleness.json has \d+ bytes"):
+        resume.read_state(tmp_path / "global_step_4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trainer__resume_mode": "resume_path"}, "resume_from_path=None: not a checkpoint folder"),
+        ({"trainer__resume_mode": "resume_path", "trainer__resume_from_path": "/nowhere/global_step_4"}, "/nowhere"),
+        ({"trainer__resume_mode": "latest"}, "resume_mode=latest: it is one of auto, disable, resume_path"),
+    ],
+)
+def test_nothing_to_resume_from_is_refused(tmp_path, changes, words):
+    assert words in str(the_problem(config(tmp_path, **changes)))
+
+
+def test_shards_on_other_machines_are_noticed_when_they_are_written(tmp_path):
+    (tmp_path / "actor").mkdir()
+    (tmp_path / "actor" / "model_world_size_3_rank_1.pt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"rank_0.pt, model_world_size_3_rank_2.pt .* all nodes share"):
+        resume.require_all_shards(tmp_path)
+
+
+def test_random_states_go_through_json():
+    state = json.loads(json.dumps(random_states.save()))
+    drawn = (random.random(), np.random.rand(), torch.rand(()).item())
+    random_states.load(state)
+    assert (random.random(), np.random.rand(), torch.rand(()).item()) == drawn
+
+
+class Buffer:
+    """What the trainer asks of its buffer when it saves."""
+
+    rule = BoundedAsync(1, 8)
+
+    def state_dict(self):
+        return {"state_version": 2}
+
+
+class SavedTo:
+    """A user's `trainer.checkpoint_callback_class`."""
+
+    def __init__(self) -> None:
+        self.folders = []
+
+    def on_save(self, checkpoint_dir, global_step, **_kwargs):
+        assert flaws(Checkpoints(checkpoint_dir).root) == []
+        self.folders.append(checkpoint_dir)
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    """A trainer whose verl half writes one file and its pointer, where verl's configuration says."""
+
+    def verls(self):
+        root = self.config.trainer.default_local_dir
+        assert self.config.trainer.max_actor_ckpt_to_keep is None
+        with open(f"{root}/global_step_{self.global_steps}/data.pt", "w") as file:
+            file.write("position")
+        with open(f"{root}/latest_checkpointed_iteration.txt", "w") as file:
+            file.write(str(self.global_steps))
+        self.checkpoint_callback.on_save(trainer=self, global_step=self.global_steps, checkpoint_dir=root)
+
+    monkeypatch.setattr(PPOTrainer, "_save_checkpoint", verls)
+    trainer = object.__new__(PPOTrainerBoundedAsync)
+    trainer.config = config(tmp_path, "bounded_async")
+    OmegaConf.set_struct(trainer.config, True)
+    trainer.replay_buffer, trainer.checkpoint_callback = Buffer(), SavedTo()
+    trainer._checkpoints, trainer._resumed_from = Checkpoints(tmp_path), None
+    trainer._settings, trainer.use_critic = {}, False
+    return trainer
+
+
+def test_verl_writes_beside_and_its_settings_are_as_they_were(trainer, tmp_path):
+    before = OmegaConf.to_container(trainer.config)
+    for step in (2, 4, 6):
+        trainer.global_steps = step
+        trainer._save_checkpoint()
+    assert OmegaConf.to_container(trainer.config) == before
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps() == [4, 6], "max_actor_ckpt_to_keep=2 keeps two whole checkpoints"
+    assert all(flaws(checkpoints.folder(step)) == [] for step in (4, 6))
+    assert checkpoints.latest() == tmp_path / "global_step_6"
+    assert trainer.checkpoint_callback.folders == [str(tmp_path / f"global_step_{step}") for step in (2, 4, 6)]
+
+
+def test_when_verls_half_fails_nothing_has_changed(trainer, tmp_path, monkeypatch):
+    trainer.global_steps = 2
+    trainer._save_checkpoint()
+    before = OmegaConf.to_container(trainer.config)
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PPOTrainer, "_save_checkpoint", full)
+    trainer.global_steps = 4
+    with pytest.raises(CheckpointError, match=r"step 4 could not .*No space left .*global_step_2 is untouched"):
+        trainer._save_checkpoint()
+    assert OmegaConf.to_container(trainer.config) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_2", "latest_checkpointed_iteration.txt"]

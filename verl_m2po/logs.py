@@ -1,0 +1,36 @@
+"""Keeps the log of an earlier attempt: verl's `file` logger empties its file at every start, also of a resumed run.
+
+The present attempt logs under the name that verl gives it; those before it are `<name>.attempt-1.jsonl`,
+`<name>.attempt-2.jsonl`, ... beside it, and `verl-m2po report` joins them.
+"""
+
+import itertools
+import logging
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+logger = logging.getLogger(__name__)
+
+
+def path_of(config: DictConfig) -> Path | None:
+    """Where verl's `file` logger will write in this process; None if the run does not use it."""
+    loggers = OmegaConf.select(config, "trainer.logger") or []
+    if "file" not in ([loggers] if isinstance(loggers, str) else loggers):
+        return None
+    if path := os.environ.get("VERL_FILE_LOGGER_PATH"):
+        return Path(path)
+    root = Path(os.environ.get("VERL_FILE_LOGGER_ROOT", ".")).expanduser()
+    return root / str(config.trainer.project_name) / f"{config.trainer.experiment_name}.jsonl"
+
+
+def keep_earlier(path: Path | None) -> Path | None:
+    """Move the log of an earlier attempt out of the way of the next; returns where it went, None if there was none."""
+    if path is None or not path.is_file() or not path.stat().st_size:
+        return None
+    names = (path.with_name(f"{path.stem}.attempt-{number}{path.suffix}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    os.rename(path, aside)
+    logger.info("the log of the attempt before this one is now %s", aside)
+    return aside
