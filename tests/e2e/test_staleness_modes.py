@@ -1,5 +1,6 @@
 """The staleness modes end to end: the version of every trained row, from the ledger."""
 
+import failing_rewards
 import pytest
 
 from verl_m2po.bench.paced import SECONDS_PER_TOKEN
@@ -58,6 +59,17 @@ def assert_every_place_was_trained_once(
     assert all(len(group[3]) == responses for line in ledger for group in line["groups"])
 
 
+def assert_exactly_k_steps_old(result, ledger, k_steps: int, steps: int) -> None:
+    assert versions_by_step(ledger) == {step: {max(0, step - 1 - k_steps)} for step in range(1, steps + 1)}
+    ages = [UPDATES_PER_STEP * min(step, k_steps) for step in range(steps)]
+    assert result.series("staleness/age_updates_max") == result.series("staleness/age_updates_mean") == ages
+    verls = [age / UPDATES_PER_STEP for age in ages]
+    assert result.series("training/off_policy/trajectory_staleness_worst/max") == verls
+    assert result.series("training/off_policy/trajectory_staleness/min") == verls
+    # Age-zero tokens have only the mismatch between vLLM and the trainer in their ratio: nothing, in float32.
+    assert max(result.series("actor/m2po/mismatch_floor")) < 1e-9
+
+
 def test_no_staleness_is_verls_synchronous_mode(train, tmp_path):
     """k = 0 against `sync`, two ranks, one update a step: the same samples, so the same losses, step by step.
 
@@ -90,23 +102,33 @@ def test_no_staleness_is_verls_synchronous_mode(train, tmp_path):
 @pytest.mark.parametrize(
     ("mode", "k_steps", "steps", "batch", "responses", "overrides"),
     [
-        ("stale_k_separate", 1, STEPS, BATCH, RESPONSES, SEPARATE),
         ("stale_k", 4, STEPS, BATCH, RESPONSES, ("trainer.test_freq=4", "trainer.val_before_train=true")),
         ("stale_k_separate", 16, 20, 2, 2, (*SEPARATE, *TINY_BATCHES)),
     ],
-    ids=["separate, k=1", "shared, k=4", "separate, k=16"],
+    ids=["shared, k=4", "separate, k=16"],
 )
 def test_every_trained_row_is_exactly_k_steps_old(train, tmp_path, mode, k_steps, steps, batch, responses, overrides):
     result, ledger = run_mode(train, tmp_path, mode, k_steps * UPDATES_PER_STEP, *overrides, steps=steps)
-    assert versions_by_step(ledger) == {step: {max(0, step - 1 - k_steps)} for step in range(1, steps + 1)}
+    assert_exactly_k_steps_old(result, ledger, k_steps, steps)
     assert_every_place_was_trained_once(ledger, steps, batch, responses)
-    ages = [UPDATES_PER_STEP * min(step, k_steps) for step in range(steps)]
-    assert result.series("staleness/age_updates_max") == result.series("staleness/age_updates_mean") == ages
-    verls = [age / UPDATES_PER_STEP for age in ages]
-    assert result.series("training/off_policy/trajectory_staleness_worst/max") == verls
-    assert result.series("training/off_policy/trajectory_staleness/min") == verls
-    # Age-zero tokens have only the mismatch between vLLM and the trainer in their ratio: nothing, in float32.
-    assert max(result.series("actor/m2po/mismatch_floor")) < 1e-9
+
+
+def test_a_prompt_that_fails_is_replaced_by_the_same_weights(train, tmp_path):
+    """A tenth fail in the reward function, which raises, returns NaN, infinity or None, or never ends."""
+    result, ledger = run_mode(
+        train,
+        tmp_path,
+        "stale_k_separate",
+        UPDATES_PER_STEP,
+        *SEPARATE,
+        f"reward.custom_reward_function.path={failing_rewards.__file__}",
+        "trainer.v1.stale_k_separate.generation_timeout_s=20",
+    )
+    assert_exactly_k_steps_old(result, ledger, 1, STEPS)
+    assert_every_place_was_trained_once(ledger)
+    assert not any(failing_rewards.fails(group[0]) for line in ledger for group in line["groups"])
+    assert sum(result.series("staleness/evicted_failed")) >= 3
+    assert "generation_timeout_s=20" in result.output and "ZeroDivisionError" in result.output
 
 
 def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path):

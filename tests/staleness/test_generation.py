@@ -70,6 +70,11 @@ def test_what_must_not_be_trained_on_is_refused(bad, message):
         check_output(bad, needs_log_probs=True, max_response_tokens=8)
 
 
+def test_a_reward_function_that_returns_nothing_is_refused():
+    with pytest.raises(ValueError, match="returned nothing"):
+        check_output(output([1], [-1.0], reward=None), True, 8, needs_reward=True)
+
+
 def test_a_good_response_passes():
     check_output(output([1, 0, 1], [-1.0, 0.0, -2.0]), needs_log_probs=True, max_response_tokens=3)
     check_output(output([1], reward=None), needs_log_probs=False, max_response_tokens=3)

@@ -65,7 +65,9 @@ def spans_of(session: Session, output: AgentLoopOutput) -> tuple[tuple[int, int]
     return tuple(spans)
 
 
-def check_output(output: AgentLoopOutput, needs_log_probs: bool, max_response_tokens: int) -> None:
+def check_output(
+    output: AgentLoopOutput, needs_log_probs: bool, max_response_tokens: int, needs_reward: bool = False
+) -> None:
     """Refuse a trajectory that must not be trained on.
 
     Raises:
@@ -85,6 +87,8 @@ def check_output(output: AgentLoopOutput, needs_log_probs: bool, max_response_to
             raise ValueError(f"{found} behaviour log-probs for {tokens} response tokens")
         if not all(math.isfinite(value) for value in log_probs):
             raise ValueError("behaviour log-probs that are not finite")
+    if output.reward_score is None and needs_reward:
+        raise ValueError("the reward function returned nothing")
     if output.reward_score is not None and not math.isfinite(output.reward_score):
         raise ValueError(f"reward {output.reward_score} is not finite")
 
@@ -204,7 +208,12 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
             earlier.extra_fields["reward_extra_info"] = last.extra_fields["reward_extra_info"]
         rollout = self.config.actor_rollout_ref.rollout
         for each in outputs:
-            check_output(each, rollout.calculate_log_probs, rollout.response_length)
+            check_output(
+                each,
+                needs_log_probs=rollout.calculate_log_probs,
+                max_response_tokens=rollout.response_length,
+                needs_reward=self.reward_loop_worker_handles is not None,
+            )
         await self._store(outputs, session, kwargs)
 
     async def _store(self, outputs: list[AgentLoopOutput], session: Session, kwargs: dict[str, Any]) -> None:

@@ -104,10 +104,12 @@ class Listener:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._others: set[psutil.Process] = set()
         self._handlers: dict[signal.Signals, Any] = {}
 
     def start(self) -> None:
         """Listen from now on. Only the main thread of a process may."""
+        self._others = set(psutil.Process().children(recursive=True))
         self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._take_signals()
         # Ray's C++ side takes SIGTERM for a crash as soon as it is there, behind Python's back.
@@ -125,7 +127,7 @@ class Listener:
             SystemExit: there was a signal.
         """
         worker._post_init_hooks.remove(self._take_signals)
-        left = _Left.now()
+        left = _Left.besides(self._others)
         ray.shutdown()
         left.remove(grace_s=10.0)
         for number, handler in self._handlers.items():
@@ -135,28 +137,26 @@ class Listener:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None or not ray.is_initialized():
-            _leave(signal.Signals(number))
+            self._leave(signal.Signals(number))
         self.received = signal.Signals(number)
         # Not here: the handler may have interrupted a call into Ray.
         threading.Thread(target=self._ask, args=(self.received,), daemon=True).start()
 
-    @staticmethod
-    def _ask(number: signal.Signals) -> None:
+    def _ask(self, number: signal.Signals) -> None:
         if not _is_set(_TRAINING):
-            _leave(number)
+            self._leave(number)
         _say(
             f"{number.name}: finishing the step and saving a checkpoint; the same command goes on from there. "
             "Send it again to leave at once"
         )
         _set(_STOP)
 
-
-def _leave(number: signal.Signals) -> NoReturn:
-    """End this process and all that it has started."""
-    _say(f"{number.name}: leaving at once")
-    _Left.now().remove(grace_s=0.0)
-    sys.stdout.flush()
-    os._exit(128 + number)
+    def _leave(self, number: signal.Signals) -> NoReturn:
+        """End this process and all that it has started."""
+        _say(f"{number.name}: leaving at once")
+        _Left.besides(self._others).remove(grace_s=0.0)
+        sys.stdout.flush()
+        os._exit(128 + number)
 
 
 @dataclass
@@ -171,8 +171,9 @@ class _Left:
     segments: set[Path]
 
     @classmethod
-    def now(cls) -> "_Left":
-        processes = psutil.Process().children(recursive=True)
+    def besides(cls, others: set[psutil.Process]) -> "_Left":
+        """What the driver has started, without `others`."""
+        processes = [process for process in psutil.Process().children(recursive=True) if process not in others]
         return cls(processes, _segments(process.pid for process in processes))
 
     def remove(self, grace_s: float) -> None:
