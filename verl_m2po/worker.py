@@ -254,12 +254,8 @@ class M2POTrainingWorker(TrainingWorker):
         group = self.engine.get_data_parallel_group()
         if group is not None:
             dist.all_reduce(sums, group=group)
-        named_sums: dict[str, float] = dict(zip(diagnostics.SUMS, sums.tolist(), strict=True))
-        if named_sums["age_zero_tokens"]:
-            self._mismatch_floor = named_sums["square_age_zero"] / named_sums["age_zero_tokens"]
-        metrics = diagnostics.ratios(named_sums)
-        if self._mismatch_floor is not None:
-            metrics["mismatch_floor"] = self._mismatch_floor
+        metrics = diagnostics.whole(sums, self._mismatch_floor)
+        self._mismatch_floor = metrics.get("mismatch_floor")
         return metrics
 
 

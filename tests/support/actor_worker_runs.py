@@ -59,8 +59,8 @@ def rollouts(rows, seed, ages=None):
     return data
 
 
-def build_worker(model_folder, policy_loss, ours=True, lr=0.0):
-    """verl's training worker (or ours); with learning rate 0 it can train on the same data again."""
+def build_worker(model_folder, policy_loss, ours=True, lr=0.0, optim=None):
+    """verl's training worker (or ours); at learning rate 0 it can train on data again. `optim` wins over `lr`."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import (
         FSDPActorConfig,
@@ -96,7 +96,7 @@ def build_worker(model_folder, policy_loss, ours=True, lr=0.0):
             model_type="language_model",
             model_config=model_config,
             engine_config=engine_config,
-            optimizer_config=FSDPOptimizerConfig(lr=lr, total_training_steps=10),
+            optimizer_config=optim or FSDPOptimizerConfig(lr=lr, total_training_steps=10),
             checkpoint_config=CheckpointConfig(),
         )
     )

@@ -131,6 +131,21 @@ def add_entropy(mini_batch: MiniBatch, entropy: Tensor, response_mask: Tensor) -
     mini_batch.sums[-1][-len(ENTROPY_SUMS) :] = torch.stack((total, response_mask.sum(), total_masked, masked.sum()))
 
 
+def whole(sums: Tensor, mismatch_floor: float | None = None) -> dict[str, float]:
+    """The metrics of a whole mini-batch, without their prefix.
+
+    Args:
+        sums: float64 [len(SUMS)], over all micro-batches and ranks.
+        mismatch_floor: The last known one, which is reported where no token of age zero is in the mini-batch; None
+            leaves it out.
+    """
+    named: dict[str, float] = dict(zip(SUMS, sums.tolist(), strict=True))
+    if named["age_zero_tokens"]:
+        mismatch_floor = named["square_age_zero"] / named["age_zero_tokens"]
+    metrics = ratios(named)
+    return metrics if mismatch_floor is None else metrics | {"mismatch_floor": mismatch_floor}
+
+
 def ratios(sums: dict[str, float]) -> dict[str, float]:
     """The metrics of a whole mini-batch from its sums, without their prefix.
 

@@ -76,7 +76,7 @@ class StalenessMetrics:
     """
 
     def __init__(self, clock: UpdateClock) -> None:
-        self._clock = clock
+        self.clock = clock
         self._step = _Step()
         self._length_bias = LengthBias()
         self._generator_idle_since: float | None = None
@@ -165,8 +165,8 @@ class StalenessMetrics:
         if step.tokens:
             ages = step.age_by_steps
             mean = sum(age * tokens for age, tokens in ages.items()) / step.tokens
-            metrics["staleness/age_updates_mean"] = mean * self._clock.updates_per_step
-            metrics["staleness/age_updates_max"] = self._clock.updates(max(ages))
+            metrics["staleness/age_updates_mean"] = mean * self.clock.updates_per_step
+            metrics["staleness/age_updates_max"] = self.clock.updates(max(ages))
             metrics |= self._histogram()
         rates = self._length_bias.drop_rates()
         metrics |= {f"staleness/drop_rate/length_decile_{i}": rate for i, rate in enumerate(rates, start=1)}

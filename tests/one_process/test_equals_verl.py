@@ -1,0 +1,49 @@
+"""The experiment bench is verl without the processes: the same updates on the same batches."""
+
+import pytest
+import torch
+from one_process_runs import run_both
+from ranks import run_on_ranks
+
+pytestmark = pytest.mark.slow
+
+LOSSES = ("m2po", "grpo", "gspo")
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def runs(tiny):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("VERL_PLATFORM", "cpu")
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+        return run_on_ranks((1,), run_both, LOSSES, tiny, STEPS)[1][0]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_first_steps_give_the_weights_that_verl_gets(runs, loss):
+    ours, verls = runs[loss]
+    assert ours["parameters"].keys() == verls["parameters"].keys()
+    for name, parameter in ours["parameters"].items():
+        # Adam turns rounding of tiny gradients into steps of up to the learning rate, 3e-3: look at the whole.
+        assert (parameter - verls["parameters"][name]).norm() < 1e-3 * parameter.norm(), name
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_metrics_of_every_update_are_verls(runs, loss):
+    ours, verls = runs[loss]
+    for step, (mine, theirs) in enumerate(zip(ours["metrics"], verls["metrics"], strict=True)):
+        theirs = {"actor/" + name if name in ("grad_norm", "lr") else name: values for name, values in theirs.items()}
+        shared = mine.keys() & theirs.keys()
+        assert {"actor/pg_loss", "actor/grad_norm", "actor/lr"} <= shared
+        assert {name for name in theirs if name.startswith("actor/")} <= mine.keys()
+        for name in shared:
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), (step, name)
+
+
+def test_old_batches_are_masked_and_clipped(runs):
+    def last(loss, metric):
+        return runs[loss][0]["metrics"][-1][metric]
+
+    assert any(last("m2po", "actor/m2po/masked_fraction"))
+    assert any(last("grpo", "actor/pg_clipfrac"))
+    assert torch.tensor(last("m2po", "actor/m2po/second_moment_after")).max() <= 0.04 * 1.001

@@ -1,0 +1,31 @@
+"""What the experiment bench takes from a config, and what it refuses."""
+
+import pytest
+
+from verl_m2po.one_process import setup as setups
+
+pytestmark = pytest.mark.slow
+
+
+def test_reads_the_config_of_a_run_through_verl():
+    setup = setups.read(["loss=m2po", "staleness=s256", "actor_rollout_ref.actor.policy_loss.m2po.threshold=0.1"])
+    assert setup.actor.policy_loss.loss_mode == "m2po"
+    assert setup.actor.policy_loss.m2po.threshold == 0.1
+    assert setup.clock.updates_per_step == 4
+    assert setup.staleness_steps == 64
+    assert setups.read(["loss=grpo", "staleness=on_policy"]).staleness_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("actor_rollout_ref.actor.use_kl_loss=true", "actor_rollout_ref.actor.use_kl_loss=True"),
+        ("loss=decoupled_ppo", "algorithm.rollout_correction.bypass_mode=False"),
+        ("staleness=bounded_async", "trainer.v1.trainer_mode=bounded_async"),
+        ("actor_rollout_ref.rollout.top_p=0.9", "actor_rollout_ref.rollout.top_p=0.9"),
+    ],
+)
+def test_refuses_what_only_verl_can_do(override, key):
+    with pytest.raises(setups.NotOnTheBench, match="needs verl itself") as refused:
+        setups.read([override])
+    assert key in str(refused.value)

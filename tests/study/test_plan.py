@@ -1,0 +1,28 @@
+"""Laws of the study's queue."""
+
+from collections import Counter
+
+from verl_m2po.study import plan
+
+
+def test_every_run_has_its_own_folder(tmp_path):
+    folders = Counter(job.folder(tmp_path) for job in plan.jobs())
+    assert max(folders.values()) == 1
+
+
+def test_reported_seeds_are_not_those_that_chose_the_learning_rate():
+    assert plan.TRIAL_SEED not in {job.seed for job in plan.jobs() if job.stage != "learning_rate"}
+
+
+def test_five_seeds_on_policy_and_at_the_largest_staleness():
+    seeds = Counter((job.loss, job.staleness_updates) for job in plan.jobs() if job.stage == "staleness")
+    for loss in plan.METHODS:
+        assert seeds[loss, 0] == seeds[loss, plan.STALEST] == len(plan.SEEDS) >= 5
+
+
+def test_stopped_early_all_conditions_of_the_claim_have_as_many_seeds():
+    claim = [("grpo", 0), ("m2po", 256), ("grpo", 256), ("no_trust_region", 256)]
+    first = plan.jobs()[: 4 * len(plan.SEEDS)]
+    for i in range(0, len(first), 4):
+        assert {(job.loss, job.staleness_updates) for job in first[i : i + 4]} == set(claim)
+        assert len({job.seed for job in first[i : i + 4]}) == 1

@@ -1,0 +1,135 @@
+"""Optimizer updates on one process: verl's loss and optimizer, the actor worker's statistics, a plain forward pass."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import Tensor
+from transformers import Qwen2ForCausalLM
+from verl.utils import tensordict_utils as tu
+from verl.utils.metric import Metric
+from verl.utils.py_functional import append_to_dict
+from verl.utils.torch_functional import (
+    entropy_from_logits,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+)
+from verl.workers.config import build_optimizer
+from verl.workers.utils.losses import ppo_loss
+
+from verl_m2po.losses import diagnostics
+from verl_m2po.one_process.rollouts import prompt_cache
+from verl_m2po.one_process.setup import Setup
+from verl_m2po.mini_batch import MiniBatch, training
+from verl_m2po.worker import AGE_FIELD, Observed
+
+FIELDS = ("prompts", "responses", "attention_mask", "response_mask", "old_log_probs", "advantages", AGE_FIELD)
+
+
+class Learner:
+    """What verl's actor worker does with a batch, for a model that fits into one process.
+
+    A mini-batch is one micro-batch, so that a loss that decides over the whole mini-batch sees all of it.
+
+    Args:
+        model: The policy, trained in place.
+        setup: Loss, optimizer and sizes.
+    """
+
+    def __init__(self, model: Qwen2ForCausalLM, setup: Setup) -> None:
+        self._model = model
+        self._actor = setup.actor
+        self._temperature = setup.config.actor_rollout_ref.rollout.temperature
+        self._responses = setup.responses
+        self._rows = setup.actor.ppo_mini_batch_size * setup.responses
+        self._mismatch_floor: float | None = None
+        self._optimizer = build_optimizer(model.parameters(), setup.actor.optim)
+        self._schedule = _schedule(self._optimizer, setup.actor.optim)
+
+    def train_step(self, batch: TensorDict) -> dict[str, list[Any]]:
+        """All optimizer updates of one trainer step; each metric of the updates as a list, by verl's names.
+
+        Args:
+            batch: The fields of `FIELDS`, [rows, ...]; the responses to a prompt follow each other.
+        """
+        metrics: dict[str, list[Any]] = {}
+        update = 0
+        for _ in range(self._actor.ppo_epochs):
+            for mini_batch in batch.select(*FIELDS).split(self._rows):
+                append_to_dict(metrics, self.update(mini_batch, update))
+                update += 1
+        self._schedule.step()
+        metrics["actor/lr"] = [self._schedule.get_last_lr()[0]]
+        return metrics
+
+    def update(self, data: TensorDict, updates_before: int = 0) -> dict[str, float]:
+        """One optimizer update on a whole mini-batch.
+
+        Args:
+            data: The fields of `FIELDS`, [rows, ...].
+            updates_before: Updates of this trainer step before it, by which the rows are older.
+        """
+        tokens = int(data["response_mask"].sum())
+        tu.assign_non_tensor(data, dp_size=1, batch_num_tokens=tokens, global_batch_size=len(data))
+        mini_batch = MiniBatch(decide_in_loss=True)
+        loss_fn = Observed(
+            partial(ppo_loss, config=self._actor),
+            mini_batch,
+            bool(self._actor.policy_loss.get("diagnostics", False)),
+            lambda rows: _is_age_zero(rows, updates_before),
+        )
+        self._optimizer.zero_grad()
+        with training(mini_batch):
+            loss, metrics = loss_fn(model_output=self._outputs(data), data=data)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._actor.optim.clip_grad)
+        if torch.isfinite(norm):
+            self._optimizer.step()
+        named = {name: value.aggregate() if isinstance(value, Metric) else value for name, value in metrics.items()}
+        if mini_batch.sums:
+            whole = diagnostics.whole(torch.stack(mini_batch.sums).sum(0), self._mismatch_floor)
+            self._mismatch_floor = whole.get("mismatch_floor")
+            named |= {f"{diagnostics.PREFIX}{name}": value for name, value in whole.items()}
+        return named | {"actor/grad_norm": norm.item()}
+
+    def _outputs(self, data: TensorDict) -> dict[str, Tensor]:
+        """Log-prob of the next token at every position, as verl's engines give them, [rows x tokens]."""
+        prompt = data["prompts"].shape[1]
+        cache = prompt_cache(self._model, data["prompts"][:: self._responses], self._responses)
+        # The last token of a response predicts nothing.
+        seen = torch.cat((data["prompts"][:, -1:], data["responses"][:, :-1]), dim=1)
+        logits = self._model(input_ids=seen, past_key_values=cache).logits / self._temperature
+        log_probs = logits.log_softmax(-1).gather(-1, data["responses"][..., None]).squeeze(-1)
+
+        def everywhere(of_response: Tensor) -> Tensor:
+            return F.pad(of_response, (prompt - 1, 1)).flatten()
+
+        outputs = {"log_probs": everywhere(log_probs)}
+        if self._actor.calculate_entropy or self._actor.entropy_coeff:
+            outputs["entropy"] = everywhere(entropy_from_logits(logits))
+        return outputs
+
+
+def _is_age_zero(data: TensorDict, updates_before: int) -> Tensor | None:
+    """bool [rows]: rows that the present weights generated; None, which saves a pass over the tokens, for no row."""
+    is_age_zero = data[AGE_FIELD] + updates_before == 0
+    return is_age_zero if is_age_zero.any() else None
+
+
+def _schedule(optimizer: torch.optim.Optimizer, optim: Any) -> torch.optim.lr_scheduler.LRScheduler:
+    """verl's learning rate schedules, in trainer steps."""
+    warmup = optim.lr_warmup_steps
+    if warmup is None or warmup <= 0:
+        warmup = int(optim.lr_warmup_steps_ratio * optim.total_training_steps)
+    if optim.lr_scheduler_type == "constant":
+        return get_constant_schedule_with_warmup(optimizer=optimizer, num_warmup_steps=warmup)
+    return get_cosine_schedule_with_warmup(
+        optimizer=optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=optim.total_training_steps,
+        min_lr_ratio=optim.min_lr_ratio,
+        num_cycles=optim.num_cycles,
+        zero_indexed_step=optim.zero_indexed_step,
+    )

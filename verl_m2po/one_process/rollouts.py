@@ -1,0 +1,159 @@
+"""Rollouts as verl's trainer gets them: tokens, behaviour log-probs and rewards, one group for each prompt."""
+
+# transformers and TensorDict annotate wider, or narrower, types than they return.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from transformers import Cache, PreTrainedTokenizerBase, Qwen2ForCausalLM
+from verl import DataProto
+from verl.trainer.ppo.ray_trainer import compute_advantage
+
+from verl_m2po.one_process.setup import Setup
+from verl_m2po.tasks import arithmetic, tiny_model
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Prompts of one length, with the responses that earn the reward.
+
+    Args:
+        prompts: int64 [problems, prompt].
+        answers: int64 [problems, response], `tiny_model.NO_TOKEN` after the end of the turn.
+        sums: The right responses as text.
+    """
+
+    prompts: Tensor
+    answers: Tensor
+    sums: list[str]
+
+    @classmethod
+    def make(cls, tokenizer: PreTrainedTokenizerBase, count: int, split: str, digits: int, seed: int = 0) -> "Problems":
+        """The first `count` problems of the arithmetic task, which are also the first rows of its data files."""
+        prompts, answers = tiny_model.encode_problems(tokenizer, count, split=split, digits=digits, seed=seed)
+        problems = (arithmetic.problem(index, split=split, digits=digits, seed=seed) for index in range(count))
+        return cls(prompts, answers, [arithmetic.question_and_answer(*pair)[1] for pair in problems])
+
+    def order(self, seed: int) -> Iterator[int]:
+        """Indices of problems without end, each epoch shuffled anew."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield from torch.randperm(len(self.sums), generator=generator).tolist()
+
+
+class Generator:
+    """Samples responses with transformers and scores them with the task's reward.
+
+    Args:
+        model: The policy; its present weights are the behaviour policy of what is generated.
+        tokenizer: Of the model.
+        problems: Prompts to choose from.
+        setup: Responses per prompt and temperature.
+    """
+
+    def __init__(
+        self, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: Problems, setup: Setup
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._problems = problems
+        self._responses = setup.responses
+        self._temperature = setup.config.actor_rollout_ref.rollout.temperature
+        self._end = tokenizer.eos_token_id
+
+    @torch.no_grad()
+    def generate(self, indices: list[int]) -> list[TensorDict]:
+        """One group of responses for each problem of `indices`, with rewards and behaviour log-probs.
+
+        Returns:
+            For each problem the fields of verl's batches, [responses, ...]: prompts, responses, attention_mask,
+            response_mask, rollout_log_probs, rm_scores (on the last token).
+        """
+        prompts = self._problems.prompts[indices]
+        length = prompts.shape[1]
+        cache = prompt_cache(self._model, prompts, self._responses)
+        repeated = prompts.repeat_interleave(self._responses, dim=0)
+        output = self._model.generate(
+            input_ids=repeated,
+            attention_mask=torch.ones_like(repeated),
+            past_key_values=cache,
+            max_new_tokens=self._problems.answers.shape[1],
+            do_sample=True,
+            temperature=self._temperature,
+            top_k=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        responses = output.sequences[:, length:]
+        logits = torch.stack(output.logits, dim=1) / self._temperature
+        log_probs = logits.log_softmax(-1).gather(-1, responses[..., None]).squeeze(-1)
+        mask = _until_end(responses, self._end)
+        batch = TensorDict(
+            {
+                "prompts": output.sequences[:, :length],
+                "responses": responses,
+                # Tokens after the end of the turn change nothing before them, so that all rows can be of one length.
+                "attention_mask": torch.ones_like(output.sequences),
+                "response_mask": mask,
+                "rollout_log_probs": log_probs * mask,
+                "rm_scores": self._scores(responses, mask, indices),
+            },
+            batch_size=len(responses),
+        )
+        return list(batch.split(self._responses))
+
+    def _scores(self, responses: Tensor, mask: Tensor, indices: list[int]) -> Tensor:
+        texts = self._tokenizer.batch_decode(responses.masked_fill(~mask, self._end), skip_special_tokens=True)
+        truths = [self._problems.sums[index] for index in indices for _ in range(self._responses)]
+        rewards = [
+            arithmetic.compute_score(arithmetic.DATA_SOURCE, text, truth)
+            for text, truth in zip(texts, truths, strict=True)
+        ]
+        scores = torch.zeros(responses.shape)
+        scores[torch.arange(len(scores)), mask.sum(-1) - 1] = torch.tensor(rewards)
+        return scores
+
+
+def prompt_cache(model: Qwen2ForCausalLM, prompts: Tensor, responses: int) -> Cache:
+    """Keys and values of all prompt tokens but the last, computed once for each prompt and repeated for its responses.
+
+    Args:
+        model: With or without gradient, as the caller has it.
+        prompts: int64 [prompts, prompt].
+        responses: Responses of each prompt, which follow each other.
+    """
+    cache = model.model(input_ids=prompts[:, :-1], use_cache=True).past_key_values
+    assert cache is not None
+    cache.batch_repeat_interleave(responses)
+    return cache
+
+
+def _until_end(responses: Tensor, end: int) -> Tensor:
+    """bool [rows, response]: tokens up to the end of the turn, that one included."""
+    ended_before = (responses == end).cumsum(-1) - (responses == end).long()
+    return ended_before == 0
+
+
+def with_advantages(groups: list[TensorDict], setup: Setup) -> DataProto:
+    """The batch of `groups` as verl's trainer hands it to the actor, advantages by verl's own function."""
+    batch = torch.cat(groups)
+    uids = np.repeat([str(i) for i in range(len(groups))], [len(group) for group in groups])
+    data = DataProto(batch=batch, non_tensor_batch={"uid": uids.astype(object)})
+    data.batch["token_level_scores"] = data.batch["token_level_rewards"] = data.batch["rm_scores"]
+    # verl's bypass mode
+    data.batch["old_log_probs"] = data.batch["rollout_log_probs"]
+    algorithm = setup.config.algorithm
+    return compute_advantage(
+        data,
+        adv_estimator=algorithm.adv_estimator,
+        gamma=algorithm.gamma,
+        lam=algorithm.lam,
+        num_repeat=setup.responses,
+        norm_adv_by_std_in_grpo=algorithm.get("norm_adv_by_std_in_grpo", True),
+        config=algorithm,
+    )

@@ -1,0 +1,126 @@
+"""What one run does, from the same Hydra config as a run through verl."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import ActorConfig
+
+from verl_m2po.losses.settings import KEY
+from verl_m2po.staleness.units import UpdateClock
+from verl_m2po.tasks import tiny_model
+
+CONFIG = "arithmetic_staleness"
+# 0.1M parameters. Heads of 32, the least that vLLM serves on the CPU: runs through verl can start from the same model.
+RECIPE = tiny_model.Recipe(
+    digits=3,
+    hidden_size=64,
+    intermediate_size=128,
+    heads=2,
+    key_value_heads=1,
+    max_steps=6000,
+    evaluate_every_steps=50,
+)
+MODES = ("sync", "stale_k", "stale_k_separate")
+
+
+class NotOnTheBench(ValueError):
+    """A setting that only a run through verl can honour."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A composed config, checked, with what is read from it often.
+
+    Args:
+        config: verl's config of the run.
+        actor: Its actor settings as verl's workers get them.
+        clock: Converts optimizer updates and trainer steps.
+        staleness_steps: Age of every batch when its trainer step begins, in trainer steps; 0 is on-policy.
+    """
+
+    config: DictConfig
+    actor: ActorConfig
+    clock: UpdateClock
+    staleness_steps: int
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts per trainer step."""
+        return self.config.data.train_batch_size
+
+    @property
+    def responses(self) -> int:
+        """Responses per prompt."""
+        return self.config.actor_rollout_ref.rollout.n
+
+    @property
+    def steps(self) -> int:
+        """Trainer steps of the run."""
+        return self.config.trainer.total_training_steps
+
+
+def read(overrides: list[str], config_name: str = CONFIG) -> Setup:
+    """Compose `config_name` with `overrides` as ``python -m verl.trainer.main_ppo`` does.
+
+    Raises:
+        NotOnTheBench: The config asks for something that is left out here; names the key.
+        hydra.errors.HydraException: The config does not compose.
+    """
+    import verl  # noqa: F401  # loads the plugin, with which Hydra knows our configs
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose(config_name, overrides=overrides)
+    _refuse(config)
+    actor: Any = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    actor.optim.total_training_steps = config.trainer.total_training_steps
+    clock = UpdateClock(config.data.train_batch_size, actor.ppo_mini_batch_size, actor.ppo_epochs)
+    return Setup(config, actor, clock, clock.steps(*_staleness(config)))
+
+
+def _staleness(config: DictConfig) -> tuple[int, str]:
+    mode = config.trainer.v1.trainer_mode
+    if mode == "sync":
+        return 0, "staleness_updates"
+    return config.trainer.v1[mode].staleness_updates, f"trainer.v1.{mode}.staleness_updates"
+
+
+def _refuse(config: DictConfig) -> None:
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    mode, steps = config.trainer.v1.trainer_mode, config.trainer.total_training_steps
+    wanted = {
+        "trainer.v1.trainer_mode": (mode, mode in MODES, f"one of {', '.join(MODES)}"),
+        "trainer.total_training_steps": (steps, steps is not None and steps > 0, "a number of trainer steps"),
+        "algorithm.rollout_correction.bypass_mode": _same(config.algorithm.rollout_correction.bypass_mode, True),
+        "algorithm.use_kl_in_reward": _same(config.algorithm.use_kl_in_reward, False),
+        "actor_rollout_ref.actor.use_kl_loss": _same(actor.use_kl_loss, False),
+        "actor_rollout_ref.actor.shuffle": _same(actor.shuffle, False),
+        f"{KEY}.m2po.subtract_mismatch_floor": _same(actor.policy_loss.m2po.subtract_mismatch_floor, False),
+        f"{KEY}.step_scale.power": (
+            actor.policy_loss.step_scale.power,
+            not actor.policy_loss.step_scale.power,
+            "null or 0",
+        ),
+        "actor_rollout_ref.rollout.top_p": _same(rollout.top_p, 1.0),
+        "actor_rollout_ref.rollout.top_k": _same(rollout.top_k, -1),
+        "critic.enable": (config.critic.enable, not config.critic.enable, "null or false"),
+    }
+    for key, (value, is_fine, what) in wanted.items():
+        if not is_fine:
+            raise NotOnTheBench(
+                f"{key}={value} needs verl itself; in one process it must be {what}. The same overrides work with "
+                f"`python -m verl.trainer.main_ppo --config-name={CONFIG}`"
+            )
+
+
+def _same(value: Any, wanted: Any) -> tuple[Any, bool, str]:
+    return value, value == wanted, str(wanted).lower()
+
+
+def base_model(digits: int = RECIPE.digits) -> Path:
+    """Folder of the base model, supervised first where no cache holds it (about a minute)."""
+    return tiny_model.build(dataclasses.replace(RECIPE, digits=digits))

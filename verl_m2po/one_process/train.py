@@ -1,0 +1,185 @@
+"""The trainer's loop: generate what the staleness rule admits, train on what it selects, log as verl does."""
+
+# transformers and TensorDict annotate wider, or narrower, types than they return.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from verl.trainer.ppo.metric_utils import compute_data_metrics
+from verl.utils.metric import reduce_metrics
+from verl.utils.tracking import Tracking
+
+from verl_m2po.one_process.learner import Learner
+from verl_m2po.one_process.rollouts import Generator, Problems, with_advantages
+from verl_m2po.one_process.setup import Setup
+from verl_m2po.staleness.metrics import StalenessMetrics
+from verl_m2po.staleness.records import Row
+from verl_m2po.staleness.rules import ExactStale
+from verl_m2po.staleness.units import version_at_step
+from verl_m2po.tasks import tiny_model
+from verl_m2po.worker import AGE_FIELD
+
+ACCURACY = "val-core/arithmetic/acc/mean@1"
+TRAINING_PROBLEMS, VALIDATION_PROBLEMS = 8192, 512
+LOG = "attempt-1.jsonl"
+
+
+@dataclass
+class Buffer:
+    """Finished rollouts under exact staleness: the rule that runs through verl use, and their tokens by group.
+
+    Args:
+        rule: Says what may be generated and what is trained.
+        metrics: Of `staleness/*`.
+    """
+
+    rule: ExactStale
+    metrics: StalenessMetrics
+
+    def __post_init__(self) -> None:
+        self._groups: dict[str, TensorDict] = {}
+        self._admitted = 0
+
+    def fill(self, version: int, generate: Callable[[int], list[TensorDict]]) -> None:
+        """Generate all that the rule admits at weight `version`, a batch at a time.
+
+        Args:
+            version: Weight version that generates.
+            generate: Gives that many groups of responses.
+        """
+        while count := min(self.rule.admissible(version), self.rule.batch_size):
+            self.metrics.admitted(count)
+            for group in generate(count):
+                uid = str(self._admitted)
+                self._admitted += 1
+                self.rule.admit(uid, version)
+                self.rule.finish(uid, _rows(uid, group, version))
+                self._groups[uid] = group
+
+    def take(self, version: int) -> list[TensorDict]:
+        """The groups to train from weight `version`, with the age of their rows in optimizer updates."""
+        selection = self.rule.select(version, self.rule.batch_size)
+        assert selection is not None, "what the rule admits is generated at once"
+        self.metrics.trained(selection.groups, version, selection.oldest_version)
+        groups = []
+        for group in selection.groups:
+            rollouts = self._groups.pop(group.ticket.uid)
+            age = self.metrics.clock.age_updates(group.min_version, version)
+            rollouts[AGE_FIELD] = torch.full((len(rollouts),), age)
+            groups.append(rollouts)
+        return groups
+
+
+def _rows(uid: str, group: TensorDict, version: int) -> tuple[Row, ...]:
+    prompt = group["prompts"].shape[1]
+    lengths = group["response_mask"].sum(-1).tolist()
+    return tuple(Row(f"{uid}_{i}_0", prompt, n, ((version, n),)) for i, n in enumerate(lengths))
+
+
+class Bench:
+    """One run: model, problems, buffer and learner.
+
+    Args:
+        setup: What to do.
+        model_folder: The base model, as `tiny_model.build` makes it.
+        digits: Digits of each number of the arithmetic task.
+    """
+
+    def __init__(self, setup: Setup, model_folder: Path, digits: int) -> None:
+        seed = setup.config.actor_rollout_ref.rollout.seed
+        torch.manual_seed(seed)
+        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        self.setup = setup
+        self.model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        problems = Problems.make(tokenizer, TRAINING_PROBLEMS, "train", digits)
+        self._held_out = Problems.make(tokenizer, VALIDATION_PROBLEMS, "validation", digits)
+        self._order = problems.order(setup.config.data.seed or 0)
+        self._generator = Generator(self.model, tokenizer, problems, setup)
+        self.learner = Learner(self.model, setup)
+        rule = ExactStale(setup.staleness_steps, setup.batch_size)
+        rule.limit(setup.steps)
+        self._buffer = Buffer(rule, StalenessMetrics(setup.clock))
+
+    def batch(self, step: int) -> Any:
+        """What trainer step `step` (from 1) trains on, as a DataProto; generates all that is due before it."""
+        version = version_at_step(step)
+        self._buffer.fill(version, lambda count: self._generator.generate(list(islice(self._order, count))))
+        return with_advantages(self._buffer.take(version), self.setup)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One trainer step (from 1); its metrics by verl's names."""
+        began = time.perf_counter()
+        data = self.batch(step)
+        generated = time.perf_counter()
+        metrics: dict[str, Any] = self.learner.train_step(data.batch)
+        ended = time.perf_counter()
+        metrics = reduce_metrics(metrics) | compute_data_metrics(data, use_critic=False)
+        metrics |= self._buffer.metrics.take(self._buffer.rule.in_flight, self._buffer.rule.ready)
+        tokens = int(data.batch["attention_mask"].sum())
+        return metrics | {
+            "training/global_step": step,
+            "timing_s/gen": generated - began,
+            "timing_s/update_actor": ended - generated,
+            "timing_s/step": ended - began,
+            "perf/throughput": tokens / (ended - began),
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Probability that a sampled response to a held-out problem is right: verl's accuracy without its noise."""
+        accuracy = tiny_model.sampled_accuracy(self.model, self._held_out.prompts, self._held_out.answers)
+        return {ACCURACY: accuracy}
+
+
+def train(
+    setup: Setup,
+    model_folder: Path,
+    digits: int,
+    folder: Path,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> Path:
+    """Run `setup` to its end and return verl's JSON-lines log, beside which config.yaml and run.json are written.
+
+    Args:
+        setup: What to do.
+        model_folder: The base model.
+        digits: Digits of each number.
+        folder: Folder of the run; what an earlier run left in it is replaced.
+        on_step: Called with each trainer step and its metrics; None for silence.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(setup.config, folder / "config.yaml", resolve=True)
+    config, trainer = setup.config, setup.config.trainer
+    # Where verl's loggers write; they read it from the environment only.
+    os.environ |= {"VERL_FILE_LOGGER_PATH": str(folder / LOG), "TENSORBOARD_DIR": str(folder / "tensorboard")}
+    backends = [name for name in trainer.logger if name != "console"]
+    logger = Tracking(trainer.project_name, trainer.experiment_name, backends, OmegaConf.to_container(config))
+    bench = Bench(setup, model_folder, digits)
+    logger.log(bench.validate(), 0)
+    for step in range(1, setup.steps + 1):
+        metrics = bench.step(step)
+        if step == setup.steps or (trainer.test_freq > 0 and step % trainer.test_freq == 0):
+            metrics |= bench.validate()
+        logger.log(metrics, step)
+        if on_step:
+            on_step(step, metrics)
+    logger.finish()
+    return folder / LOG
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run may depend on beside its config."""
+    import importlib.metadata
+
+    names = ("verl-m2po", "verl", "torch", "transformers", "tensordict", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

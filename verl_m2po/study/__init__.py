@@ -1,0 +1,1 @@
+"""The staleness study: which runs, in which order, and what docs/results.md makes of them."""

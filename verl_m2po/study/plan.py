@@ -1,0 +1,102 @@
+"""The runs of the study, the most telling ones first: stopped at any moment, what has run is worth reading."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Seeds of the trials that chose the learning rate; none of them is reported as a result.
+TRIAL_SEED = 101
+SEEDS = (1, 2, 3, 4, 5)
+FEW_SEEDS = (1, 2)
+STALEST = 256
+TRIAL_LEARNING_RATES = (1.5e-5, 3e-5, 6e-5)
+TRIAL_STEPS = 250
+STEPS = 600
+THRESHOLDS = (0.01, 0.02, 0.08, 0.16)
+METHODS = ("grpo", "m2po", "no_trust_region", "gspo", "m2po_clip")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the bench.
+
+    Args:
+        stage: What it is run for; the folder that its own folder is in.
+        loss: Option of the Hydra group ``loss``.
+        staleness_updates: Age of the data in optimizer updates; 0 is on-policy.
+        seed: Seed of the order of the prompts and of the rollouts.
+        overrides: Further Hydra overrides.
+        variant: Part of the name, where the overrides differ between jobs.
+    """
+
+    stage: str
+    loss: str
+    staleness_updates: int
+    seed: int
+    overrides: tuple[str, ...] = ()
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """Such as ``m2po-s256-seed1``, which `verl-m2po report` can read."""
+        variant = f"-{self.variant}" if self.variant else ""
+        return f"{self.loss}{variant}-s{self.staleness_updates}-seed{self.seed}"
+
+    def folder(self, out: Path) -> Path:
+        """Where it writes."""
+        return out / self.stage / self.name
+
+    @property
+    def all_overrides(self) -> list[str]:
+        """The overrides of the run, the same for the bench and for verl."""
+        staleness = f"s{self.staleness_updates}" if self.staleness_updates else "on_policy"
+        return [
+            f"loss={self.loss}",
+            f"staleness={staleness}",
+            f"data.seed={self.seed}",
+            f"actor_rollout_ref.rollout.seed={self.seed}",
+            f"trainer.experiment_name={self.name}",
+            "trainer.logger=[file]",
+            f"trainer.total_training_steps={STEPS}",
+            *self.overrides,
+        ]
+
+
+def trials() -> Iterator[Job]:
+    """GRPO on stale data at several learning rates, of which one is chosen by its clip fraction."""
+    for rate in TRIAL_LEARNING_RATES:
+        overrides = (f"actor_rollout_ref.actor.optim.lr={rate}", f"trainer.total_training_steps={TRIAL_STEPS}")
+        yield Job("learning_rate", "grpo", STALEST, TRIAL_SEED, overrides, f"lr{rate:g}")
+
+
+def _compare(losses: Iterable[str], staleness: Iterable[int], seeds: Iterable[int]) -> Iterator[Job]:
+    """Seed by seed, so that all conditions have equally many at any moment."""
+    pairs = [(loss, updates) for updates in staleness for loss in losses]
+    for seed in seeds:
+        for loss, updates in pairs:
+            yield Job("staleness", loss, updates, seed)
+
+
+def _thresholds(seeds: Iterable[int]) -> Iterator[Job]:
+    for seed in seeds:
+        for threshold in THRESHOLDS:
+            key = f"actor_rollout_ref.actor.policy_loss.m2po.threshold={threshold}"
+            yield Job("threshold", "m2po", STALEST, seed, (key,), f"threshold{threshold:g}")
+
+
+def jobs() -> list[Job]:
+    """All runs on the bench, each once, in the order in which they are started."""
+    claim = list(_compare(("m2po", "grpo", "no_trust_region"), (STALEST,), SEEDS))
+    reference = list(_compare(("grpo",), (0,), SEEDS))
+    # A seed of the reference with each seed of the claim.
+    first = [job for seed in SEEDS for job in (*reference, *claim) if job.seed == seed]
+    queue = [
+        *first,
+        *trials(),
+        *_compare(("gspo", "m2po_clip"), (STALEST,), SEEDS),
+        *_compare(("grpo", "m2po", "no_trust_region"), (64, 16), FEW_SEEDS),
+        *_thresholds(FEW_SEEDS),
+        *_compare(METHODS, (0,), SEEDS),
+        *_compare(METHODS, (64, 16), SEEDS),
+    ]
+    return list(dict.fromkeys(queue))

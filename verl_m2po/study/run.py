@@ -1,0 +1,153 @@
+"""Runs the jobs of the study side by side, skips those that are finished, and says how long the rest will take."""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from verl_m2po.bench.page import processor
+from verl_m2po.study.plan import Job
+
+# Written last: a folder with it holds a finished run.
+DONE = "run.json"
+
+
+def is_done(job: Job, out: Path) -> bool:
+    """Whether the run is there, with the settings that the plan has now."""
+    done = job.folder(out) / DONE
+    return done.is_file() and json.loads(done.read_text())["overrides"] == job.all_overrides
+
+
+def _start_worker(steps: Any) -> None:
+    """Once in each worker process: one thread of torch, and where to report each trainer step."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["VERL_PLATFORM"] = "cpu"
+    _run.steps = steps
+
+
+@contextmanager
+def _claim(folder: Path) -> Iterator[bool]:
+    """Whether the run in `folder` is ours, not that of another call of the study; given up when the process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".claim").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _run(job: Job, out: Path) -> str:
+    """Run `job` unless another call of the study runs it or ran it; returns what became of it."""
+    with _claim(job.folder(out)) as ours:
+        if not ours or is_done(job, out):
+            _run.steps.put(_steps(job))
+            return f"left {job.name} to another process"
+        _train(job, out)
+        return f"finished {job.name}"
+
+
+def _train(job: Job, out: Path) -> None:
+    from verl_m2po.one_process import setup as setups
+    from verl_m2po.one_process import train
+
+    setup = setups.read(job.all_overrides)
+    began = time.time()
+    log = train.train(setup, setups.base_model(), setups.RECIPE.digits, job.folder(out), lambda *_: _run.steps.put(1))
+    record = {
+        "job": asdict(job),
+        "overrides": job.all_overrides,
+        "config": setups.CONFIG,
+        "model": asdict(setups.RECIPE),
+        "versions": train.versions(),
+        "machine": processor(),
+        "seconds": round(time.time() - began, 1),
+        "log": log.name,
+    }
+    unfinished = log.with_name(f".{DONE}.part")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(unfinished, log.with_name(DONE))
+
+
+class _Rate:
+    """Trainer steps a second since the start, and with it the time that the rest will take."""
+
+    def __init__(self) -> None:
+        self.began, self.steps = time.time(), 0
+
+    def left(self, total: int) -> str:
+        if not self.steps:
+            return "-:--:--"
+        return str(timedelta(seconds=int((total - self.steps) * (time.time() - self.began) / self.steps)))
+
+
+def _steps(job: Job) -> int:
+    key = "trainer.total_training_steps="
+    return int([override.removeprefix(key) for override in job.all_overrides if override.startswith(key)][-1])
+
+
+def run_jobs(jobs: Sequence[Job], out: Path, workers: int, console: Console) -> list[str]:
+    """Run the jobs that are not finished; return a line for each that failed.
+
+    Args:
+        jobs: In the order in which they are started.
+        out: Folder of the runs.
+        workers: Runs at a time.
+        console: Where progress is shown.
+
+    Raises:
+        BrokenProcessPool: A worker process was killed. What was finished stays, and the next call goes on from there.
+    """
+    missing = [job for job in jobs if not is_done(job, out)]
+    console.print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished, {workers} at a time, in {out}")
+    if not missing:
+        return []
+    from verl_m2po.one_process.setup import base_model
+
+    base_model()
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    total, rate, failed = sum(map(_steps, missing)), _Rate(), []
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("starting", total=total)
+
+        def count() -> None:
+            while (steps := queue.get()) is not None:
+                rate.steps += steps
+                progress.update(bar, completed=rate.steps, description=f"left {rate.left(total)}")
+
+        counter = Thread(target=count, daemon=True)
+        counter.start()
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue,))
+        futures: dict[Future[str], Job] = {pool.submit(_run, job, out): job for job in missing}
+        try:
+            for future in as_completed(futures):
+                try:
+                    console.print(f"{future.result()}, {rate.left(total)} left")
+                except BrokenProcessPool:
+                    raise
+                except Exception as error:
+                    failed.append(f"{futures[future].name}: {type(error).__name__}: {error}")
+                    console.print(failed[-1], markup=False, style="red")
+        finally:
+            pool.shutdown(cancel_futures=True, wait=True)
+            queue.put(None)
+            counter.join()
+    return failed
