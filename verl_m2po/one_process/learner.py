@@ -20,9 +20,9 @@ from verl.workers.config import build_optimizer
 from verl.workers.utils.losses import ppo_loss
 
 from verl_m2po.losses import diagnostics
+from verl_m2po.mini_batch import MiniBatch, training
 from verl_m2po.one_process.rollouts import prompt_cache
 from verl_m2po.one_process.setup import Setup
-from verl_m2po.mini_batch import MiniBatch, training
 from verl_m2po.worker import AGE_FIELD, Observed
 
 FIELDS = ("prompts", "responses", "attention_mask", "response_mask", "old_log_probs", "advantages", AGE_FIELD)
