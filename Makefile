@@ -25,7 +25,7 @@ PYTEST_ARGS ?=
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast faults lint types bench bench-modes docs docs-links clean
+.PHONY: help env quickstart test test-fast faults lint types bench bench-modes study study-verl study-results docs docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -71,6 +71,15 @@ bench: $(STAMP) ## Measure the losses, the decision and a trainer step, into doc
 bench-modes: $(STAMP) ## Measure the trainer modes side by side and their buffer, into docs/benchmarks.md (about 30 minutes)
 	$(BIN)/python -m verl_m2po.bench.modes --out docs/benchmarks.md
 	$(BIN)/python -m verl_m2po.bench.buffer --out docs/benchmarks.md
+
+study: $(STAMP) ## Run the staleness study on the experiment bench, or go on with it (hours; finished runs are skipped)
+	$(BIN)/python -m verl_m2po.study run
+
+study-verl: $(STAMP) ## The study's four runs through verl itself, each from its last checkpoint on
+	$(BIN)/python -m verl_m2po.study verl
+
+study-results: $(STAMP) ## Bring docs/results.md and its figures up to date with what has run so far
+	$(BIN)/python -m verl_m2po.study results
 
 # The documentation has a small environment of its own: the extra `docs` would bring verl.
 DOCS_ENV := docs/_build/env

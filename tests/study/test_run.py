@@ -1,6 +1,7 @@
 """The study's driver on two short runs, one of which cannot work."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -11,15 +12,17 @@ from verl_m2po.study.run import is_done, run_jobs
 
 pytestmark = pytest.mark.slow
 
-SHORT = ("trainer.total_training_steps=2", "data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=2")
+SHORT = ("data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=2")
 
 
 def test_runs_what_is_missing_and_names_what_failed(tmp_path, capsys):
-    good = Job("staleness", "m2po", 8, 1, SHORT)
-    bad = Job("staleness", "m2po", 8, 2, (*SHORT, "actor_rollout_ref.rollout.top_p=0.9"))
+    good = Job("staleness", "m2po", 8, 1, SHORT, steps=2)
+    bad = Job("staleness", "m2po", 8, 2, (*SHORT, "actor_rollout_ref.rollout.top_p=0.9"), steps=2)
     failed = run_jobs([good, bad], tmp_path, 1, Console())
     assert [line.split(":")[0] for line in failed] == [bad.name]
     assert is_done(good, tmp_path) and not is_done(bad, tmp_path)
+    assert is_done(replace(good, steps=1), tmp_path)
+    assert not is_done(replace(good, steps=3), tmp_path)
 
     record = json.loads((good.folder(tmp_path) / "run.json").read_text())
     assert record["overrides"] == good.all_overrides

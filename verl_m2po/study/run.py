@@ -21,14 +21,28 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from verl_m2po.bench.page import processor
 from verl_m2po.study.plan import Job
 
-# Written last: a folder with it holds a finished run.
-DONE = "run.json"
+# What is, or was, run in a folder.
+RECORD = "run.json"
+LOG = "attempt-1.jsonl"
+# Longer than a line of the log.
+TAIL_BYTES = 16_384
 
 
 def is_done(job: Job, out: Path) -> bool:
-    """Whether the run is there, with the settings that the plan has now."""
-    done = job.folder(out) / DONE
-    return done.is_file() and json.loads(done.read_text())["overrides"] == job.all_overrides
+    """Whether the run is there, with the settings that the plan has now and at least as many trainer steps."""
+    record, log = job.folder(out) / RECORD, job.folder(out) / LOG
+    if not record.is_file() or not log.is_file():
+        return False
+    return json.loads(record.read_text())["overrides"] == job.all_overrides and last_step(log) >= job.steps
+
+
+def last_step(log: Path) -> int:
+    """The trainer step of the last whole line of one of verl's JSON-lines logs; -1 for none."""
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        lines = stream.read().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n") and line.startswith(b'{"step"')]
+    return json.loads(whole[-1])["step"] if whole else -1
 
 
 def _start_worker(steps: Any) -> None:
@@ -57,7 +71,7 @@ def _run(job: Job, out: Path) -> str:
     """Run `job` unless another call of the study runs it or ran it; returns what became of it."""
     with _claim(job.folder(out)) as ours:
         if not ours or is_done(job, out):
-            _run.steps.put(_steps(job))
+            _run.steps.put(job.steps)
             return f"left {job.name} to another process"
         _train(job, out)
         return f"finished {job.name}"
@@ -67,9 +81,7 @@ def _train(job: Job, out: Path) -> None:
     from verl_m2po.one_process import setup as setups
     from verl_m2po.one_process import train
 
-    setup = setups.read(job.all_overrides)
-    began = time.time()
-    log = train.train(setup, setups.base_model(), setups.RECIPE.digits, job.folder(out), lambda *_: _run.steps.put(1))
+    setup = setups.read([*job.all_overrides, f"trainer.total_training_steps={job.steps}"])
     record = {
         "job": asdict(job),
         "overrides": job.all_overrides,
@@ -77,12 +89,12 @@ def _train(job: Job, out: Path) -> None:
         "model": asdict(setups.RECIPE),
         "versions": train.versions(),
         "machine": processor(),
-        "seconds": round(time.time() - began, 1),
-        "log": log.name,
     }
-    unfinished = log.with_name(f".{DONE}.part")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(unfinished, log.with_name(DONE))
+    folder = job.folder(out)
+    # Otherwise the log of an earlier run would be taken for this one's.
+    (folder / LOG).unlink(missing_ok=True)
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    train.train(setup, setups.base_model(), setups.RECIPE.digits, folder, lambda *_: _run.steps.put(1))
 
 
 class _Rate:
@@ -95,11 +107,6 @@ class _Rate:
         if not self.steps:
             return "-:--:--"
         return str(timedelta(seconds=int((total - self.steps) * (time.time() - self.began) / self.steps)))
-
-
-def _steps(job: Job) -> int:
-    key = "trainer.total_training_steps="
-    return int([override.removeprefix(key) for override in job.all_overrides if override.startswith(key)][-1])
 
 
 def run_jobs(jobs: Sequence[Job], out: Path, workers: int, console: Console) -> list[str]:
@@ -123,7 +130,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, workers: int, console: Console) -> 
     base_model()
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    total, rate, failed = sum(map(_steps, missing)), _Rate(), []
+    total, rate, failed = sum(job.steps for job in missing), _Rate(), []
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("starting", total=total)

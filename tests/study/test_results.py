@@ -1,0 +1,83 @@
+"""What the study makes of its runs, on numbers that can be checked by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from verl_m2po.study import page as pages
+from verl_m2po.study import results as studied
+from verl_m2po.study.results import Interval, Result, recovered_gap
+
+COMMON = {"config": "arithmetic_staleness", "model": {}, "versions": {"verl": "0"}, "machine": "a machine"}
+PAGE = "\n".join(
+    f"<!-- {name}: begin -->\n<!-- {name}: end -->"
+    for name in (
+        *("provenance", "claim", "conditions", "learning rates", "thresholds", "through verl"),
+        *("claim figure", "other figures"),
+    )
+)
+
+
+def result(loss, staleness, seed, accuracy, curve="clipped", share=0.01, stage="staleness"):
+    steps = [25 * i for i in range(len(accuracy))]
+    curves = {curve: [share] * (len(steps) - 1), "second_moment": [0.02] * (len(steps) - 1)}
+    return Result(stage, loss, staleness, 4, seed, "", steps, accuracy, curves, 60.0)
+
+
+def test_interval_is_students_t():
+    interval = Interval.of([0.1, 0.2, 0.3])
+    assert interval is not None and interval.mean == pytest.approx(0.2)
+    # Sample deviation 0.1, t(2) = 4.303.
+    assert interval.half_width == pytest.approx(4.303 * 0.1 / np.sqrt(3))
+    assert Interval.of([]) is None
+    single = Interval.of([0.5])
+    assert single is not None and np.isnan(single.half_width)
+
+
+def test_recovered_gap():
+    share = recovered_gap([0.55, 0.55], [0.5, 0.5], [0.6, 0.6])
+    assert share == pytest.approx((0.5, 0.5, 0.5))
+    share = recovered_gap([0.54, 0.56], [0.49, 0.51], [0.59, 0.61])
+    assert share is not None and share[0] == pytest.approx(0.5) and share[1] < 0.5 < share[2]
+    assert recovered_gap([0.55], [0.5, 0.5], [0.6, 0.6]) is None, "one seed gives no interval"
+    assert recovered_gap([0.55, 0.5], [0.7, 0.7], [0.6, 0.6]) is None, "GRPO lost nothing"
+
+
+def test_means_leave_the_ramp_out():
+    # 16 updates are 4 steps; with 200 updates, 50 steps, the first two of four windows are the ramp's.
+    assert result("grpo", 16, 1, [0.3] * 5).mean("clipped") == pytest.approx(0.01)
+    run = Result("staleness", "grpo", 200, 4, 1, "", [0, 25, 50, 75, 100], [0.3] * 5, {"clipped": [9, 9, 1, 3]}, 0.0)
+    assert run.mean("clipped") == 2
+
+
+def test_page_from_results(tmp_path):
+    rising = list(np.linspace(0.3, 0.5, 13))
+    runs = [
+        result(loss, age, seed, [a - lost + 0.001 * seed for a in rising], curve, share)
+        for loss, age, lost, curve, share in (
+            ("grpo", 0, 0.0, "clipped", 0.0001),
+            ("grpo", 256, 0.04, "clipped", 0.02),
+            ("m2po", 256, 0.01, "masked", 0.001),
+            ("no_trust_region", 256, 0.02, "masked", 0.0),
+        )
+        for seed in (1, 2, 3)
+    ]
+    data = tmp_path / "results" / "one_process.json"
+    studied.write(COMMON | {"runs": studied._plain(runs)}, data)
+    assert json.loads(data.read_text())["machine"] == "a machine"
+    common, loaded = studied.load(data)
+    assert sorted(loaded, key=studied._order) == sorted(runs, key=studied._order)
+
+    page = tmp_path / "results.md"
+    page.write_text(PAGE)
+    assert pages.write(common, loaded, [], page) == ["claim"]
+    text = page.read_text()
+    assert "| GRPO at s=256 below on-policy | 4.0 points |" in text
+    assert "| of that gap recovered by M2PO | 75% [" in text
+    assert "2% / 0.1% = 20 |" in text
+    assert text.count("Not run yet.") == 2
+    assert (tmp_path / "figures" / "results" / "claim.svg").is_file()
+    written = page.read_text()
+    pages.write(common, loaded, [], page)
+    assert page.read_text() == written, "writing again changes nothing"

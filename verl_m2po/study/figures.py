@@ -1,0 +1,213 @@
+"""The figures of docs/results.md, from the results alone."""
+
+# Matplotlib annotates wider types than it takes, and wants its own type for the keys of rcParams.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from verl_m2po.report.style import COLOURS, ON_POLICY, RC
+from verl_m2po.study.plan import STALEST, THRESHOLDS
+from verl_m2po.study.results import Interval, Result, select
+
+UPDATES_PER_STEP = 4
+NAMES = {
+    "m2po": "M2PO",
+    "m2po_clip": "M2PO, authors' clip",
+    "grpo": "GRPO",
+    "no_trust_region": "no trust region",
+    "gspo": "GSPO",
+}
+DEFAULT_THRESHOLD = 0.04
+
+
+def _curves(results: Sequence[Result], curve: str | None = None) -> tuple[list[int], np.ndarray]:
+    """Steps, and one row of values for each seed: accuracies, or one of the other curves."""
+    if curve is None:
+        return results[0].steps, np.array([result.accuracy for result in results])
+    return results[0].steps[1:], np.array([result.curves[curve] for result in results])
+
+
+def _band(axes: Axes, results: Sequence[Result], colour: str, curve: str | None = None, **style) -> float:
+    """Mean over seeds and a band from the lowest to the highest; returns where the line ends."""
+    steps, values = _curves(results, curve)
+    axes.plot(steps, values.mean(0), color=colour, linewidth=2, **style)
+    if len(values) > 1:
+        axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+    return float(values.mean(0)[-1])
+
+
+def _apart(ends: dict[str, float], least: float) -> dict[str, float]:
+    """Heights for labels at the ends of lines, in their order and `least` apart."""
+    placed: dict[str, float] = {}
+    last = -np.inf
+    for name in sorted(ends, key=ends.__getitem__):
+        last = placed[name] = max(ends[name], last + least)
+    shift = np.mean([placed[name] - ends[name] for name in ends]) if ends else 0.0
+    return {name: height - shift for name, height in placed.items()}
+
+
+def _label_ends(axes: Axes, at: int, ends: dict[str, float], colours: dict[str, str], least: float) -> None:
+    for name, height in _apart(ends, least).items():
+        axes.annotate(
+            name, (at, height), xytext=(6, 0), textcoords="offset points", color=colours[name], va="center", fontsize=10
+        )
+
+
+def claim(results: Sequence[Result]) -> Figure:
+    """What staleness does and what M2PO does about it: accuracy, and the tokens that each method leaves out."""
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        _accuracy(left, results)
+        _left_out(right, results)
+        return figure
+
+
+def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
+    ends, colours = {}, {}
+    lines = [("on-policy (GRPO, s=0)", select(results, "staleness", "grpo", 0), ON_POLICY)]
+    lines += [
+        (NAMES[loss], select(results, "staleness", loss, STALEST), COLOURS[loss])
+        for loss in ("m2po", "no_trust_region", "grpo")
+    ]
+    for name, runs, colour in lines:
+        if runs:
+            style = {"linestyle": (0, (4, 1.5)), "zorder": 3} if colour == ON_POLICY else {}
+            ends[name], colours[name] = _band(axes, runs, colour, **style), colour
+    steps = results[0].steps
+    axes.set_xlim(0, steps[-1])
+    axes.axvspan(0, STALEST / UPDATES_PER_STEP, color="#F4F4F4", zorder=0)
+    axes.annotate(
+        "data of the\nbase model",
+        (STALEST / UPDATES_PER_STEP, axes.get_ylim()[0]),
+        xytext=(4, 6),
+        textcoords="offset points",
+        fontsize=8,
+        color="#7A7A7A",
+    )
+    low, high = axes.get_ylim()
+    _label_ends(axes, steps[-1], ends, colours, 0.052 * (high - low))
+    axes.set_xlabel("trainer step (four optimizer updates)")
+    axes.set_ylabel("accuracy on held-out problems")
+    axes.set_title(f"Accuracy on data {STALEST} updates old")
+
+
+def _left_out(axes: Axes, results: Sequence[Result]) -> None:
+    """In the lines' own words: GRPO clips, M2PO masks; without a trust region nothing is left out."""
+    for loss, verb in (("grpo", "GRPO clips"), ("m2po", "M2PO masks")):
+        runs = select(results, "staleness", loss, STALEST)
+        if not runs:
+            continue
+        curve = runs[0].left_out_name
+        _band(axes, runs, COLOURS[loss], curve)
+        share = np.mean([run.mean(curve) for run in runs])
+        steps, values = _curves(runs, curve)
+        middle = len(steps) // 2
+        axes.annotate(
+            f"{verb} {100 * share:.2g}%",
+            (steps[middle], values.mean(0)[middle]),
+            xytext=(0, 14),
+            textcoords="offset points",
+            color=COLOURS[loss],
+            fontsize=10,
+            ha="center",
+        )
+    axes.set_yscale("symlog", linthresh=1e-4, linscale=0.4)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(0, results[0].steps[-1])
+    axes.set_xlabel("trainer step")
+    axes.set_ylabel("share of response tokens")
+    axes.set_title("Tokens that give no gradient")
+
+
+def _bars(axes: Axes, x: Sequence[float], intervals: Sequence[Interval], colour: str, label: str) -> None:
+    half_widths = [0.0 if np.isnan(interval.half_width) else interval.half_width for interval in intervals]
+    means = [interval.mean for interval in intervals]
+    axes.errorbar(x, means, yerr=half_widths, color=colour, marker="o", capsize=3, linewidth=1.8, label=label)
+
+
+def by_staleness(results: Sequence[Result]) -> Figure | None:
+    """Final accuracy against staleness for every loss; None without an age between on-policy and the stalest."""
+    ages = sorted({r.staleness_updates for r in results if r.stage == "staleness"})
+    if len(ages) < 3:
+        return None
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+        axes = figure.subplots()
+        reference = Interval.of([r.final for r in select(results, "staleness", "grpo", 0)])
+        if reference:
+            axes.axhline(reference.mean, color=ON_POLICY, linestyle=(0, (4, 1.5)), label="on-policy (GRPO)")
+        for i, (loss, name) in enumerate(NAMES.items()):
+            found = [(age, [r.final for r in select(results, "staleness", loss, age)]) for age in ages if age > 0]
+            points = [(age, interval) for age, values in found if (interval := Interval.of(values))]
+            if points:
+                # Side by side, so that no bar hides another.
+                x = [np.log2(age) + 0.05 * (i - 2) for age, _ in points]
+                _bars(axes, x, [interval for _, interval in points], COLOURS[loss], name)
+        stale = [age for age in ages if age > 0]
+        axes.set_xticks([np.log2(age) for age in stale], [str(age) for age in stale])
+        axes.set_xlabel("staleness (optimizer updates, log scale)")
+        axes.set_ylabel("final accuracy")
+        axes.set_title("Accuracy against staleness")
+        figure.legend(loc="outside lower center", ncols=3)
+        return figure
+
+
+def by_threshold(results: Sequence[Result]) -> Figure | None:
+    """Final accuracy against M2PO's threshold; None where the sweep has not run."""
+    points = []
+    for threshold in sorted((*THRESHOLDS, DEFAULT_THRESHOLD)):
+        is_default = threshold == DEFAULT_THRESHOLD
+        runs = (
+            select(results, "staleness", "m2po", STALEST)
+            if is_default
+            else select(results, "threshold", "m2po", STALEST, f"threshold{threshold:g}")
+        )
+        interval = Interval.of([run.final for run in runs])
+        if interval:
+            points.append((threshold, interval))
+    if len(points) < 3:
+        return None
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(6, 3.8), layout="constrained")
+        axes = figure.subplots()
+        x = [np.log2(threshold) for threshold, _ in points]
+        _bars(axes, x, [interval for _, interval in points], COLOURS["m2po"], "M2PO")
+        for loss in ("grpo", "no_trust_region"):
+            level = Interval.of([r.final for r in select(results, "staleness", loss, STALEST)])
+            if level:
+                axes.axhline(level.mean, color=COLOURS[loss], linestyle="dashed", label=NAMES[loss])
+        axes.set_xticks(x, [f"{threshold:g}" for threshold, _ in points])
+        axes.set_xlabel("threshold (log scale)")
+        axes.set_ylabel("final accuracy")
+        axes.set_title(f"M2PO's threshold, data {STALEST} updates old")
+        figure.legend(loc="outside lower center", ncols=3)
+        return figure
+
+
+FIGURES = {"claim": claim, "by_staleness": by_staleness, "by_threshold": by_threshold}
+
+
+def save(results: Sequence[Result], folder: Path) -> list[str]:
+    """Draw what can be drawn as SVG into `folder`; names of the figures that are there now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, draw in FIGURES.items():
+        path = folder / f"{name}.svg"
+        figure = draw(results)
+        if figure is None:
+            path.unlink(missing_ok=True)
+            continue
+        with mpl.rc_context(RC):
+            figure.savefig(path, metadata={"Date": None})
+        drawn.append(name)
+    return drawn

@@ -1,0 +1,234 @@
+"""The results of the study as one small JSON file, from which its page and figures are made without the logs."""
+
+# Pandas annotates wider types than it returns.
+# pyright: reportArgumentType=false, reportReturnType=false, reportCallIssue=false
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from verl_m2po.report import metrics
+from verl_m2po.report.runs import Run, read_runs
+from verl_m2po.report.summary import collapse_step
+from verl_m2po.study.plan import Job
+from verl_m2po.study.run import LOG, RECORD, is_done
+
+# Validations that make the final accuracy.
+FINAL_POINTS = 4
+# Student's t, 97.5%, by degrees of freedom; beyond, the normal distribution's is near enough.
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+NORMAL = 1.96
+RESAMPLES = 10_000
+MINI_BATCH_SIZE = "actor_rollout_ref.actor.ppo_mini_batch_size"
+# Metrics that are kept as means over the trainer steps since the validation before.
+CURVES = {
+    "masked": metrics.MASKED_FRACTION,
+    "clipped": metrics.CLIP_FRACTION,
+    "second_moment": metrics.SECOND_MOMENT_BEFORE,
+    "gradient_norm": "actor/grad_norm",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is kept of one run.
+
+    Args:
+        stage: Part of the study.
+        loss: Option of the Hydra group ``loss``.
+        staleness_updates: Age of the data in optimizer updates.
+        updates_per_step: Optimizer updates in a trainer step.
+        seed: Of prompts and rollouts.
+        variant: What else distinguishes it; empty for nothing.
+        steps: Trainer steps with a validation.
+        accuracy: Probability of a right response there.
+        curves: By the names of `CURVES`: means over the trainer steps up to each validation but the first.
+        seconds: Seconds of its trainer steps.
+    """
+
+    stage: str
+    loss: str
+    staleness_updates: int
+    updates_per_step: int
+    seed: int
+    variant: str
+    steps: list[int]
+    accuracy: list[float]
+    curves: dict[str, list[float]]
+    seconds: float
+
+    @property
+    def ramp(self) -> int:
+        """Trainer steps until the data is as old as it should be; the batches before are of the base model."""
+        return self.staleness_updates // self.updates_per_step
+
+    @property
+    def series(self) -> pd.Series:
+        """Accuracy by trainer step."""
+        return pd.Series(self.accuracy, index=self.steps)
+
+    @property
+    def final(self) -> float:
+        """Mean of the last validations."""
+        return float(np.mean(self.accuracy[-FINAL_POINTS:]))
+
+    @property
+    def best(self) -> float:
+        return max(self.accuracy)
+
+    @property
+    def collapse_step(self) -> int | None:
+        return collapse_step(self.series)
+
+    @property
+    def left_out_name(self) -> str:
+        """Which of the curves is the share of tokens without gradient: M2PO masks, the others clip."""
+        return "clipped" if "clipped" in self.curves else "masked"
+
+    def mean(self, curve: str) -> float:
+        """Mean of a curve after the ramp; NaN where the run is not that long."""
+        values = [value for at, value in zip(self.steps[1:], self.curves[curve], strict=True) if at > self.ramp]
+        return float(np.mean(values)) if values else float("nan")
+
+
+def _rounded(values: Iterable[float], digits: int) -> list[float]:
+    return [float(f"{value:.{digits}g}") for value in values]
+
+
+def _curves(run: Run, steps: list[int]) -> dict[str, list[float]]:
+    """Means between the validations at `steps`."""
+    curves = {}
+    for name, metric in CURVES.items():
+        if metric in run.logged:
+            series = run.series(metric)
+            series = series[(series.index > steps[0]) & (series.index <= steps[-1])]
+            curves[name] = _rounded(series.groupby(pd.cut(series.index, steps, labels=False)).mean(), 4)
+    if "clipped" in curves:
+        # What a loss that clips would have masked is 0 by definition.
+        curves.pop("masked", None)
+    return curves
+
+
+def _read(folder: Path, stage: str, variant: str = "", most: int | None = None) -> Result | None:
+    """What is kept of the run in `folder`, up to trainer step `most`; None before its second validation."""
+    runs, _ = read_runs([folder])
+    if not runs:
+        return None
+    run = runs[0]
+    names = [name for name in sorted(run.logged) if metrics.VALIDATION.match(name)]
+    accuracy = run.series(names[0]).loc[:most] if names else pd.Series(dtype=float)
+    if len(accuracy) < 2:
+        return None
+    steps, known = accuracy.index.tolist(), run.settings
+    size = [int(str(known.config[key])) for key in ("data.train_batch_size", MINI_BATCH_SIZE)]
+    return Result(
+        stage,
+        known.loss or "unknown",
+        known.staleness_updates or 0,
+        size[0] // size[1],
+        known.seed or 0,
+        variant,
+        steps,
+        _rounded(accuracy, 4),
+        _curves(run, steps),
+        round(float(run.series("timing_s/step").loc[:most].sum()), 1),
+    )
+
+
+def collect(jobs: Iterable[Job], out: Path) -> dict[str, Any]:
+    """Those of `jobs` that are finished under `out` as plain data, with what they have in common."""
+    done = [job for job in jobs if is_done(job, out)]
+    if not done:
+        raise FileNotFoundError(f"no finished run of the study in {out}: run `python -m verl_m2po.study run` first")
+    first = json.loads((done[0].folder(out) / RECORD).read_text())
+    results = [_read(job.folder(out), job.stage, job.variant, job.steps) for job in done]
+    common = {key: first[key] for key in ("config", "model", "versions", "machine")}
+    return common | {"runs": _plain(results)}
+
+
+def collect_verl(out: Path) -> dict[str, Any]:
+    """The runs through verl under `out`, also those that are not finished."""
+    results = [_read(path.parent, "verl") for path in sorted(out.glob(f"*/{LOG}"))]
+    return {"runs": _plain(results)}
+
+
+def _plain(results: Iterable[Result | None]) -> list[dict[str, Any]]:
+    known = sorted((result for result in results if result is not None), key=_order)
+    return [{field.name: getattr(result, field.name) for field in fields(result)} for result in known]
+
+
+def _order(result: Result) -> tuple:
+    return (result.stage, result.staleness_updates, result.loss, result.variant, result.seed)
+
+
+def write(data: dict[str, Any], path: Path) -> None:
+    """JSON with a line for each run, so that a later run changes its own line only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in data.items() if key != "runs"]
+    runs = ",\n".join(f"  {json.dumps(run)}" for run in data["runs"])
+    path.write_text("{\n" + ",\n".join([*common, f' "runs": [\n{runs}\n ]']) + "\n}\n")
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[Result]]:
+    """What `write` wrote: the common part, and the results."""
+    data = json.loads(path.read_text())
+    return data, [Result(**run) for run in data["runs"]]
+
+
+def select(results: Sequence[Result], stage: str, loss: str, staleness_updates: int, variant: str = "") -> list[Result]:
+    """The seeds of one condition."""
+    wanted = (stage, loss, staleness_updates, variant)
+    return [r for r in results if (r.stage, r.loss, r.staleness_updates, r.variant) == wanted]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with the half width of its 95% interval (Student's t); NaN for a single seed."""
+
+    mean: float
+    half_width: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Interval | None":
+        """None for no seed."""
+        if not values:
+            return None
+        count = len(values)
+        if count == 1:
+            return cls(float(values[0]), float("nan"), 1)
+        t = STUDENT_T[count - 2] if count - 2 < len(STUDENT_T) else NORMAL
+        return cls(float(np.mean(values)), float(t * np.std(values, ddof=1) / np.sqrt(count)), count)
+
+
+def recovered_gap(
+    method: Sequence[float], grpo: Sequence[float], reference: Sequence[float]
+) -> tuple[float, float, float] | None:
+    """Share of GRPO's gap to on-policy training that `method` recovers, with a 95% bootstrap interval over seeds.
+
+    Args:
+        method: Final accuracies of the method on stale data.
+        grpo: Of GRPO on the same.
+        reference: Of on-policy training.
+
+    Returns:
+        Share, lower and upper end; None where one of them has fewer than two seeds or GRPO has no gap.
+    """
+    if min(len(method), len(grpo), len(reference)) < 2 or np.mean(reference) <= np.mean(grpo):
+        return None
+    generator = np.random.default_rng(0)
+
+    def means(values: Sequence[float]) -> np.ndarray:
+        return generator.choice(np.asarray(values), (RESAMPLES, len(values))).mean(axis=1)
+
+    of_method, of_grpo, of_reference = means(method), means(grpo), means(reference)
+    gap = of_reference - of_grpo
+    shares = (of_method - of_grpo)[gap > 0] / gap[gap > 0]
+    low, high = np.quantile(shares, (0.025, 0.975))
+    share = (np.mean(method) - np.mean(grpo)) / (np.mean(reference) - np.mean(grpo))
+    return float(share), float(low), float(high)
