@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from verl_m2po.report.style import COLOURS, ON_POLICY, RC
 from verl_m2po.study.plan import STALEST, THRESHOLDS
-from verl_m2po.study.results import Interval, Result, select
+from verl_m2po.study.results import Result, select
 
 UPDATES_PER_STEP = 4
 NAMES = {
@@ -112,15 +112,16 @@ def _left_out(axes: Axes, results: Sequence[Result]) -> None:
         middle = len(steps) // 2
         axes.annotate(
             f"{verb} {100 * share:.2g}%",
-            (steps[middle], values.mean(0)[middle]),
-            xytext=(0, 14),
+            (steps[middle], values[:, middle - 2 : middle + 3].max()),
+            xytext=(0, 5),
             textcoords="offset points",
             color=COLOURS[loss],
             fontsize=10,
             ha="center",
+            va="bottom",
         )
     axes.set_yscale("symlog", linthresh=1e-4, linscale=0.4)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 3 * axes.get_ylim()[1])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlim(0, results[0].steps[-1])
@@ -129,10 +130,12 @@ def _left_out(axes: Axes, results: Sequence[Result]) -> None:
     axes.set_title("Tokens that give no gradient")
 
 
-def _bars(axes: Axes, x: Sequence[float], intervals: Sequence[Interval], colour: str, label: str) -> None:
-    half_widths = [0.0 if np.isnan(interval.half_width) else interval.half_width for interval in intervals]
-    means = [interval.mean for interval in intervals]
-    axes.errorbar(x, means, yerr=half_widths, color=colour, marker="o", capsize=3, linewidth=1.8, label=label)
+def _bars(axes: Axes, x: Sequence[float], finals: Sequence[Sequence[float]], colour: str, label: str) -> None:
+    """Means over seeds, with bars from the lowest to the highest."""
+    means = [float(np.mean(values)) for values in finals]
+    down = [mean - min(values) for mean, values in zip(means, finals, strict=True)]
+    up = [max(values) - mean for mean, values in zip(means, finals, strict=True)]
+    axes.errorbar(x, means, yerr=[down, up], color=colour, marker="o", capsize=3, linewidth=1.8, label=label)
 
 
 def by_staleness(results: Sequence[Result]) -> Figure | None:
@@ -143,16 +146,16 @@ def by_staleness(results: Sequence[Result]) -> Figure | None:
     with mpl.rc_context(RC):
         figure = Figure(figsize=(6.5, 4.2), layout="constrained")
         axes = figure.subplots()
-        reference = Interval.of([r.final for r in select(results, "staleness", "grpo", 0)])
+        reference = [r.final for r in select(results, "staleness", "grpo", 0)]
         if reference:
-            axes.axhline(reference.mean, color=ON_POLICY, linestyle=(0, (4, 1.5)), label="on-policy (GRPO)")
+            axes.axhline(np.mean(reference), color=ON_POLICY, linestyle=(0, (4, 1.5)), label="on-policy (GRPO)")
         for i, (loss, name) in enumerate(NAMES.items()):
             found = [(age, [r.final for r in select(results, "staleness", loss, age)]) for age in ages if age > 0]
-            points = [(age, interval) for age, values in found if (interval := Interval.of(values))]
+            points = [(age, values) for age, values in found if values]
             if points:
                 # Side by side, so that no bar hides another.
                 x = [np.log2(age) + 0.05 * (i - 2) for age, _ in points]
-                _bars(axes, x, [interval for _, interval in points], COLOURS[loss], name)
+                _bars(axes, x, [values for _, values in points], COLOURS[loss], name)
         stale = [age for age in ages if age > 0]
         axes.set_xticks([np.log2(age) for age in stale], [str(age) for age in stale])
         axes.set_xlabel("staleness (optimizer updates, log scale)")
@@ -172,20 +175,19 @@ def by_threshold(results: Sequence[Result]) -> Figure | None:
             if is_default
             else select(results, "threshold", "m2po", STALEST, f"threshold{threshold:g}")
         )
-        interval = Interval.of([run.final for run in runs])
-        if interval:
-            points.append((threshold, interval))
+        if runs:
+            points.append((threshold, [run.final for run in runs]))
     if len(points) < 3:
         return None
     with mpl.rc_context(RC):
         figure = Figure(figsize=(6, 3.8), layout="constrained")
         axes = figure.subplots()
         x = [np.log2(threshold) for threshold, _ in points]
-        _bars(axes, x, [interval for _, interval in points], COLOURS["m2po"], "M2PO")
+        _bars(axes, x, [values for _, values in points], COLOURS["m2po"], "M2PO")
         for loss in ("grpo", "no_trust_region"):
-            level = Interval.of([r.final for r in select(results, "staleness", loss, STALEST)])
+            level = [r.final for r in select(results, "staleness", loss, STALEST)]
             if level:
-                axes.axhline(level.mean, color=COLOURS[loss], linestyle="dashed", label=NAMES[loss])
+                axes.axhline(np.mean(level), color=COLOURS[loss], linestyle="dashed", label=NAMES[loss])
         axes.set_xticks(x, [f"{threshold:g}" for threshold, _ in points])
         axes.set_xlabel("threshold (log scale)")
         axes.set_ylabel("final accuracy")

@@ -14,8 +14,8 @@ from verl_m2po.study.results import FINAL_POINTS, Interval, Result, recovered_ga
 
 CAPTIONS = {
     "claim": "Accuracy, and tokens that give no gradient. Line: mean over seeds; band: lowest to highest seed.",
-    "by_staleness": "Final accuracy against staleness; bars: 95% intervals over seeds.",
-    "by_threshold": "Final accuracy against M2PO's threshold; bars: 95% intervals over seeds.",
+    "by_staleness": "Final accuracy against staleness; bars: lowest to highest seed.",
+    "by_threshold": "Final accuracy against M2PO's threshold; bars: lowest to highest seed.",
 }
 
 
