@@ -1,7 +1,6 @@
 """The experiment bench is verl without the processes: the same updates on the same batches."""
 
 import pytest
-import torch
 from one_process_runs import run_both
 from ranks import run_on_ranks
 
@@ -9,6 +8,14 @@ pytestmark = pytest.mark.slow
 
 LOSSES = ("m2po", "grpo", "gspo")
 STEPS = 3
+# Their denominators count tokens by the sign of log r, which rounding decides where a probability has not moved.
+BY_SIGN = {
+    f"actor/m2po/{name}"
+    for name in (
+        *("trust_region_fraction", "masked_fraction_trust_region"),
+        *("second_moment_before", "second_moment_after"),
+    )
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +43,14 @@ def test_metrics_of_every_update_are_verls(runs, loss):
         shared = mine.keys() & theirs.keys()
         assert {"actor/pg_loss", "actor/grad_norm", "actor/lr"} <= shared
         assert {name for name in theirs if name.startswith("actor/")} <= mine.keys()
-        for name in shared:
+        for name in shared - BY_SIGN:
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), (step, name)
 
 
 def test_old_batches_are_masked_and_clipped(runs):
-    def last(loss, metric):
-        return runs[loss][0]["metrics"][-1][metric]
+    def of_stale_steps(loss, metric):
+        return [value for step in runs[loss][0]["metrics"][1:] for value in step[metric]]
 
-    assert any(last("m2po", "actor/m2po/masked_fraction"))
-    assert any(last("grpo", "actor/pg_clipfrac"))
-    assert torch.tensor(last("m2po", "actor/m2po/second_moment_after")).max() <= 0.04 * 1.001
+    assert any(of_stale_steps("m2po", "actor/m2po/masked_fraction"))
+    assert any(of_stale_steps("grpo", "actor/pg_clipfrac"))
+    assert max(of_stale_steps("m2po", "actor/m2po/second_moment_after")) <= 0.004 * 1.001

@@ -12,9 +12,9 @@ OVERRIDES = [
     "trainer.v1.trainer_mode=stale_k",
     "trainer.v1.stale_k.staleness_updates=4",
     "trainer.total_training_steps=3",
-    # Large steps, so that the second batch, which is a step old, is far off-policy and is masked or clipped.
+    # Large steps and a small threshold: batches that are a step old are clipped and masked.
     "actor_rollout_ref.actor.optim.lr=3e-3",
-    "actor_rollout_ref.actor.optim.lr_warmup_steps=2",
+    "actor_rollout_ref.actor.policy_loss.m2po.threshold=0.004",
 ]
 
 
