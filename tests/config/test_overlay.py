@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_it_adds_keys_and_changes_no_value():
-    requests = [(name, []) for name in PRIMARY_CONFIGS] + [("ppo_trainer", ["model_engine=veomni"])]
+    requests = [(name, [], None) for name in PRIMARY_CONFIGS] + [("ppo_trainer", ["model_engine=veomni"], None)]
     without, with_plugin = (all_composed(requests, plugin=plugin) for plugin in (False, True))
     for request, before, after in zip(requests, without, with_plugin, strict=True):
         assert isinstance(before, dict) and isinstance(after, dict), (request, before, after)
@@ -96,7 +96,9 @@ callbacks = "hydra.callbacks.verl_m2po._target_=hydra.experimental.callback.Call
 
 @hydra.main(config_path="pkg://verl.trainer.config", config_name="ppo_trainer", version_base=None)
 def main(config):
-    print("JOB", config.algorithm.policy_loss, config.trainer.v1.trainer_mode, config.trainer.project_name)
+    v1 = config.trainer.v1
+    age = v1.stale_k.staleness_updates
+    print("JOB", config.algorithm.policy_loss, v1.trainer_mode, age, config.trainer.project_name)
 
 sys.argv.append(callbacks)
 main()
@@ -124,13 +126,10 @@ def test_a_sweep_runs_every_combination_in_a_directory_of_the_users(tmp_path):
         "--config-dir=conf",
         "--config-name=mine",
         "-m",
-        "loss=glob(m2po*)",
-        "staleness=on_policy,s64",
+        # What `loss=grpo,m2po` says, as a pattern over the options of a group of ours.
+        "loss=glob([grpo,m2po])",
+        "staleness=on_policy,s64,s256",
         cwd=tmp_path,
     )
-    assert jobs == [
-        "m2po sync mine",
-        "m2po stale_k mine",
-        "m2po_clip sync mine",
-        "m2po_clip stale_k mine",
-    ]
+    ages = [("sync", 0), ("stale_k", 64), ("stale_k", 256)]
+    assert jobs == [f"{loss} {mode} {age} mine" for loss in ("vanilla", "m2po") for mode, age in ages]

@@ -1,5 +1,9 @@
 """A key that Hydra's `+` made up, and GPUs that are not there, are refused with the name of the right one."""
 
+import re
+from pathlib import Path
+
+import composing
 import pytest
 import torch
 from compose import verl_hydra
@@ -7,6 +11,12 @@ from hydra import compose
 from omegaconf import OmegaConf
 
 from verl_m2po.preflight import callback, devices, keys
+
+
+def verl_scripts_add() -> set[str]:
+    """The keys that verl's own example scripts add with a `+`."""
+    text = (Path(__file__).parents[1] / "config" / "verl_example_overrides.yaml").read_text()
+    return set(re.findall(r"^ +(\+[\w.+]+):", text, re.MULTILINE))
 
 
 @pytest.fixture
@@ -31,6 +41,28 @@ def run_config():
 def test_a_misspelt_key_is_answered_with_the_right_one(run_config, wrong, right):
     (problem,) = keys.problems(run_config(f"+{wrong}=1"))
     assert f"+{wrong}=1" in str(problem) and f"Set {right}" in str(problem)
+
+
+def test_where_hydra_refuses_the_key_the_right_one_is_named_beside_it():
+    command = ["--config-name=arithmetic", "-m", "algorithm.policy_los=m2po", "trainer.v1.stale_k.staleness_update=8"]
+    assert list(keys.hints(command)) == [
+        "There is no setting algorithm.policy_los. Did you mean algorithm.policy_loss?",
+        "There is no setting trainer.v1.stale_k.staleness_update. Did you mean trainer.v1.stale_k.staleness_updates?",
+    ]
+
+
+def test_right_keys_groups_and_keys_of_verls_get_no_hint():
+    command = ["loss=m2po", "algorithm.policy_loss=m2po", "algorithm.adv_estimator=grpo", "data.train_batch_size=8"]
+    assert list(keys.hints([*command, "+algorithm.policy_los=m2po", "/some/file"])) == []
+
+
+def test_no_key_of_verls_is_taken_for_a_misspelling(run_config):
+    leaves = [key for key, _ in composing.leaves(run_config()) if not key.startswith("hydra.")]
+    assert len(leaves) > 300
+    assert list(keys.hints(f"{key}=1" for key in leaves)) == []
+    added = [key for key in verl_scripts_add() if key.startswith("+")]
+    assert len(added) > 20
+    assert [key for key in added if keys.nearest(key.lstrip("+"))] == []
 
 
 def test_a_misspelt_key_is_refused_even_where_nothing_else_of_ours_is_used(run_config):

@@ -111,6 +111,11 @@ def test_missing_data(config, tmp_path):
     assert message.startswith(f"data.train_files={tmp_path / 'none.parquet'}: there is no such file")
 
 
+def test_a_file_that_stands_several_times_is_one_problem(config):
+    four = ",".join(["/no/such.parquet"] * 4)
+    assert "there is no such file" in one(inputs.problems(config(f"data.val_files=[{four}]")))
+
+
 def test_data_without_the_needed_columns(config, tmp_path):
     pd.DataFrame({"question": ["1+1"]}).to_parquet(tmp_path / "q.parquet")
     message = one(inputs.problems(config(f"data.train_files={tmp_path / 'q.parquet'}")))
@@ -208,3 +213,17 @@ def test_main_refuses_in_one_message_without_a_traceback(tmp_path):
         "data.train_files=/no/such.parquet",
     ):
         assert key in done.stderr
+
+
+def test_main_names_the_key_that_was_meant(tmp_path):
+    """Hydra's own message suggests a `+`, with which nothing would read the key."""
+    done = subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main_ppo", "algorithm.policy_los=m2po"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "Did you mean algorithm.policy_loss?" in done.stderr
+    assert "Could not override 'algorithm.policy_los'" in done.stderr

@@ -18,18 +18,32 @@ ENTRY_POINT_CONFIGS = "verl.trainer.config"
 OUR_CONFIGS = resources.files("verl_m2po.config")
 
 _COMPOSE_ALL = """
-import json, sys
+import copy, json, sys
 import verl
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import OmegaConf
 
+# Hydra reads every file again for each composition; parsing is a third of the work.
+load, parsed = OmegaConf.load, {}
+
+def load_once(file):
+    if file.name not in parsed:
+        parsed[file.name] = load(file)
+    return copy.deepcopy(parsed[file.name])
+
+OmegaConf.load = staticmethod(load_once)
+
 composed = []
-with initialize_config_module("verl.trainer.config", version_base=None):
-    for name, overrides in json.load(sys.stdin):
-        try:
+for name, overrides, directory in json.load(sys.stdin):
+    try:
+        with (
+            initialize_config_dir(directory, version_base=None)
+            if directory
+            else initialize_config_module("verl.trainer.config", version_base=None)
+        ):
             composed.append(OmegaConf.to_container(compose(name, overrides=overrides)))
-        except Exception as error:
-            composed.append(f"{type(error).__name__}: {error}")
+    except Exception as error:
+        composed.append(f"{type(error).__name__}: {error}")
 json.dump(composed, sys.stdout)
 """
 
@@ -41,8 +55,13 @@ def composed(config_name: str, *overrides: str) -> DictConfig:
         return compose(config_name, overrides=list(overrides))
 
 
-def all_composed(requests: list[tuple[str, list[str]]], plugin: bool) -> list[dict | str]:
-    """Compose every (config name, overrides) in one fresh process, with or without the plugin; a string is an error."""
+def all_composed(requests: list[tuple[str, list[str], str | None]], plugin: bool) -> list[dict | str]:
+    """Compose every request in one fresh process, with or without the plugin; a string is an error.
+
+    Args:
+        requests: Config name, overrides, and the directory of `--config-path`; None: verl's own.
+        plugin: Whether verl loads its plugins.
+    """
     environment = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "auto" if plugin else "none"}
     process = subprocess.run(
         [sys.executable, "-c", _COMPOSE_ALL],
@@ -50,7 +69,9 @@ def all_composed(requests: list[tuple[str, list[str]]], plugin: bool) -> list[di
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        # Configs in verl's examples name verl's own by `file://verl/trainer/config`, from the root of a clone.
+        cwd=resources.files("verl") / "..",
+        timeout=1100,
     )
     assert process.returncode == 0, process.stderr
     # verl and what it imports may print; the answer is the last line.

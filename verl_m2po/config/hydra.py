@@ -4,6 +4,8 @@ Registered from `verl_m2po.plugin`, so ``python -m verl.trainer.main_ppo`` knows
 ``hydra_plugins`` package: Hydra does not find one in every kind of editable install.
 """
 
+import logging
+import sys
 from typing import Any
 
 from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
@@ -14,6 +16,10 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
+
+from verl_m2po.preflight import keys
+
+logger = logging.getLogger(__name__)
 
 PROVIDER = "verl-m2po"
 OUR_CONFIGS = "pkg://verl_m2po.config"
@@ -119,6 +125,9 @@ class M2POSearchPathPlugin(SearchPathPlugin):
         base = OVERLAY if main in (None, VERL_CONFIGS) else main
         search_path.prepend(provider=PROVIDER, path=f"{SCHEME}://{base}")
         search_path.append(provider=PROVIDER, path=OUR_CONFIGS)
+        # Here, because Hydra refuses the key while it composes, before it calls anyone.
+        for hint in keys.hints(sys.argv[1:]):
+            logger.warning("%s", hint)
 
 
 def _register(*plugins: Any) -> None:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_m2po import logs
 from verl_m2po.cpu import environment
 from verl_m2po.losses import requirements
-from verl_m2po.preflight import devices, inputs, keys, losses, machine, staleness
+from verl_m2po.preflight import devices, inputs, keys, losses, machine, room, staleness
 from verl_m2po.preflight.problem import Problem
 from verl_m2po.staleness.shutdown import Listener
 
@@ -27,6 +27,10 @@ class PreflightCallback(Callback):
 
     def __init__(self) -> None:
         self._listener: Listener | None = None
+
+    def on_run_start(self, config: DictConfig, **_kwargs: Any) -> None:
+        """Give a single run the room that its staleness needs; called by Hydra before it passes `config` on."""
+        room.make_room(config)
 
     def on_job_start(self, config: DictConfig, **_kwargs: Any) -> None:
         """Check `config`; called by Hydra before the job."""

@@ -19,7 +19,8 @@ def problems(config: DictConfig) -> Iterator[Problem]:
     yield from _model(OmegaConf.select(config, MODEL))
     yield from _positions(config)
     for key in ("data.train_files", "data.val_files"):
-        for file in _as_list(OmegaConf.select(config, key)):
+        # A file may stand several times, to weigh more.
+        for file in dict.fromkeys(_as_list(OmegaConf.select(config, key))):
             yield from _data(key, file)
 
 

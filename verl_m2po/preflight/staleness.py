@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_m2po.preflight.problem import Problem
 from verl_m2po.staleness import preflight, resume
-from verl_m2po.staleness.config import MODE_DEFAULTS
+from verl_m2po.staleness.config import MODE_DEFAULTS, load_mode_config
 
 
 def is_chosen(config: DictConfig) -> bool:
@@ -19,4 +19,19 @@ def problems(config: DictConfig) -> Iterator[Problem]:
     """Yield what contradicts the staleness of `config`, and what keeps it from resuming."""
     if is_chosen(config):
         yield from preflight.check(config, available_memory_bytes=psutil.virtual_memory().total)
+        yield from _run_length(config)
     yield from resume.problems(config)
+
+
+def _run_length(config: DictConfig) -> Iterator[Problem]:
+    """Where the config says how long the run is. Where the data set says it, the trainer asks once it has that."""
+    total_steps = OmegaConf.select(config, "trainer.total_training_steps")
+    if total_steps is None:
+        return
+    mode = config.trainer.v1.trainer_mode
+    try:
+        clock = preflight.make_clock(config)
+        staleness_steps = clock.steps(load_mode_config(config, mode).staleness_updates)
+    except ValueError:
+        return  # reported by preflight.check
+    yield from preflight.check_run_length(staleness_steps, clock, mode, total_steps)
