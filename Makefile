@@ -25,7 +25,7 @@ PYTEST_ARGS ?=
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast faults lint types bench bench-modes study study-verl study-results docs docs-links clean
+.PHONY: help env quickstart test test-fast recipes faults lint types bench bench-modes study study-verl study-results docs docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -52,6 +52,9 @@ test: $(STAMP) ## All tests, the end-to-end ones included
 
 test-fast: $(STAMP) ## The tests that need no Ray (under two minutes)
 	$(BIN)/python -m pytest -m "not e2e and not ray and not slow"
+
+recipes: $(STAMP) ## Two real steps of every recipe on the CPU (about ten minutes)
+	$(BIN)/python -m pytest -m recipe tests/e2e/test_recipes.py
 
 faults: $(STAMP) ## Kill processes of real runs, restart, check what was trained on (SEEDS, FAULTS_OUT; about an hour)
 	PYTHONPATH=tests/support $(BIN)/python -m fault_campaign --seeds $(SEEDS) --out $(FAULTS_OUT)

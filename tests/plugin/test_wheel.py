@@ -1,37 +1,25 @@
-"""The wheel, installed outside the repository: complete, and enough for verl's entry point and the doctor."""
+"""The wheel, installed outside the repository: complete, and enough for verl's entry point, the doctor and a run."""
 
 import configparser
-import os
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import recipe_runs
 from composing import primaries
 from omegaconf import OmegaConf
+from user_environment import UserEnvironment, build_wheel, run
 
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
-PACKAGE = REPOSITORY / "verl_m2po"
-
-
-def run(*command: str, cwd: Path, **environment: str) -> str:
-    """What `command` prints; fails with what it says on stderr."""
-    process = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
-    )
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
-    return process.stdout
+MAIN = ("python", "-m", "verl.trainer.main_ppo", "--cfg", "job")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), cwd=REPOSITORY)
-    (path,) = out.glob("*.whl")
-    return path
+    return build_wheel(REPOSITORY, tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +28,11 @@ def contents(wheel) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def user(wheel, tmp_path_factory):
-    """A user's Python: the wheel in a folder of its own, verl from this environment, the repository nowhere."""
-    site = tmp_path_factory.mktemp("site")
-    home = tmp_path_factory.mktemp("somewhere-else")
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel), cwd=home)
-
-    def python(*arguments: str) -> str:
-        return run(sys.executable, *arguments, cwd=home, PYTHONPATH=str(site))
-
-    return python
+def user(wheel, tmp_path_factory) -> UserEnvironment:
+    """A user with verl who installed the wheel; pip finds every requirement there, so it moves no version."""
+    environment = UserEnvironment(tmp_path_factory.mktemp("user"))
+    environment.pip("install", "--no-index", str(wheel))
+    return environment
 
 
 def tracked_files() -> list[str]:
@@ -76,31 +59,55 @@ def test_entry_points(wheel, contents):
 
 
 def test_the_user_imports_the_wheel_and_not_the_repository(user):
-    printed = user("-c", "import verl_m2po; print(verl_m2po.__file__)")
-    assert not Path(printed.strip()).is_relative_to(REPOSITORY)
+    printed = user.run("python", "-c", "import verl_m2po; print(verl_m2po.__file__)")
+    assert Path(printed.strip()).is_relative_to(user.python.parents[1])
 
 
 @pytest.mark.parametrize("recipe", ["arithmetic", "paper_table1"])
 def test_recipes_are_there_for_verls_entry_point(user, recipe):
     assert recipe in primaries()
-    printed = user("-m", "verl.trainer.main_ppo", f"--config-name={recipe}", "--cfg", "job")
+    printed = user.run(*MAIN, f"--config-name={recipe}")
     config = OmegaConf.create(printed[printed.index("actor_rollout_ref:") :])
     assert config.algorithm.policy_loss == "m2po"
 
 
 def test_the_doctor_finds_everything(user):
-    printed = user("-c", "from verl_m2po.cli import main; main()", "doctor", "--no-ray-worker")
-    assert "everything is in place" in printed
+    assert "everything is in place" in user.run("verl-m2po", "doctor", "--no-ray-worker")
 
 
-def test_without_the_plugin_verl_knows_nothing_of_it():
-    printed = run(
-        sys.executable,
-        "-m",
-        "verl.trainer.main_ppo",
-        "--cfg",
-        "job",
-        cwd=REPOSITORY.parent,
-        VERL_USE_EXTERNAL_PLUGINS="none",
+def test_uninstalling_leaves_verl_as_it_was(wheel, tmp_path):
+    environment = UserEnvironment(tmp_path)
+    before = environment.run(*MAIN)
+    assert "m2po" not in before
+    environment.pip("install", "--no-index", "--no-deps", str(wheel))
+    assert "m2po" in environment.run(*MAIN)
+    environment.pip("uninstall", "--yes", "verl-m2po")
+    assert environment.run(*MAIN) == before
+    left = [file for file in environment.python.parents[1].rglob("*m2po*") if "__pycache__" not in file.parts]
+    assert not left
+
+
+def test_the_plugin_can_be_switched_off(user):
+    process = subprocess.run(
+        [str(user.python), *MAIN[1:]],
+        cwd=user.home,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**user.variables, "VERL_USE_EXTERNAL_PLUGINS": "none"},
     )
-    assert "verl_m2po" not in printed and "stale_k" not in printed
+    assert process.returncode == 0, process.stderr
+    assert "verl_m2po" not in process.stdout and "stale_k" not in process.stdout
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+def test_the_papers_recipe_takes_two_steps_from_the_wheel(user, tiny, addition, tmp_path):
+    """Both at once: the wheel is all that a run needs, and the paper's recipe scales down by documented overrides."""
+    recipe_runs.furnish(user.home, tiny, addition)
+    runs = recipe_runs.run("paper_table1", tmp_path, user.python, user.variables)
+    recipe_runs.check(runs)
+    ((name, steps),) = runs.items()
+    assert name == "m2po_stale_k_s4"
+    assert [step["data"]["staleness/age_updates_max"] for step in steps] == [0, 4]
+    assert all(step["data"]["actor/m2po/second_moment_before"] >= 0 for step in steps)

@@ -14,6 +14,8 @@ import psutil
 
 # Inherited by every process that the run starts, Ray's daemons included.
 MARK = "M2PO_TEST_RUN"
+# A cluster of its own, whatever else runs on the machine.
+LOCAL_RAY = "ray_kwargs.ray_init.address=local"
 
 
 @dataclass
@@ -42,19 +44,23 @@ def run_main(
     environment: dict | None = None,
 ) -> Result:
     """Run ``python -m verl.trainer.main_ppo`` with `overrides`; fail after `timeout_s`, and kill whatever is left."""
-    folder.mkdir(parents=True, exist_ok=True)
+    main = [sys.executable, "-m", "verl.trainer.main_ppo", f"--config-name={config_name}", "hardware=cpu", LOCAL_RAY]
     metrics = folder / "metrics.jsonl"
+    logger = {"VERL_FILE_LOGGER_PATH": str(metrics)}
+    result = run_command(folder, [*main, *overrides], timeout_s, {**os.environ, **logger, **(environment or {})})
+    result.steps = read_steps(metrics)
+    return result
+
+
+def read_steps(metrics: Path) -> list[dict]:
+    """What verl's `file` logger wrote."""
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
+def run_command(folder: Path, command: list[str], timeout_s: float, environment: dict[str, str]) -> Result:
+    """Run `command` in `folder` with the variables `environment`; fail after `timeout_s`, and kill whatever is left."""
+    folder.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
-    command = [
-        sys.executable,
-        "-m",
-        "verl.trainer.main_ppo",
-        f"--config-name={config_name}",
-        "hardware=cpu",
-        # A cluster of its own, whatever else runs on the machine
-        "ray_kwargs.ray_init.address=local",
-        *overrides,
-    ]
     log = folder / "output.txt"
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -63,13 +69,7 @@ def run_main(
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={
-                **os.environ,
-                MARK: mark,
-                "VERL_FILE_LOGGER_PATH": str(metrics),
-                "TENSORBOARD_DIR": str(folder / "tensorboard"),
-                **(environment or {}),
-            },
+            env={"TENSORBOARD_DIR": str(folder / "tensorboard"), **environment, MARK: mark},
         )
         try:
             status = process.wait(timeout_s)
@@ -79,8 +79,7 @@ def run_main(
             stream.write(f"\nkilled after {timeout_s} s\n")
         finally:
             kill_marked(mark)
-    steps = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    return Result(status, log.read_text(errors="replace"), steps)
+    return Result(status, log.read_text(errors="replace"))
 
 
 def marked(mark: str) -> list[psutil.Process]:
