@@ -36,6 +36,30 @@ def test_an_option_does_what_its_file_says(group, option):
         assert str(select(config, key)) == str(expected), key
 
 
+# Settings that options of two groups set: the group that comes last, and so decides.
+SHARED = {
+    "algorithm.adv_estimator": "loss",
+    "algorithm.rollout_correction.bypass_mode": "loss",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": "hardware",
+}
+
+
+def test_options_of_different_groups_do_not_meet_where_it_is_not_meant():
+    """So every combination is what its options say one by one, without composing all of them."""
+    setters: dict[str, set[str]] = {}
+    for group, option in ALL_OPTIONS:
+        for key in option_values(group, option):
+            setters.setdefault(key, set()).add(group)
+    shared = {key: max(groups, key=GROUPS.index) for key, groups in setters.items() if len(groups) > 1}
+    assert shared == SHARED
+
+
+def test_where_they_meet_the_later_group_decides():
+    config = composed("m2po_trainer", "task=arithmetic", "loss=oapl", "model=qwen2_5_32b", "hardware=one_gpu")
+    assert (config.algorithm.adv_estimator, config.actor_rollout_ref.rollout.tensor_model_parallel_size) == ("oapl", 1)
+    assert composed("m2po_trainer", "task=arithmetic", "loss=mix_ppg").algorithm.rollout_correction.bypass_mode is False
+
+
 @pytest.mark.parametrize("primary", primaries())
 @pytest.mark.parametrize("staleness", ["on_policy", "s256", "s256_separate", "bounded_async"])
 def test_verl_accepts_every_recipe_at_every_kind_of_staleness(primary, staleness):
