@@ -25,7 +25,7 @@ PYTEST_ARGS ?=
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast recipes faults lint types bench bench-modes study study-verl study-results docs docs-links clean
+.PHONY: help env quickstart test test-fast recipes faults lint types bench methods bench-modes study study-verl study-results docs docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -70,6 +70,9 @@ bench: $(STAMP) ## Measure the losses, the decision and a trainer step, into doc
 	$(BIN)/python -m verl_m2po.bench.presets --out docs/benchmarks.md
 	$(BIN)/python -m verl_m2po.bench.decision --out docs/benchmarks.md
 	$(BIN)/python -m verl_m2po.bench.trainer_step --out docs/benchmarks.md
+
+methods: $(STAMP) ## Two trainer steps of every method on equally stale data, into docs/figures/methods (about 4 minutes)
+	$(BIN)/python -m verl_m2po.bench.methods
 
 bench-modes: $(STAMP) ## Measure the trainer modes side by side and their buffer, into docs/benchmarks.md (about 30 minutes)
 	$(BIN)/python -m verl_m2po.bench.modes --out docs/benchmarks.md

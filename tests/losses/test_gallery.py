@@ -1,5 +1,6 @@
 """The drawings say what the registered functions do."""
 
+import json
 import re
 from pathlib import Path
 
@@ -54,6 +55,11 @@ def test_every_preset_has_a_row_with_its_figure(page):
     without = ("asymre", "red_drop", "red_weight", "max_at_k") if page == "docs/methods.md" else ()
     for name in set(gallery.presets()) - set(without):
         assert any(f"| `{name}` |" in row and f"figures/methods/{name}.svg)" in row for row in rows), name
+
+
+def test_every_preset_has_trained_end_to_end():
+    runs = [json.loads(line) for line in TABLE.with_name("runs.jsonl").read_text().splitlines()]
+    assert [run["method"] for run in runs if not run["problems"]] == gallery.presets()
 
 
 def test_the_cost_column_is_that_of_the_benchmarks():
