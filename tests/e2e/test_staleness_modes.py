@@ -5,6 +5,7 @@ import pytest
 
 from verl_m2po.bench.paced import SECONDS_PER_TOKEN
 from verl_m2po.bench.paced.agent_loop import NAME, Lengths, write_config
+from verl_m2po.staleness.checkpoint import POINTER, Checkpoints, flaws
 from verl_m2po.staleness.ledger import read_ledger, surviving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -172,14 +173,32 @@ def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path)
     assert sum(result.series("staleness/trained_tokens")) == trained
 
 
-def test_stale_k_continues_its_schedule_after_a_restart(train, tmp_path):
-    """One run of eight steps against one that stops after four and starts again: same prompts, same versions."""
-    updates, small_set = 2 * UPDATES_PER_STEP, f"data.train_max_samples={4 * BATCH}"
-    _, whole = run_mode(train, tmp_path / "whole", "stale_k", updates, small_set, "trainer.total_epochs=2")
-    saved = ("trainer.save_freq=2", "trainer.resume_mode=auto", f"trainer.default_local_dir={tmp_path / 'saved'}")
-    run_mode(train, tmp_path / "halves", "stale_k", updates, small_set, *saved, "trainer.total_epochs=1")
-    _, halves = run_mode(train, tmp_path / "halves", "stale_k", updates, small_set, *saved, "trainer.total_epochs=2")
-    assert_every_place_was_trained_once(halves)
-    assert versions_by_step(halves) == versions_by_step(whole)
-    prompts = [[group[0] for line in ledger for group in line["groups"]] for ledger in (whole, halves)]
+def test_stale_k_goes_on_where_a_checkpoint_and_the_journal_are(train, tmp_path):
+    """Eight steps; then as if it had died before checkpoint 6, with a journal, and before checkpoint 4, without one."""
+    checkpoints, pointer = Checkpoints(tmp_path / "saved"), tmp_path / "saved" / POINTER
+    same = (
+        f"data.train_max_samples={4 * BATCH}",
+        "trainer.total_epochs=2",
+        "trainer.save_freq=2",
+        "trainer.resume_mode=auto",
+        f"trainer.default_local_dir={checkpoints.root}",
+    )
+
+    def run(*overrides: str):
+        return run_mode(train, tmp_path / "run", "stale_k", 2 * UPDATES_PER_STEP, *same, *overrides)
+
+    first, whole = run("++trainer.v1.stale_k.journal=true")
+    assert checkpoints.steps() == [2, 4, 6, 8]
+    assert all(flaws(checkpoints.folder(step)) == [] for step in checkpoints.steps())
+    pointer.write_text("4")
+    second, redone = run("++trainer.v1.stale_k.journal=true")
+    assert read_ledger(tmp_path / "run" / "ledger.jsonl")[STEPS + 1] == {"resumed_from": 4}
+    assert [line["groups"] for line in redone] == [line["groups"] for line in whole], "something was generated again"
+    assert second.series("actor/loss") == pytest.approx(first.series("actor/loss")[4:], rel=1e-3, abs=1e-6)
+    assert (tmp_path / "metrics.attempt-1.jsonl").exists(), "the first attempt's log was erased"
+    pointer.write_text("2")
+    _, without = run()
+    assert_every_place_was_trained_once(without)
+    assert versions_by_step(without) == versions_by_step(whole)
+    prompts = [[group[0] for line in ledger for group in line["groups"]] for ledger in (whole, without)]
     assert prompts[0] == prompts[1]

@@ -16,6 +16,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl_m2po.staleness import codec
 from verl_m2po.staleness.buffer import StalenessReplayBuffer
 from verl_m2po.staleness.failures import FailureWindow, TooManyFailures
+from verl_m2po.staleness.journal import FinishedGroup, Journal, JournalError, RowsWriter
 from verl_m2po.staleness.ledger import TrainedRowsLedger
 from verl_m2po.staleness.records import GroupReport, Row
 from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessViolation
@@ -43,6 +44,9 @@ class Workers:
         self._reports: queue.Queue = queue.Queue()
         self.version = 0
         self.spans = None
+        self.journal = None
+        self.generated: list[str] = []
+        self.left = 10**9
         threading.Thread(target=self._run, daemon=True).start()
 
     def start(self, tickets) -> None:
@@ -69,6 +73,9 @@ class Workers:
                 waiting.append(self._requests.get())
             self._random.shuffle(waiting)
             for ticket, version in waiting:
+                if self.left <= 0:  # dead
+                    continue
+                self.left -= 1
                 self._generate(ticket, version)
 
     def _generate(self, ticket, version: int) -> None:
@@ -77,11 +84,15 @@ class Workers:
         for session in range(1 if fails else RESPONSES):
             rows.append(self._store(ticket, session, version))
         error = "ValueError: this one fails" if fails else None
+        if error is None and self.journal is not None:
+            self.generated.append(ticket.uid)
+            packed = tuple(codec.pack(self._fields(ticket, session)) for session in range(RESPONSES))
+            RowsWriter(self.journal.rows_path(0), fsync=False).append(FinishedGroup(ticket.uid, tuple(rows), packed))
         self._reports.put(GroupReport(ticket.uid, tuple(rows), error, finished_at=time.time()))
 
-    def _store(self, ticket, session: int, version: int) -> Row:
+    def _fields(self, ticket, session: int) -> dict:
         responses = torch.tensor(response_of(ticket.uid, session))
-        fields = {
+        return {
             "prompts": torch.tensor([1, 2, 3]),
             "responses": responses,
             "response_mask": torch.ones_like(responses),
@@ -92,6 +103,10 @@ class Workers:
             "extra_fields": {"session": session},
             "session_id": session,
         }
+
+    def _store(self, ticket, session: int, version: int) -> Row:
+        fields = self._fields(ticket, session)
+        responses = fields["responses"]
         key = f"{ticket.uid}_{session}_0"
         packed = list_of_dict_to_tensordict([codec.pack(fields)])
         self._tq.kv_batch_put(keys=[key], fields=packed, partition_id=lot_partition(ticket.lot))
@@ -102,7 +117,9 @@ class Workers:
 class Run:
     """A trainer reduced to its hooks."""
 
-    def __init__(self, tq, rule, name: str, fail_share: float = 0.0, ledger=None, max_failed_fraction=1.0) -> None:
+    def __init__(
+        self, tq, rule, name: str, fail_share: float = 0.0, ledger=None, max_failed_fraction=1.0, journal=None
+    ) -> None:
         self.tq, self.name, self.dispatched = tq, name, 0
         self.workers = Workers(tq, fail_share)
         self.is_asked_to_end = False
@@ -111,26 +128,39 @@ class Run:
             clock=UpdateClock(BATCH, BATCH // 2),
             failures=FailureWindow(max_failed_fraction, window=10),
             ledger=ledger,
+            journal=journal,
             dispatch=self.dispatch,
             stop=StopRequest(wait_s=0.0, look=lambda: self.is_asked_to_end),
             trainer_mode="stale_k",
             trainer_config={},
         )
-        self.buffer.connect(self.workers)
+        self.workers.journal = journal
+        self.buffer.connect(self.workers, self.regenerate)
 
-    def dispatch(self, groups: int) -> None:
-        uids = [f"{self.name}-{self.dispatched + i}" for i in range(groups)]
+    def regenerate(self, tickets, prompts) -> None:
+        assert as_list(prompts["uid"]) == [ticket.uid for ticket in tickets]
+        self.workers.version = self.buffer.version
+        self.workers.start(tickets)
+
+    def draw(self, groups: int):
+        """The next prompts of the data set, under ids of their own."""
         indices = [self.dispatched + i for i in range(groups)]
+        uids = [f"{self.name}-{index}" for index in indices]
         self.dispatched += groups
         prompts = TensorDict(
             {
                 "uid": NonTensorStack(*uids),
                 "index": torch.tensor(indices),
-                "raw_prompt": NonTensorStack(*[[{"role": "user", "content": uid}] for uid in uids]),
+                "raw_prompt": NonTensorStack(*[[{"role": "user", "content": f"prompt {index}"}] for index in indices]),
             },
             batch_size=[groups],
         )
         tu.assign_non_tensor_data(prompts, "global_steps", 1)
+        return indices, prompts
+
+    def dispatch(self, groups: int) -> None:
+        indices, prompts = self.draw(groups)
+        uids = as_list(prompts["uid"])
         self.workers.version = self.buffer.version
         self.workers.start(self.buffer.open_groups(uids, indices, prompts))
 
@@ -170,7 +200,7 @@ def assert_rows_are_those_that_were_generated(tq, batch) -> None:
         assert responses.tolist() == response_of(group, int(session))
         assert mask.tolist() == [1] * len(responses)
         torch.testing.assert_close(log_probs, -responses.float() / 1000)
-        assert raw_prompt == [{"role": "user", "content": group}] and uid == group
+        assert raw_prompt == [{"role": "user", "content": f"prompt {group.rsplit('-', 1)[1]}"}] and uid == group
         assert tag["seq_len"] == 3 + len(responses) and not tag.get("is_padding")
 
 
@@ -210,11 +240,10 @@ def test_over_age_tokens_leave_the_masks(transfer_queue):
     run.buffer.pump()
     while run.buffer.rule.ready < 2 * BATCH:
         run.buffer._take_reports(0.1)
-    run.workers.spans = None
-    run.buffer.advance(1)
-    run.buffer.advance(2)
     # What is ready is of version 0, all of it over age; a new generation that began with version 0 is over age in part.
     run.workers.spans = lambda tokens, version: ((0, 1), (version, tokens - 1)) if tokens > 1 else ((version, 1),)
+    run.buffer.advance(1)
+    run.buffer.advance(2)
     batch, _ = run.buffer.sample(3, "train", BATCH)
     data = transfer_queue.kv_batch_get(keys=batch.keys, partition_id="train")
     for mask, loss_mask in zip(data["response_mask"].unbind(), data["loss_mask"].unbind(), strict=True):
@@ -257,6 +286,88 @@ def test_a_restart_continues_where_the_checkpoint_was(transfer_queue, tmp_path):
     for partition, rows in transfer_queue.kv_list().items():
         if rows:
             transfer_queue.kv_clear(keys=list(rows), partition_id=partition)
+
+
+def clear(tq) -> None:
+    for partition, rows in tq.kv_list().items():
+        if rows:
+            tq.kv_clear(keys=list(rows), partition_id=partition)
+
+
+@pytest.mark.parametrize(("saved", "stopped", "left"), [(0, 0, 5), (2, 2, 1), (2, 4, 0), (2, 5, 3), (6, 7, 2)])
+@pytest.mark.parametrize("make_rule", [lambda: ExactStale(2, BATCH), lambda: BoundedAsync(2, BATCH)])
+def test_with_a_journal_a_crash_loses_only_what_was_being_generated(
+    transfer_queue, tmp_path, make_rule, saved, stopped, left
+):
+    """Checkpoint after `saved` steps, crash after `stopped`, when `left` groups of the next weights have finished."""
+    steps, settings = 9, {"some": "setting"}
+    journal = Journal(tmp_path / "journal", False, settings)
+    journal.start(None)
+    lost = Run(transfer_queue, make_rule(), f"lost{saved}{stopped}", fail_share=0.1, journal=journal)
+    lost.buffer.rule.limit(steps)
+    lost.buffer.begin(0)
+    state, position, drawn, trained = None, journal.position(), 0, {}
+    for step in range(1, stopped + 1):
+        if step == stopped and saved < stopped:
+            lost.buffer.settle()
+            lost.workers.left = left + 100
+        trained[step] = trained_groups(lost.step(step))
+        if step == saved:
+            lost.buffer.settle()
+            state, drawn = json.loads(json.dumps(lost.buffer.state_dict())), lost.dispatched
+            journal.next_segment()
+            position = journal.position()
+            transfer_queue.save_checkpoint(tmp_path / "tq")
+    lost.workers.left = left
+    lost.buffer.pump()
+    time.sleep(0.3)
+    finished = set(lost.workers.generated)
+    clear(transfer_queue)  # what a crash does
+
+    journal = Journal(tmp_path / "journal", False, settings)
+    again = Run(transfer_queue, make_rule(), f"again{saved}{stopped}", journal=journal)
+    again.buffer.rule.limit(steps)
+    again.dispatched = drawn
+    if state is not None:
+        transfer_queue.load_checkpoint(tmp_path / "tq")
+        again.buffer.load_state_dict(state, version=saved)
+    in_flight = [ticket.uid for ticket in again.buffer.rule.in_flight_tickets()]
+    again.buffer.replay(journal.read(position["segment"], saved, in_flight, ["some"]), again.draw)
+    journal.start(position["run"])
+    again.buffer.begin(saved)
+    tickets, prompts = again.buffer.reopen_groups()
+    if tickets:
+        again.regenerate(tickets, prompts)
+    again.buffer.pump()
+    check = lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch)  # noqa: E731
+    uids = [uid for step in range(1, saved + 1) for uid in trained[step]]
+    for step in range(saved + 1, steps + 1):
+        (batch,) = again.step(step, check=check)
+        groups = trained_groups([batch])
+        uids += groups
+        ages = {step - 1 - tag["min_global_steps"] for tag in batch.tags}
+        if isinstance(again.buffer.rule, ExactStale):
+            assert ages == {min(step - 1, 2)}
+            assert step > stopped or groups == trained[step], "the redone step trains on the same batch"
+        else:
+            assert min(ages) >= 0 and max(ages) <= 2
+    assert len(uids) == len(set(uids)) == steps * BATCH
+    prompts = [int(uid.rsplit("-", 1)[1]) for uid in uids]
+    assert len(set(prompts)) == steps * BATCH, "a prompt was trained twice"
+    assert not finished & set(again.workers.generated), "what was in the journal was generated again"
+    clear(transfer_queue)
+
+
+def test_another_data_set_than_that_of_the_journal_is_refused(transfer_queue, tmp_path):
+    journal = Journal(tmp_path, False, {})
+    journal.start(None)
+    run = Run(transfer_queue, ExactStale(0, BATCH), "other-data", journal=journal)
+    run.buffer.settle()
+    again = Run(transfer_queue, ExactStale(0, BATCH), "x")
+    again.dispatched = 7
+    with pytest.raises(JournalError, match="dispatched prompt 0 at place 0, where the data set now gives prompt 7"):
+        again.buffer.replay(journal.read(1, 0, [], []), again.draw)
+    clear(transfer_queue)
 
 
 def test_a_checkpoint_that_lacks_rows_is_refused(transfer_queue):

@@ -25,6 +25,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_m2po.staleness import codec
 from verl_m2po.staleness.client import GenerationAborted, Session, current_session
+from verl_m2po.staleness.journal import FinishedGroup, JournalError, RowsWriter
 from verl_m2po.staleness.records import GroupReport, Row
 from verl_m2po.staleness.store import LOT_FIELD
 
@@ -44,6 +45,7 @@ class _RunningGroup:
     lot: str
     sessions: list[Session] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    packed: dict[str, dict[str, Any]] = field(default_factory=dict)
     began_at: float = field(default_factory=time.time)
 
 
@@ -107,13 +109,25 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         self._running: dict[str, _RunningGroup] = {}
         self._reports: list[GroupReport] = []
         self._has_report = asyncio.Event()
+        self._journal: RowsWriter | None = None
+        self._journal_error: JournalError | None = None
+
+    async def journal_to(self, path: str, fsync: bool) -> None:
+        """Append finished groups to the file `path` from now on."""
+        self._journal = RowsWriter(path, fsync)
 
     async def take_reports(self) -> list[GroupReport]:
-        """Groups that ended since the last call; waits up to `REPORT_WAIT_S` for the first."""
+        """Groups that ended since the last call; waits up to `REPORT_WAIT_S` for the first.
+
+        Raises:
+            JournalError: one of them could not be written to the journal.
+        """
         try:
             await asyncio.wait_for(self._has_report.wait(), REPORT_WAIT_S)
         except asyncio.TimeoutError:
             return []
+        if self._journal_error is not None:
+            raise self._journal_error
         reports, self._reports = self._reports, []
         self._has_report.clear()
         return reports
@@ -131,10 +145,13 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         self._running[group.uid] = group
         error = await self._first_error(self._generate_group(group, prompt, sampling_params, trajectory, trace))
         del self._running[group.uid]
+        rows = tuple(sorted(group.rows, key=lambda row: row.key))
+        if error is None and self._journal is not None:
+            await self._write_to_journal(self._journal, group, rows)
         self._reports.append(
             GroupReport(
                 uid=group.uid,
-                rows=tuple(sorted(group.rows, key=lambda row: row.key)),
+                rows=rows,
                 error=None if error is None else _first_line(error),
                 was_aborted=isinstance(error, GenerationAborted),
                 generated_tokens=sum(session.generated_tokens for session in group.sessions),
@@ -144,6 +161,14 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
             )
         )
         self._has_report.set()
+
+    async def _write_to_journal(self, journal: RowsWriter, group: _RunningGroup, rows: tuple[Row, ...]) -> None:
+        """Before the report: what is trained is in the journal."""
+        finished = FinishedGroup(group.uid, rows, tuple(group.packed[row.key] for row in rows))
+        try:
+            await asyncio.to_thread(journal.append, finished)
+        except JournalError as error:
+            self._journal_error = error
 
     @staticmethod
     async def _first_error(work: Awaitable[list[BaseException]]) -> BaseException | None:
@@ -230,6 +255,8 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
             keys=[row.key for row in rows], fields=list_of_dict_to_tensordict(fields), partition_id=group.lot
         )
         group.rows.extend(rows)
+        if self._journal is not None:
+            group.packed |= {row.key: packed for row, packed in zip(rows, fields, strict=True)}
 
     def _fields(self, output: AgentLoopOutput, session_id: int) -> dict[str, Any]:
         """verl's fields of one trajectory, without those of the data set, which are stored with the prompt."""

@@ -1,17 +1,22 @@
+# pyright: reportAbstractUsage=false
+# tensordict's tensor classes are made at run time.
 """verl's replay buffer, with the decision left to a rule: the glue between a rule, TransferQueue and the workers."""
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import transfer_queue as tq
 from omegaconf import DictConfig
 from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorStack
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
 
 from verl_m2po.staleness.failures import FailureWindow
+from verl_m2po.staleness.journal import Journal, JournalError, Replay
 from verl_m2po.staleness.ledger import TrainedRowsLedger
 from verl_m2po.staleness.metrics import StalenessMetrics
 from verl_m2po.staleness.records import Group, GroupReport, Selection, Ticket
@@ -44,6 +49,7 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         clock: converts units, for the metrics.
         failures: stops the run when too many groups fail.
         ledger: records what was trained; None records nothing.
+        journal: outlives a crash with what was dispatched since the last checkpoint; None for none.
         dispatch: starts that many new groups; it must call `open_groups` for them.
         stop: ends a wait of a run that was asked to end.
         trainer_mode: for verl.
@@ -57,6 +63,7 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         clock: UpdateClock,
         failures: FailureWindow,
         ledger: TrainedRowsLedger | None,
+        journal: Journal | None = None,
         dispatch: Callable[[int], Any],
         stop: StopRequest,
         trainer_mode: str,
@@ -78,12 +85,21 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         self._ledger = ledger
         self._dispatch = dispatch
         self._stop = stop
+        self._journal = journal
         self._store = LotStore()
         self._reports: Reports | None = None
+        self._regenerate: Callable[[list[Ticket], TensorDict], None] | None = None
+        self._arrivals: dict[int, list[Group]] = defaultdict(list)
+        self._reissues: dict[int, list[str]] = defaultdict(list)
 
-    def connect(self, reports: Reports) -> None:
-        """Listen to `reports` from now on."""
+    def connect(self, reports: Reports, regenerate: Callable[[list[Ticket], TensorDict], None] | None = None) -> None:
+        """Listen to `reports` from now on.
+
+        Args:
+            regenerate: starts groups again whose prompts are already in the store; needed after a restart.
+        """
         self._reports = reports
+        self._regenerate = regenerate
 
     def begin(self, version: int) -> None:
         """A run starts, or starts again, from weight `version`: 0 without a checkpoint.
@@ -92,6 +108,7 @@ class StalenessReplayBuffer(ReplayBufferAsync):
             version: what the rollout will hold.
         """
         self.version = version
+        self._take_arrivals()
         if self._ledger is not None:
             self._ledger.resumed(version)
 
@@ -105,16 +122,32 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         """
         tickets = [self.rule.admit(uid, self.version, index) for uid, index in zip(uids, prompt_indices, strict=True)]
         self._store.put_prompts(tickets, prompts)
+        if self._journal is not None:
+            self._journal.dispatched(tickets)
         self.metrics.admitted(len(tickets))
         return tickets
 
     def reopen_groups(self) -> tuple[list[Ticket], TensorDict | None]:
-        """Groups that were in flight at the checkpoint, to be generated again with the present weights."""
-        tickets = [self.rule.reissue(ticket.uid, self.version) for ticket in self.rule.in_flight_tickets()]
-        if not tickets:
+        """Groups that were in flight when a run stopped, to be generated again with the present weights.
+
+        Those that newer weights had begun to generate follow when the run has come to these weights again.
+        """
+        due = [version for version in self._reissues if version <= self.version]
+        uids = [uid for version in sorted(due) for uid in self._reissues.pop(version)]
+        if not uids:
             return [], None
+        tickets = [self.rule.reissue(uid, self.version) for uid in uids]
+        if self._journal is not None:
+            self._journal.dispatched(tickets, again=True)
         self.metrics.admitted(len(tickets))
         return tickets, self._store.get_prompts(tickets)
+
+    def _take_arrivals(self) -> None:
+        """Groups that were generated before the crash, and are as old as they were then, count as finished now."""
+        for version in sorted(version for version in self._arrivals if version <= self.version):
+            for group in self._arrivals.pop(version):
+                self.rule.finish(group.ticket.uid, group.rows)
+                self._failures.succeeded()
 
     def advance(self, version: int) -> None:
         """The rollout holds weight `version` from now on: abort what that makes useless, start what it makes possible.
@@ -125,8 +158,12 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         self.version = version
         if self._ledger is not None:
             self._ledger.advanced()
+        self._take_arrivals()
         if expired := self.rule.expired(version):
             self._connected().abort(expired)
+        tickets, prompts = self.reopen_groups()
+        if prompts is not None and self._regenerate is not None:
+            self._regenerate(tickets, prompts)
         self.pump()
 
     def pump(self) -> None:
@@ -234,6 +271,8 @@ class StalenessReplayBuffer(ReplayBufferAsync):
             self._failures.succeeded()
             return
         ticket = self.rule.fail(report.uid)
+        if self._journal is not None:
+            self._journal.failed(report.uid)
         self._store.delete([(ticket, report.rows)])
         if report.was_aborted:
             self.metrics.aborted(report.generated_tokens / report.responses)
@@ -255,6 +294,7 @@ class StalenessReplayBuffer(ReplayBufferAsync):
             "state_version": STATE_VERSION,
             "version": self.version,
             "rule": self.rule.state_dict(),
+            "arrivals": [group.to_json() for groups in self._arrivals.values() for group in groups],
             "failures": self._failures.state_dict(),
             "metrics": self.metrics.state_dict(),
         }
@@ -279,13 +319,71 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         self.rule.load_state_dict(state["rule"])
         self.rule.check_resumable(version)
         ready = [Group.from_json(data) for data in state["rule"]["ready"]]
-        deleted = self._store.restore(self.rule.in_flight_tickets(), ready)
+        arrivals = [Group.from_json(data) for data in state.get("arrivals", [])]
+        arrived = {group.ticket.uid for group in arrivals}
+        tickets = [ticket for ticket in self.rule.in_flight_tickets() if ticket.uid not in arrived]
+        deleted = self._store.restore(tickets, [*ready, *arrivals])
+        for group in arrivals:
+            self._expect(group)
+        for ticket in tickets:
+            self._reissues[ticket.dispatch_version].append(ticket.uid)
+            self.rule.postpone(ticket.uid)
         logger.info(
             "restored %d waiting groups, %d to generate again, deleted %d orphan rows",
-            len(ready),
-            self.rule.in_flight,
+            len(ready) + len(arrivals),
+            len(tickets),
             deleted,
         )
+
+    def _expect(self, group: Group) -> None:
+        """`group` arrives when the run has come to the newest weights that generated a token of it."""
+        self._arrivals[group.max_version].append(group)
+        self.rule.postpone(group.ticket.uid)
+
+    def replay(self, replay: Replay, draw: Callable[[int], tuple[list[int | str], TensorDict]]) -> None:
+        """Take back what the journal knows beyond the checkpoint, after `load_state_dict` and before `begin`.
+
+        Args:
+            replay: what the journal knows.
+            draw: the next prompts of the data set, that many: their names or positions, and the prompts.
+
+        Raises:
+            JournalError: the data set gives other prompts than it gave then.
+        """
+        for kind, what in replay.events:
+            if kind == "dispatched":
+                self._readmit(what, *draw(len(what)))
+            elif kind == "again":
+                for ticket in what:
+                    self.rule.readmit(ticket)
+            else:
+                self._store.delete([(self.rule.fail(what), ())])
+        self._reissues.clear()
+        expected = {group.ticket.uid for groups in self._arrivals.values() for group in groups}
+        tickets = [ticket for ticket in self.rule.in_flight_tickets() if ticket.uid not in expected]
+        taken = 0
+        for ticket in tickets:
+            finished = replay.finished.get(ticket.uid)
+            if finished is None:
+                self._reissues[ticket.dispatch_version].append(ticket.uid)
+                self.rule.postpone(ticket.uid)
+            else:
+                self._store.put_rows(ticket, finished.rows, finished.packed)
+                self._expect(Group(ticket, finished.rows))
+                taken += 1
+        logger.info("the journal gave back %d finished groups, %d are generated again", taken, len(tickets) - taken)
+
+    def _readmit(self, tickets: list[Ticket], indices: list[int | str], prompts: TensorDict) -> None:
+        for ticket, index in zip(tickets, indices, strict=True):
+            if ticket.prompt_index != index:
+                raise JournalError(
+                    f"the journal dispatched prompt {ticket.prompt_index} at place {ticket.place}, where the data set "
+                    f"now gives prompt {index}: it is another data set, or in another order. Resume with the old one, "
+                    "or without the journal (journal=false)"
+                )
+            self.rule.readmit(ticket)
+        prompts["uid"] = NonTensorStack(*[ticket.uid for ticket in tickets])
+        self._store.put_prompts(tickets, prompts)
 
     def _sync_metadata_from_transfer_queue(self) -> None:
         """verl's listing, of the validation partition only; training rows are never listed."""

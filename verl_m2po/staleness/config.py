@@ -27,6 +27,12 @@ class StaleKConfig:
             half of the machine's memory. TransferQueue can spill to disk; the error says how.
         stop_wait_s: wall-clock seconds for which a run that was asked to end (Ctrl-C, SIGTERM) still waits for rollouts
             in flight. null waits as long as they take.
+        journal: append what is dispatched and generated to a journal on disk, so that a crash loses what is being
+            generated at that moment and not the rollouts since the last checkpoint. false writes none.
+        journal_path: folder of the journal, on a filesystem that all nodes share. null: `journal` beside the
+            checkpoints.
+        journal_fsync: wait for the disk after each group. false: the journal outlives a crash of any process, not of
+            the machine.
         ledger_path: file to which every trained row is appended, with its weight versions, as JSON lines. null: none.
     """
 
@@ -36,6 +42,9 @@ class StaleKConfig:
     failed_window_groups: int = 100
     buffer_memory_limit_gib: float | None = None
     stop_wait_s: float | None = 10.0
+    journal: bool = False
+    journal_path: str | None = None
+    journal_fsync: bool = False
     ledger_path: str | None = None
     # Read by verl's base trainer under the name of the mode; the mode sets it, see trainer.py.
     parameter_sync_step: int = 1

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayActorError
 
+from verl_m2po.staleness.journal import Journal, JournalError
 from verl_m2po.staleness.records import GroupReport
 
 
@@ -71,6 +72,24 @@ class WorkerReports:
                     f"{self._answer_timeout_s:.0f} s. An agent loop or a tool blocks its event loop, so that not even "
                     "generation_timeout_s can end it: let it await, or put the blocking call into asyncio.to_thread"
                 )
+
+    def journal_to(self, journal: Journal) -> None:
+        """Let every worker write its finished groups into the present segment of `journal` from now on.
+
+        Raises:
+            JournalError: what a worker writes cannot be seen here.
+        """
+        paths = [journal.rows_path(index) for index in range(len(self._workers))]
+        begun = [
+            worker.journal_to.remote(str(path), journal.fsync)
+            for worker, path in zip(self._workers, paths, strict=True)
+        ]
+        ray.get(begun)
+        if missing := [path for path in paths if not path.exists()]:
+            raise JournalError(
+                f"{missing[0]} was written by an agent loop worker and is not there: journal_path must be on a "
+                "filesystem that all nodes share"
+            )
 
     def abort(self, uids: list[str]) -> None:
         for worker in self._workers:

@@ -27,6 +27,7 @@ STATE_FORMATS = (1, 2)
 _SHARD = re.compile(r"^model_world_size_(\d+)_rank_\d+\.pt$")
 
 MODE = "trainer.v1.trainer_mode"
+MODEL = "actor_rollout_ref.model.path"
 
 _REFUSED = {
     MODE: "the modes count batches and learning-rate steps differently",
@@ -46,7 +47,7 @@ _MENTIONED = (
     "actor_rollout_ref.actor.kl_loss_coef",
     "actor_rollout_ref.actor.entropy_coeff",
     "actor_rollout_ref.actor.clip_ratio",
-    "actor_rollout_ref.model.path",
+    MODEL,
     "actor_rollout_ref.rollout.temperature",
     "actor_rollout_ref.rollout.seed",
     "algorithm",
@@ -65,6 +66,11 @@ _NOT_SETTINGS = ("actor_rollout_ref.actor.optim.total_training_steps",)
 def staleness_key(mode: str) -> str:
     """Configuration key of the staleness of a mode."""
     return f"trainer.v1.{mode}.staleness_updates"
+
+
+def refused_keys(mode: str) -> list[str]:
+    """Settings without which neither a checkpoint nor a journal fits a run of `mode`."""
+    return list(_refused_keys(mode))
 
 
 def _refused_keys(mode: str) -> dict[str, str]:

@@ -39,6 +39,7 @@ class StalenessRule(ABC):
         self.batch_size = batch_size
         self.total_steps: int | None = None
         self._in_flight: dict[str, Ticket] = {}
+        self._postponed: set[str] = set()
         self._next_place = 0
 
     @property
@@ -89,6 +90,7 @@ class StalenessRule(ABC):
         return ticket
 
     def _land(self, uid: str) -> Ticket:
+        self._postponed.discard(uid)
         try:
             return self._in_flight.pop(uid)
         except KeyError:
@@ -168,12 +170,22 @@ class StalenessRule(ABC):
         tickets = [Ticket.from_json(data) for data in state["in_flight"]]
         self._in_flight = {ticket.uid: ticket for ticket in tickets}
 
+    def readmit(self, ticket: Ticket) -> None:
+        """A group that was dispatched after the checkpoint from which the run goes on is in flight again."""
+        self._next_place = max(self._next_place, ticket.place + 1)
+        self._in_flight[ticket.uid] = ticket
+
+    def postpone(self, uid: str) -> None:
+        """A group in flight belongs to a weight version that is still to come: nobody waits for it until then."""
+        self._postponed.add(uid)
+
     def check_resumable(self, version: int) -> None:
         """Whether the loaded state can go on from weight `version`; raise StalenessViolation if not."""
         return
 
     def reissue(self, uid: str, version: int) -> Ticket:
         """A group that was in flight at the checkpoint starts again, in its old place, with weight `version`."""
+        self._postponed.discard(uid)
         old = self._in_flight[uid]
         ticket = Ticket(uid, old.place, version, old.lot, old.prompt_index)
         self._in_flight[uid] = ticket
@@ -211,12 +223,22 @@ class ExactStale(StalenessRule):
     def _end(self, version: int) -> int:
         return self._horizon(version) * self.batch_size
 
+    def _due_places(self, version: int) -> list[int]:
+        """Free places that `version` must fill: all of them, unless a restart found some of a version to come."""
+        return [place for place in self._free_places if self.expected_version(place) <= version]
+
     def admissible(self, version: int) -> int:
-        return len(self._free_places) + max(0, self._end(version) - self._next_place)
+        return len(self._due_places(version)) + max(0, self._end(version) - self._next_place)
+
+    def readmit(self, ticket: Ticket) -> None:
+        super().readmit(ticket)
+        if ticket.place in self._free_places:
+            self._free_places.remove(ticket.place)
 
     def _take_place(self, version: int) -> int:
-        if self._free_places:
-            place = self._free_places.popleft()
+        if due := self._due_places(version):
+            place = due[0]
+            self._free_places.remove(place)
         else:
             place = self._next_place
             self._next_place += 1
@@ -274,7 +296,7 @@ class ExactStale(StalenessRule):
         return Selection(groups, oldest_version=None)
 
     def settled(self, version: int) -> bool:
-        return not self._in_flight and self.admissible(version) == 0
+        return len(self._in_flight) == len(self._postponed) and self.admissible(version) == 0
 
     def check_resumable(self, version: int) -> None:
         if self._next_place < min(self._end(version), (version + self.staleness_steps) * self.batch_size):
@@ -367,6 +389,8 @@ class BoundedAsync(StalenessRule):
     def expired(self, version: int) -> list[str]:
         uids = []
         for ticket in self._in_flight.values():
+            if ticket.uid in self._postponed:
+                continue
             share = (self.staleness_steps + 1) / (version - ticket.dispatch_version + 1)
             if share >= self.min_usable_share:
                 break  # in order of dispatch: the younger ones have a larger share

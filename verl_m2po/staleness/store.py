@@ -15,6 +15,7 @@ import transfer_queue as tq
 from tensordict import NonTensorData, TensorDict
 from tensordict.tensorclass import NonTensorStack
 from transfer_queue import KVBatchMeta
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_m2po.staleness import codec
 from verl_m2po.staleness.ragged import Ragged
@@ -114,6 +115,15 @@ class LotStore:
         for lot, rows in rows_by_lot.items():
             tq.kv_batch_put(keys=list(rows), partition_id=lot_partition(lot), fields=_batch(list(rows.values())))
             self._groups_in_lot[lot] += len(rows)
+
+    def put_rows(self, ticket: Ticket, rows: tuple[Row, ...], packed: tuple[dict[str, Any], ...]) -> None:
+        """Put back the rows of a finished group, as its agent loop worker wrote them.
+
+        Args:
+            packed: fields of each row, see codec.py.
+        """
+        fields = list_of_dict_to_tensordict([dict(row) for row in packed])
+        tq.kv_batch_put(keys=[row.key for row in rows], partition_id=lot_partition(ticket.lot), fields=fields)
 
     def get_prompts(self, tickets: list[Ticket]) -> TensorDict:
         """The prompts of `tickets`, in their order."""

@@ -42,6 +42,7 @@ from verl_m2po.staleness.checkpoint import Checkpoints, folder_name
 from verl_m2po.staleness.client import SpanRecordingClient
 from verl_m2po.staleness.config import BoundedAsyncConfig, load_mode_config
 from verl_m2po.staleness.failures import FailureWindow
+from verl_m2po.staleness.journal import RUN_FILE, Journal
 from verl_m2po.staleness.ledger import TrainedRowsLedger
 from verl_m2po.staleness.liveness import Watch
 from verl_m2po.staleness.records import Ticket
@@ -105,6 +106,11 @@ def _plain(index: Any) -> int | str:
     return value if isinstance(value, int) else str(value)
 
 
+def _indices(batch: TensorDict) -> list[int | str]:
+    """Positions or names of prompts in the data set, -1 where it has none."""
+    return [_plain(index) for index in batch["index"]] if "index" in batch else [-1] * len(batch)
+
+
 class _StalenessTrainer(PPOTrainer):
     """What the modes share. A mixin in front of verl's trainer classes."""
 
@@ -126,6 +132,10 @@ class _StalenessTrainer(PPOTrainer):
         self._watch = Watch()
         # Trainer steps: the last one that is on disk, and the last one that has taken rollouts to train on.
         self._saved_step = self._begun_step = 0
+        self._journal: Journal | None = None
+        if settings.journal:
+            root = settings.journal_path or self._checkpoints.root / "journal"
+            self._journal = Journal(root, settings.journal_fsync, self._settings)
         super().__init__(config)
 
     def _read_checkpoint(self, folder: Path, config: DictConfig) -> dict[str, Any]:
@@ -185,6 +195,7 @@ class _StalenessTrainer(PPOTrainer):
             clock=clock,
             failures=FailureWindow(settings.max_failed_fraction, settings.failed_window_groups),
             ledger=TrainedRowsLedger(settings.ledger_path) if settings.ledger_path else None,
+            journal=self._journal,
             dispatch=self._add_prompts_to_generate,
             stop=self._stop,
             trainer_mode=self.trainer_mode,
@@ -212,10 +223,13 @@ class _StalenessTrainer(PPOTrainer):
         return {}
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
-        uids = list(batch["uid"])
-        indices = [_plain(index) for index in batch["index"]] if "index" in batch else [-1] * len(uids)
-        self._generate(self.replay_buffer.open_groups(uids, indices, batch), batch)
+        self._generate(self.replay_buffer.open_groups(list(batch["uid"]), _indices(batch), batch), batch)
         return len(batch)
+
+    def _draw_prompts(self, count: int) -> tuple[list[int | str], TensorDict]:
+        """The next `count` prompts of the data set, with their names."""
+        batch = self._next_train_batch(count)
+        return _indices(batch), batch
 
     def _generate(self, tickets: list[Ticket], prompts: TensorDict) -> None:
         # The step that starts from the present weights. It may be one ahead of verl's counter at the end of a step.
@@ -228,7 +242,10 @@ class _StalenessTrainer(PPOTrainer):
         timeout_s = load_mode_config(self.config, self.trainer_mode).generation_timeout_s
         # As long again: a worker that generates answers every few seconds, one that cannot answer cannot time out.
         answer_timeout_s = None if timeout_s is None else 2 * timeout_s + 60
-        self.replay_buffer.connect(WorkerReports(self.agent_loop_manager.agent_loop_workers, answer_timeout_s))
+        self._reports = WorkerReports(self.agent_loop_manager.agent_loop_workers, answer_timeout_s)
+        self.replay_buffer.connect(self._reports, self._generate)
+        if self._journal is not None:
+            self._reports.journal_to(self._journal)
         tickets, prompts = self.replay_buffer.reopen_groups()
         if prompts is not None:
             self._generate(tickets, prompts)
@@ -259,12 +276,19 @@ class _StalenessTrainer(PPOTrainer):
         if isinstance(self.replay_buffer.rule, ExactStale) and self.replay_buffer.version < self.global_steps:
             self.replay_buffer.settle()
         name, state = folder_name(self.global_steps), json.dumps(self._state(), separators=(",", ":"))
+        if self._journal is not None:
+            self._journal.next_segment()
+            self._reports.journal_to(self._journal)
         with self._checkpoints.writing(self.global_steps, self._resumed_from) as incomplete:
             (incomplete / name / resume.STATE_FILE).write_text(state)
+            if self._journal is not None:
+                (incomplete / name / RUN_FILE).write_text(json.dumps(self._journal.position()))
             with self._verl_writes_into(incomplete):
                 super()._save_checkpoint()
             resume.require_all_shards(incomplete / name)
         self._checkpoints.prune(self.global_steps, self._checkpoints_to_keep())
+        if self._journal is not None:
+            self._journal.delete_unneeded(self._checkpoints)
         self.checkpoint_callback.on_save(
             trainer=self,
             global_step=self.global_steps,
@@ -353,7 +377,23 @@ class _StalenessTrainer(PPOTrainer):
         if self._resumed_from is not None:
             self._load_state()
             self._saved_step = self.global_steps
+        if self._journal is not None:
+            self._replay_journal(self._journal)
         self.replay_buffer.begin(self.global_steps)
+
+    def _replay_journal(self, journal: Journal) -> None:
+        """Take back what was generated since the checkpoint, or since the beginning where there is none."""
+        position = journal.position_of(self._resumed_from)
+        if self.config.trainer.resume_mode == "disable":
+            position = None
+        if position is not None:
+            must_agree = resume.refused_keys(self.trainer_mode)
+            if self._resumed_from is None:
+                must_agree = [*must_agree, resume.MODEL]
+            in_flight = [ticket.uid for ticket in self.replay_buffer.rule.in_flight_tickets()]
+            replay = journal.read(position["segment"], self.global_steps, in_flight, must_agree)
+            self.replay_buffer.replay(replay, self._draw_prompts)
+        journal.start(position and position["run"])
 
     def _load_state(self) -> None:
         """What verl does not load."""
