@@ -99,6 +99,12 @@ def test_the_first_signal_asks_and_the_status_tells(number):
 
 
 @pytest.mark.slow
+def test_an_error_on_the_way_out_is_not_hidden_by_the_status():
+    ended = driver("state.add('training'); send(15); listener.stop(tell_status=False); raise OSError('disk full')")
+    assert ended.returncode == 1 and "disk full" in ended.stderr
+
+
+@pytest.mark.slow
 def test_the_second_signal_leaves_at_once():
     ended = driver("state.add('training'); send(2); send(15); print('still here')")
     assert ended.returncode == 128 + signal.SIGTERM

@@ -129,6 +129,7 @@ class Attempt:
     """One start of the run's command."""
 
     def __init__(self, folder: Path, number: int, command: list[str]) -> None:
+        _wait_for_memory()
         self.mark = uuid.uuid4().hex
         self.metrics = folder / f"attempt-{number}.jsonl"
         self.log = folder / f"attempt-{number}.txt"
@@ -191,6 +192,13 @@ class Attempt:
         cpu_run.kill_marked(self.mark, grace_s=20 if self.process.poll() is not None else 0)
         self.process.wait()
         self._stream.close()
+
+
+def _wait_for_memory() -> None:
+    """The preflight refuses a run without 8 GiB, and what was killed before may not have given its memory back."""
+    deadline = time.monotonic() + START_WITHIN_S
+    while psutil.virtual_memory().available < 9 * 2**30 and time.monotonic() < deadline:
+        time.sleep(1.0)
 
 
 def _title(process: psutil.Process) -> str:
@@ -265,7 +273,8 @@ class Campaign:
     def _hit(self, attempt: Attempt, fault: Fault) -> None:
         target = TARGETS[fault.target]
         if not attempt.wait_for(lambda: bool(attempt.find(target.titles)), START_WITHIN_S):
-            fault.problems.append("the process to kill never appeared")
+            tail = attempt.log.read_text(errors="replace").splitlines()[-5:]
+            fault.problems.append("the process to kill never appeared: " + " / ".join(tail))
             return
         if fault.moment == "start":
             attempt.wait_for_steps(1, fault.delay_s * 60)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -50,10 +51,11 @@ class PreflightCallback(Callback):
             self._listener = Listener()
             self._listener.start()
 
-    def on_job_end(self, **_kwargs: Any) -> None:
-        """End as a signal asks for; called by Hydra after the job."""
+    def on_job_end(self, job_return: JobReturn, **_kwargs: Any) -> None:
+        """Leave nothing behind, and end as a signal asks for; called by Hydra after the job, failed or not."""
         if self._listener is not None:
-            self._listener.stop()
+            # An error says more than a status: Hydra raises it after this.
+            self._listener.stop(tell_status=job_return.status == JobStatus.COMPLETED)
 
 
 def uses_this_package(config: DictConfig) -> bool:

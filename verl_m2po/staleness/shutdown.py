@@ -120,11 +120,14 @@ class Listener:
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
-    def stop(self) -> None:
-        """Listen no more, close Ray and leave nothing of the run behind. After a signal, end as shells expect it.
+    def stop(self, tell_status: bool = True) -> None:
+        """Listen no more, close Ray and leave nothing of the run behind.
+
+        Args:
+            tell_status: end with the status that shells expect after a signal, if there was one.
 
         Raises:
-            SystemExit: there was a signal.
+            SystemExit: there was.
         """
         worker._post_init_hooks.remove(self._take_signals)
         left = _Left.besides(self._others)
@@ -132,7 +135,7 @@ class Listener:
         left.remove(grace_s=10.0)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self.received is not None:
+        if tell_status and self.received is not None:
             raise SystemExit(128 + self.received)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
