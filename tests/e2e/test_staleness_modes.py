@@ -145,8 +145,6 @@ def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path)
         *paced(tmp_path, lengths=[Lengths(1, median=8, sigma=1.3, longest=192)]),
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
         "data.max_response_length=192",
-        # Aborts what has crossed five weight updates; what has crossed fewer is masked, or dropped.
-        "++trainer.v1.bounded_async.min_usable_share=0.4",
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=verl_m2po.bench.paced.token_time:TokenTime",
         steps=steps,
         environment=environment,
@@ -166,8 +164,8 @@ def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path)
     uids = [group[1] for line in ledger for group in line["groups"]]
     assert len(uids) == len(set(uids)) == steps * 2
     assert max(result.series("staleness/age_updates_max")) <= bound
-    # The long tail was there: groups were given up, generations crossed weight updates, tokens were masked and counted.
-    assert sum(result.series("staleness/evicted")) > 0
+    # The long tail was there: generations that crossed weight updates, tokens that were masked, and were counted. If
+    # some outlive the bound by so much that they are dropped or aborted depends on the speed of the machine.
     assert any(len(row[1]) > 2 for line in ledger for group in line["groups"] for row in group[3])
     assert sum(result.series("staleness/over_age_tokens")) == masked > 0
     assert sum(result.series("staleness/trained_tokens")) == trained
