@@ -60,13 +60,6 @@ def _batch(rows: list[dict[str, Any]]) -> TensorDict:
     return TensorDict(columns, batch_size=[len(rows)])
 
 
-def _stacked(values: list) -> torch.Tensor | NonTensorStack:
-    """A column of Python values. Numbers are far cheaper as a tensor: each object of a stack is wrapped and pickled."""
-    if all(type(value) is int for value in values):
-        return torch.tensor(values)
-    return NonTensorStack(*values)
-
-
 def _repeated(columns: TensorDict, times: list[int]) -> dict[str, Any]:
     """Each row of `columns` as often as `times` says. What is not a tensor is wrapped once and shared."""
     counts = torch.tensor(times)
@@ -152,7 +145,7 @@ class LotStore:
         if oldest_version is not None:
             over_age = codec.OverAge([row.spans for row in rows], oldest_version)
         columns = self._shared_columns(groups) | {
-            key: column if isinstance(column, torch.Tensor) else _stacked(column)
+            key: column if isinstance(column, torch.Tensor) else NonTensorStack(*column)
             for key, column in codec.unpack(self._packed_columns(groups), over_age).items()
         }
         keys = [row.key for row in rows]
@@ -188,7 +181,7 @@ class LotStore:
     def _shared_columns(self, groups: tuple[Group, ...]) -> dict[str, Any]:
         """What the data set gave each group, once per row."""
         prompts = self.get_prompts([group.ticket for group in groups])
-        prompts["global_steps"] = torch.tensor([group.ticket.dispatch_version + 1 for group in groups])
+        prompts["global_steps"] = NonTensorStack(*[group.ticket.dispatch_version + 1 for group in groups])
         return _repeated(prompts, [len(group.rows) for group in groups])
 
     def delete(self, groups: list[tuple[Ticket, tuple[Row, ...]]]) -> None:
