@@ -19,6 +19,9 @@ SEED ?= 1
 SEEDS ?= 1-12
 FAULTS_OUT ?= outputs/faults
 
+# Study: only that many runs, the most telling ones first; empty: all
+RUNS ?=
+
 # Further arguments of pytest in `make test`, for example -k name
 PYTEST_ARGS ?=
 
@@ -78,8 +81,9 @@ bench-modes: $(STAMP) ## Measure the trainer modes side by side and their buffer
 	$(BIN)/python -m verl_m2po.bench.modes --out docs/benchmarks.md
 	$(BIN)/python -m verl_m2po.bench.buffer --out docs/benchmarks.md
 
-study: $(STAMP) ## Run the staleness study on the experiment bench, or go on with it (hours; finished runs are skipped)
-	$(BIN)/python -m verl_m2po.study run
+study: $(STAMP) ## Run the staleness study, or go on with it, and write docs/results.md (RUNS=20: what the first picture shows)
+	$(BIN)/python -m verl_m2po.study run $(if $(RUNS),--most $(RUNS))
+	$(BIN)/python -m verl_m2po.study results
 
 study-verl: $(STAMP) ## The study's four runs through verl itself, each from its last checkpoint on
 	$(BIN)/python -m verl_m2po.study verl

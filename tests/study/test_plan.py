@@ -21,8 +21,7 @@ def test_five_seeds_on_policy_and_at_the_largest_staleness():
 
 
 def test_stopped_early_all_conditions_of_the_claim_have_as_many_seeds():
-    claim = [("grpo", 0), ("m2po", 256), ("grpo", 256), ("no_trust_region", 256)]
-    first = plan.jobs()[: 4 * len(plan.SEEDS)]
+    first = plan.jobs()[: len(plan.CLAIM) * len(plan.SEEDS)]
     for i in range(0, len(first), 4):
-        assert {(job.loss, job.staleness_updates) for job in first[i : i + 4]} == set(claim)
+        assert {(job.loss, job.staleness_updates) for job in first[i : i + 4]} == set(plan.CLAIM)
         assert len({job.seed for job in first[i : i + 4]}) == 1

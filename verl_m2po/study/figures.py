@@ -60,8 +60,13 @@ def _label_ends(axes: Axes, at: int, ends: dict[str, float], colours: dict[str, 
         )
 
 
-def claim(results: Sequence[Result]) -> Figure:
-    """What staleness does and what M2PO does about it: accuracy, and the tokens that each method leaves out."""
+def claim(results: Sequence[Result]) -> Figure | None:
+    """What staleness does and what M2PO does about it: accuracy, and the tokens that each method leaves out.
+
+    None before any of its runs is finished.
+    """
+    if not any(run.stage == "staleness" for run in results):
+        return None
     with mpl.rc_context(RC):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
@@ -81,8 +86,8 @@ def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
         if runs:
             style = {"linestyle": (0, (4, 1.5)), "zorder": 3} if colour == ON_POLICY else {}
             ends[name], colours[name] = _band(axes, runs, colour, **style), colour
-    steps = results[0].steps
-    axes.set_xlim(0, steps[-1])
+    last = max(run.steps[-1] for _, runs, _ in lines for run in runs)
+    axes.set_xlim(0, last)
     axes.axvspan(0, STALEST / UPDATES_PER_STEP, color="#F4F4F4", zorder=0)
     axes.annotate(
         "data of the\nbase model",
@@ -93,7 +98,7 @@ def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
         color="#7A7A7A",
     )
     low, high = axes.get_ylim()
-    _label_ends(axes, steps[-1], ends, colours, 0.052 * (high - low))
+    _label_ends(axes, last, ends, colours, 0.052 * (high - low))
     axes.set_xlabel("trainer step (four optimizer updates)")
     axes.set_ylabel("accuracy on held-out problems")
     axes.set_title(f"Accuracy on data {STALEST} updates old")
@@ -101,30 +106,31 @@ def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
 
 def _left_out(axes: Axes, results: Sequence[Result]) -> None:
     """In the lines' own words: GRPO clips, M2PO masks; without a trust region nothing is left out."""
-    for loss, verb in (("grpo", "GRPO clips"), ("m2po", "M2PO masks")):
+    for loss, verb, is_above in (("grpo", "GRPO clips", True), ("m2po", "M2PO masks", False)):
         runs = select(results, "staleness", loss, STALEST)
         if not runs:
             continue
         curve = runs[0].left_out_name
         _band(axes, runs, COLOURS[loss], curve)
+        axes.set_xlim(0, runs[0].steps[-1])
         share = np.mean([run.mean(curve) for run in runs])
         steps, values = _curves(runs, curve)
         middle = len(steps) // 2
+        beside = values[:, middle - 2 : middle + 3]
         axes.annotate(
             f"{verb} {100 * share:.2g}%",
-            (steps[middle], values[:, middle - 2 : middle + 3].max()),
-            xytext=(0, 5),
+            (steps[middle], beside.max() if is_above else beside.min()),
+            xytext=(0, 5 if is_above else -5),
             textcoords="offset points",
             color=COLOURS[loss],
             fontsize=10,
             ha="center",
-            va="bottom",
+            va="bottom" if is_above else "top",
         )
     axes.set_yscale("symlog", linthresh=1e-4, linscale=0.4)
     axes.set_ylim(0, 3 * axes.get_ylim()[1])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(0, results[0].steps[-1])
     axes.set_xlabel("trainer step")
     axes.set_ylabel("share of response tokens")
     axes.set_title("Tokens that give no gradient")

@@ -10,8 +10,9 @@ from verl_m2po.bench.page import replace_section
 from verl_m2po.study import figures
 from verl_m2po.study.figures import NAMES
 from verl_m2po.study.plan import STALEST, THRESHOLDS, TRIAL_LEARNING_RATES
-from verl_m2po.study.results import FINAL_POINTS, Interval, Result, recovered_gap, select
+from verl_m2po.study.results import FINAL_POINTS, SEPARATE, Interval, Result, recovered_gap, select
 
+SUFFIXES = {SEPARATE: ", separate devices"}
 CAPTIONS = {
     "claim": "Accuracy, and tokens that give no gradient. Line: mean over seeds; band: lowest to highest seed.",
     "by_staleness": "Final accuracy against staleness; bars: lowest to highest seed.",
@@ -41,15 +42,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def conditions(results: Sequence[Result], stage: str = "staleness") -> list[str]:
-    """One row for each loss and staleness."""
+    """One row for each loss, staleness and variant of a stage."""
     rows = []
-    pairs = sorted({(r.staleness_updates, r.loss) for r in results if r.stage == stage})
-    for age, loss in pairs:
-        runs = select(results, stage, loss, age)
+    for age, loss, variant in sorted({(r.staleness_updates, r.loss, r.variant) for r in results if r.stage == stage}):
+        runs = select(results, stage, loss, age, variant)
         curve = runs[0].left_out_name
         rows.append(
             [
-                f"{NAMES.get(loss, loss)}, {'on-policy' if age == 0 else f's={age}'}",
+                f"{NAMES.get(loss, loss)}, {'on-policy' if age == 0 else f's={age}'}{SUFFIXES.get(variant, '')}",
                 str(len(runs)),
                 _accuracy([run.final for run in runs]),
                 _accuracy([run.best for run in runs]),
@@ -59,7 +59,7 @@ def conditions(results: Sequence[Result], stage: str = "staleness") -> list[str]
             ]
         )
     header = ["", "seeds", "final accuracy", "best", "clipped or masked", "second moment before", "collapse step"]
-    return _table(header, rows)
+    return _table(header, rows) if rows else ["Not run yet."]
 
 
 def claim(results: Sequence[Result]) -> list[str]:
@@ -151,16 +151,17 @@ def write(data: dict[str, Any], results: Sequence[Result], verl: Sequence[Result
         page: A Markdown file with all the markers.
     """
     drawn = figures.save(results, page.parent / "figures" / "results")
-    shown = [f"![{CAPTIONS[name]}](figures/results/{name}.svg)\n\n*{CAPTIONS[name]}*\n" for name in drawn]
+    shown = {name: f"![{CAPTIONS[name]}](figures/results/{name}.svg)\n\n*{CAPTIONS[name]}*\n" for name in drawn}
     sections = {
         "provenance": provenance(data, results),
         "claim": claim(results),
         "conditions": conditions(results),
+        "hot": conditions(results, "hot"),
         "learning rates": learning_rates(results),
         "thresholds": thresholds(results),
         "through verl": through_verl(verl),
-        "claim figure": shown[:1],
-        "other figures": shown[1:],
+        "claim figure": [shown[name] for name in drawn if name == "claim"],
+        "other figures": [shown[name] for name in drawn if name != "claim"],
     }
     for name, lines in sections.items():
         replace_section(page, name, "\n".join(lines))

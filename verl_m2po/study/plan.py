@@ -12,7 +12,11 @@ STALEST = 256
 TRIAL_LEARNING_RATES = (1.5e-5, 3e-5, 6e-5)
 TRIAL_STEPS = 250
 STEPS = 300
+# Five times as large as the study's: far outside the paper's regime, where runs come apart.
+HOT_LEARNING_RATE = 1.5e-4
 THRESHOLDS = (0.01, 0.02, 0.08, 0.16)
+# What the claim is about: (loss, staleness in optimizer updates); on-policy training first.
+CLAIM = (("grpo", 0), ("m2po", STALEST), ("grpo", STALEST), ("no_trust_region", STALEST))
 METHODS = ("grpo", "m2po", "no_trust_region", "gspo", "m2po_clip")
 
 
@@ -78,26 +82,27 @@ def _compare(losses: Iterable[str], staleness: Iterable[int], seeds: Iterable[in
             yield Job("staleness", loss, updates, seed)
 
 
-def _thresholds(seeds: Iterable[int]) -> Iterator[Job]:
-    for seed in seeds:
-        for threshold in THRESHOLDS:
-            key = f"actor_rollout_ref.actor.policy_loss.m2po.threshold={threshold}"
-            yield Job("threshold", "m2po", STALEST, seed, (key,), f"threshold{threshold:g}")
+def _thresholds(seed: int) -> Iterator[Job]:
+    for threshold in THRESHOLDS:
+        key = f"actor_rollout_ref.actor.policy_loss.m2po.threshold={threshold}"
+        yield Job("threshold", "m2po", STALEST, seed, (key,), f"threshold{threshold:g}")
+
+
+def _hot(seed: int) -> Iterator[Job]:
+    for loss, updates in CLAIM:
+        key = f"actor_rollout_ref.actor.optim.lr={HOT_LEARNING_RATE}"
+        yield Job("hot", loss, updates, seed, (key,), f"lr{HOT_LEARNING_RATE:g}")
 
 
 def jobs() -> list[Job]:
     """All runs on the bench, each once, in the order in which they are started."""
-    claim = list(_compare(("m2po", "grpo", "no_trust_region"), (STALEST,), SEEDS))
-    reference = list(_compare(("grpo",), (0,), SEEDS))
-    # A seed of the reference with each seed of the claim.
-    first = [job for seed in SEEDS for job in (*reference, *claim) if job.seed == seed]
-    queue = [
-        *first,
-        *trials(),
-        *_compare(("gspo", "m2po_clip"), (STALEST,), SEEDS),
-        *_compare(("grpo", "m2po", "no_trust_region"), (64, 16), FEW_SEEDS),
-        *_thresholds(FEW_SEEDS),
-        *_compare(METHODS, (0,), SEEDS),
-        *_compare(METHODS, (64, 16), SEEDS),
-    ]
-    return list(dict.fromkeys(queue))
+    claim = [Job("staleness", loss, updates, seed) for seed in SEEDS for loss, updates in CLAIM]
+    sweeps: list[Job] = []
+    for seed in FEW_SEEDS:
+        sweeps += _hot(seed)
+        sweeps += _compare(("gspo", "m2po_clip"), (STALEST,), (seed,))
+        sweeps += _compare(("grpo", "m2po", "no_trust_region"), (64,), (seed,))
+        sweeps += _thresholds(seed)
+        sweeps += _compare(("grpo", "m2po", "no_trust_region"), (16,), (seed,))
+    rest = [*_compare(METHODS, (STALEST, 0), SEEDS), *_compare(METHODS, (64, 16), SEEDS)]
+    return list(dict.fromkeys([*claim, *trials(), *sweeps, *rest]))

@@ -24,6 +24,8 @@ FINAL_POINTS = 4
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 NORMAL = 1.96
 RESAMPLES = 10_000
+# Variant of a run through verl whose rollout has devices of its own.
+SEPARATE = "separate"
 MINI_BATCH_SIZE = "actor_rollout_ref.actor.ppo_mini_batch_size"
 # Metrics that are kept as means over the trainer steps since the validation before.
 CURVES = {
@@ -132,7 +134,7 @@ def _read(folder: Path, stage: str, variant: str = "", most: int | None = None) 
         known.staleness_updates or 0,
         size[0] // size[1],
         known.seed or 0,
-        variant,
+        SEPARATE if (known.mode or "").endswith("_separate") else variant,
         steps,
         _rounded(accuracy, 4),
         _curves(run, steps),
