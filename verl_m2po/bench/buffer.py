@@ -1,3 +1,5 @@
+# pyright: reportAbstractUsage=false
+# tensordict's tensor classes are made at run time.
 """`python -m verl_m2po.bench.buffer`: what taking a batch costs, by how many rollouts wait, beside verl's own buffer.
 
 A real TransferQueue with one storage unit, and the batches of stale-256 in the paper: 256 prompts x 8 responses. Times
@@ -30,6 +32,7 @@ from verl_m2po.staleness.buffer import StalenessReplayBuffer
 from verl_m2po.staleness.failures import FailureWindow
 from verl_m2po.staleness.records import Row
 from verl_m2po.staleness.rules import ExactStale
+from verl_m2po.staleness.shutdown import StopRequest
 from verl_m2po.staleness.store import lot_partition
 from verl_m2po.staleness.units import UpdateClock
 
@@ -138,7 +141,7 @@ def _prompt(uid: str) -> dict[str, Any]:
 def _fill_verls(depth: int, tokens: int) -> Take:
     buffer = ReplayBufferAsync(
         trainer_mode="separate_async",
-        trainer_config={},
+        trainer_config=DictConfig({}),
         max_off_policy_threshold=None,
         max_off_policy_strategy="drop",
         sampler_kwargs=DictConfig({}),
@@ -183,6 +186,7 @@ def _fill_ours(depth: int, tokens: int) -> Take:
         rule=rule,
         clock=UpdateClock(PROMPTS, PROMPTS),
         failures=FailureWindow(),
+        stop=StopRequest(wait_s=0.0),
         ledger=None,
         dispatch=lambda _: None,
         trainer_mode="stale_k",
