@@ -214,7 +214,7 @@ def trainer(tmp_path, monkeypatch):
     OmegaConf.set_struct(trainer.config, True)
     trainer.replay_buffer, trainer.checkpoint_callback = Buffer(), SavedTo()
     trainer._checkpoints, trainer._resumed_from = Checkpoints(tmp_path), None
-    trainer._settings, trainer.use_critic = {}, False
+    trainer._settings, trainer.use_critic, trainer._journal = {}, False, None
     return trainer
 
 
@@ -229,6 +229,14 @@ def test_verl_writes_beside_and_its_settings_are_as_they_were(trainer, tmp_path)
     assert all(flaws(checkpoints.folder(step)) == [] for step in (4, 6))
     assert checkpoints.latest() == tmp_path / "global_step_6"
     assert trainer.checkpoint_callback.folders == [str(tmp_path / f"global_step_{step}") for step in (2, 4, 6)]
+
+
+def test_verl_without_checkpoint_callbacks(trainer, tmp_path):
+    """As in verl 0.9.0, whose trainer has no such attribute."""
+    del trainer.checkpoint_callback
+    trainer.global_steps = 2
+    trainer._save_checkpoint()
+    assert Checkpoints(tmp_path).steps() == [2]
 
 
 def test_when_verls_half_fails_nothing_has_changed(trainer, tmp_path, monkeypatch):

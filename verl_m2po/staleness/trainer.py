@@ -28,7 +28,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
@@ -57,6 +56,13 @@ AGE_FIELD = "age_updates"
 """Field of a row in TransferQueue; `verl_m2po.worker` reads it under the same name."""
 
 AGENT_LOOP_MANAGER = "verl_m2po.staleness.agent_loop.StalenessAgentLoopManager"
+
+
+class NoCallback:
+    """Stands in for the user's checkpoint callback. verl 0.9.0 knows no callbacks, so this is no class of verl's."""
+
+    def on_save(self, **about: Any) -> None:
+        """Do nothing."""
 
 
 def require_sound(problems: list[preflight.Problem]) -> None:
@@ -310,7 +316,7 @@ class _StalenessTrainer(PPOTrainer):
 
         verl deletes the model of an old checkpoint before the new one is complete, and never the rest of it.
         """
-        trainer, callback = self.config.trainer, self.checkpoint_callback
+        trainer, callback = self.config.trainer, getattr(self, "checkpoint_callback", NoCallback())
         redirected = {
             "default_local_dir": str(folder),
             "max_actor_ckpt_to_keep": None,
@@ -318,7 +324,7 @@ class _StalenessTrainer(PPOTrainer):
             "remove_previous_ckpt_in_save": False,
         }
         configured = {key: trainer[key] for key in redirected if key in trainer}
-        self.checkpoint_callback = CheckpointCallback()
+        self.checkpoint_callback = NoCallback()
         try:
             with open_dict(trainer):
                 trainer.update(redirected)
