@@ -1,6 +1,7 @@
 """The keep mask of Algorithm 1: laws, then the paper's loop as the judge, then single cases."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from m2po_loop_reference import loop_keep_mask
 from token_batches import heavy_tailed
 
+from verl_m2po import second_moment
 from verl_m2po.second_moment import TrustRegionSearch, find_trust_region, keep_mask, trust_region_magnitude
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -34,15 +36,18 @@ thresholds = st.one_of(
 
 
 @settings(max_examples=600, deadline=None)
-@given(rows=tokens, threshold=thresholds, dtype=st.sampled_from(DTYPES))
-@example(rows=[(1.0, 1.0, True), (1e-15, 1.0, True)], threshold=0.5, dtype=torch.float32)
-@example(rows=[(0.5, 1.0, True)] * 3, threshold=0.25, dtype=torch.float32)
-@example(rows=[(0.5, 1.0, True), (-0.5, -1.0, True), (0.1, 1.0, True)], threshold=0.04, dtype=torch.float32)
-def test_equals_the_loop_of_the_paper_in_exact_arithmetic(rows, threshold, dtype):
+@given(rows=tokens, threshold=thresholds, dtype=st.sampled_from(DTYPES), on_host=st.booleans())
+@example(rows=[(1.0, 1.0, True), (1e-15, 1.0, True)], threshold=0.5, dtype=torch.float32, on_host=True)
+@example(rows=[(0.5, 1.0, True)] * 3, threshold=0.25, dtype=torch.float32, on_host=True)
+@example(
+    rows=[(0.5, 1.0, True), (-0.5, -1.0, True), (0.1, 1.0, True)], threshold=0.04, dtype=torch.float32, on_host=True
+)
+def test_equals_the_loop_of_the_paper_in_exact_arithmetic(rows, threshold, dtype, on_host):
     log_ratio, advantages, response = (list(column) for column in zip(*rows, strict=True))
     log_ratio, advantages = torch.tensor(log_ratio, dtype=dtype), torch.tensor(advantages, dtype=dtype)
     response_mask = torch.tensor(response)
-    keep = keep_mask(log_ratio, advantages, response_mask, threshold)
+    with mock.patch.object(second_moment, "on_host", lambda tensor: on_host):
+        keep = keep_mask(log_ratio, advantages, response_mask, threshold)
     assert keep.tolist() == loop_keep_mask(log_ratio.tolist(), advantages.tolist(), response, threshold)
 
 
@@ -197,18 +202,26 @@ def test_bad_input_is_named(change, error, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("threshold", [0.0, 1e-4, 0.01, 0.04, 1.0, 30.0])
+@pytest.mark.parametrize("threshold", [0.0, 1e-4, 0.01, 0.04, 1.0, 30.0, math.inf])
 @pytest.mark.parametrize("rows", [6, 600])
-def test_radix_selection_equals_sorting(rows, dtype, threshold):
-    # An accelerator searches by radix selection among all tokens, with 0 for those that cannot be dropped; a CPU sorts,
-    # of many tokens only those in one bucket.
+def test_radix_selection_on_an_accelerator_equals_sorting(monkeypatch, rows, dtype, threshold):
     magnitude = trust_region_magnitude(*heavy_tailed(rows, 40, seed=6, dtype=dtype)).flatten()
-    search = TrustRegionSearch(threshold)
-    search.add(magnitude)
-    first_dropped, largest_kept = search._solve_by_sorting(search._inside, search._largest_inside)
-    search._outside = [torch.where(part.double().square() > threshold, part, 0.0) for part in magnitude.split(100)]
-    assert search._first_dropped(search._inside, None) == first_dropped
-    assert largest_kept == magnitude[magnitude < first_dropped].amax()
+    region = find_trust_region([magnitude], threshold)
+    monkeypatch.setattr(second_moment, "on_host", lambda tensor: False)
+    assert find_trust_region(magnitude.split(100), threshold) == region
+
+
+@pytest.mark.parametrize("error", [-1_000_000, -40, -1, 1, 40, 1_000_000])
+def test_sorting_finds_the_token_wherever_rounded_sums_point(monkeypatch, error):
+    magnitude = trust_region_magnitude(*heavy_tailed(600, 40, seed=6)).flatten()
+    region = find_trust_region([magnitude], 0.04)
+    guess = second_moment._Units.guess_first_over
+
+    def wrong(units, spent, ascending):
+        return min(max(0, guess(units, spent, ascending) + error), ascending.numel())
+
+    monkeypatch.setattr(second_moment._Units, "guess_first_over", wrong)
+    assert find_trust_region([magnitude], 0.04) == region
 
 
 def test_search_without_tokens_is_refused():

@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from verl_m2po.second_moment import TrustRegion
+
 SCOPES = ("mini_batch", "micro_batch")
 
 Decision = TypeVar("Decision", covariant=True)
@@ -27,6 +29,23 @@ class Search(Protocol[Decision]):
 
 
 @dataclass
+class MicroBatchSums:
+    """What the loss of one micro-batch leaves, without gradient and on the device of the tokens.
+
+    Args:
+        tokens: float64, by the names of `losses.diagnostics.TOKEN_SUMS`.
+        region: The trust region that held for it, None for a loss without one.
+        age_zero: By the names of `AGE_ZERO_SUMS`, None where nobody knows ages.
+        entropy: By the names of `ENTROPY_SUMS`, None where entropies are not computed.
+    """
+
+    tokens: Tensor
+    region: TrustRegion | None
+    age_zero: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@dataclass
 class MiniBatch:
     """What is shared by all micro-batches of one optimizer mini-batch.
 
@@ -34,7 +53,7 @@ class MiniBatch:
         decision: The loss's own decision over the whole mini-batch, if it was made beforehand.
         decide_in_loss: The loss sees the whole mini-batch of its rank at once, so it makes the decision itself.
         group: Ranks that decide together where `decide_in_loss`; None: this process alone.
-        sums: One vector of `losses.diagnostics.SUMS` for each micro-batch so far.
+        sums: Of each micro-batch so far.
         keep: Keep mask of the micro-batch at hand, where its loss masks.
         weighs_responses: Whether `log_weights` are to be left.
         log_weights: log of current over behaviour policy of each response so far, [responses] for each micro-batch.
@@ -44,7 +63,7 @@ class MiniBatch:
     decision: Any = None
     decide_in_loss: bool = False
     group: dist.ProcessGroup | None = None
-    sums: list[Tensor] = field(default_factory=list)
+    sums: list[MicroBatchSums] = field(default_factory=list)
     keep: Tensor | None = None
     weighs_responses: bool = False
     log_weights: list[Tensor] = field(default_factory=list)

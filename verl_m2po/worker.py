@@ -250,7 +250,7 @@ class M2POTrainingWorker(TrainingWorker):
         """Ratios over the whole mini-batch, formed once from sums over all ranks; none where no loss left a sum."""
         if not mini_batch.sums:
             return {}
-        sums = torch.stack(mini_batch.sums).sum(0)
+        sums = diagnostics.total(mini_batch.sums)
         group = self.engine.get_data_parallel_group()
         if group is not None:
             dist.all_reduce(sums, group=group)
@@ -294,7 +294,7 @@ class Observed:
             is_age_zero = self.is_age_zero(data)
             if is_age_zero is not None and len(self.mini_batch.sums) > before:
                 seen = Seen(response_tokens(model_output, data, old=_behaviour_field(data)), is_age_zero)
-                diagnostics.add_age_zero(self.mini_batch, *_age_zero_sums(seen).unbind())
+                diagnostics.add_age_zero(self.mini_batch, _age_zero_sums(seen))
             entropy = model_output.get("entropy")
             if entropy is not None and len(self.mini_batch.sums) > before:
                 response_mask = data.select("response_mask").to_padded_tensor()["response_mask"].bool()
@@ -378,9 +378,9 @@ def _age_zero_sums(seen: Seen) -> Tensor:
     """float64 [2]: sum of (log r)^2 and number of the finite tokens of age zero."""
     assert seen.is_age_zero is not None
     tokens = seen.tokens
-    of_age_zero = tokens.response_mask & seen.is_age_zero.unsqueeze(-1).expand(tokens.shape).reshape(-1)
+    of_age_zero = tokens.response_mask * seen.is_age_zero.unsqueeze(-1).expand(tokens.shape).reshape(-1)
     sums = weigh(tokens._replace(response_mask=of_age_zero, seen=[]), math.inf).sums
-    return sums[[TOKEN_SUMS.index("square"), TOKEN_SUMS.index("counted_tokens")]]
+    return torch.stack([sums[TOKEN_SUMS.index(name)] for name in ("square", "counted_tokens")])
 
 
 def refuse_unsupported(engine_config: Any, setting: str) -> None:

@@ -14,6 +14,7 @@ from verl.workers.config import ActorConfig, FSDPActorConfig
 
 from verl_m2po.bench.authors_loop import authors_loss
 from verl_m2po.bench.batches import Batch
+from verl_m2po.losses import diagnostics
 from verl_m2po.losses.config import M2POPolicyLossConfig
 from verl_m2po.losses.token_pass import add_tokens, as_tokens
 from verl_m2po.mini_batch import MiniBatch, training
@@ -48,6 +49,8 @@ CONTESTANTS = (
     Contestant("authors' loop", authors_loss, most_tokens=300_000),
 )
 
+CALLS_A_TURN = 3
+
 
 class Call:
     """One contestant on one batch, ready to be called again and again."""
@@ -76,8 +79,8 @@ class Call:
                 rollout_is_weights=None,
             )
         loss.backward()
-        for sums in mini_batch.sums:
-            sums.tolist()
+        if mini_batch.sums:
+            diagnostics.total(mini_batch.sums).tolist()
 
 
 class Timed(Protocol):
@@ -89,9 +92,10 @@ class Timed(Protocol):
 
 
 def seconds(calls: Sequence[Timed], rounds: int) -> list[list[float]]:
-    """Times of each call, taken in turns so that all see the same machine. First round is not counted.
+    """Times of each call, `CALLS_A_TURN` in a row and in turns, so that all see the same machine.
 
-    On the CPU it is the time that the processor worked for this process, which a busy machine does not distort.
+    The first round is not counted. On the CPU it is the time that the processor worked for this process, which a busy
+    machine does not distort.
     """
     clock = time.perf_counter if calls[0].batch.log_prob.is_cuda else time.process_time
     times: list[list[float]] = [[] for _ in calls]
@@ -99,12 +103,13 @@ def seconds(calls: Sequence[Timed], rounds: int) -> list[list[float]]:
     try:
         for turn in range(rounds + 1):
             for call, taken in zip(calls, times, strict=True):
-                _synchronize(call.batch)
-                start = clock()
-                call()
-                _synchronize(call.batch)
-                if turn:
-                    taken.append(clock() - start)
+                for _ in range(CALLS_A_TURN):
+                    _synchronize(call.batch)
+                    start = clock()
+                    call()
+                    _synchronize(call.batch)
+                    if turn:
+                        taken.append(clock() - start)
     finally:
         gc.enable()
     return times

@@ -5,10 +5,12 @@ actor worker, which adds them up over the whole optimizer mini-batch. Where the 
 themselves are logged, and the ratio of two logged numbers is exact.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from verl_m2po.mini_batch import MiniBatch, current_mini_batch
+from verl_m2po.mini_batch import MicroBatchSums, MiniBatch, current_mini_batch
 from verl_m2po.second_moment import TrustRegion, trust_region_magnitude
 
 # Sums over the tokens of a micro-batch. The trust region is A > 0 and r > 1, or A < 0 and r < 1; counted tokens are
@@ -17,13 +19,12 @@ from verl_m2po.second_moment import TrustRegion, trust_region_magnitude
 TOKEN_SUMS = (
     "log_ratio",
     "magnitude_trust_region",
-    "counted_tokens",
     "magnitude_kept_trust_region",
     "kept_ratio",
+    "counted_tokens",
     "kept_tokens",
     "square",
     "square_trust_region",
-    "counted_tokens_again",
     "square_kept_trust_region",
     "kept_ratio_square",
     "trust_region_tokens",
@@ -39,6 +40,9 @@ ENTROPY_SUMS = ("entropy", "entropy_tokens", "entropy_masked", "entropy_masked_t
 AGE_ZERO_SUMS = ("square_age_zero", "age_zero_tokens")
 # The entries of one vector of sums, as it travels.
 SUMS = TOKEN_SUMS + DECISION_SUMS + AGE_ZERO_SUMS + ENTROPY_SUMS
+_OF = {
+    names: slice(SUMS.index(names[0]), SUMS.index(names[-1]) + 1) for names in (TOKEN_SUMS, AGE_ZERO_SUMS, ENTROPY_SUMS)
+}
 PREFIX = "actor/m2po/"
 # Losses that leave their sums themselves.
 SELF_REPORTING = frozenset(
@@ -69,7 +73,6 @@ def token_sums(
     sums = {
         "response_tokens": response_mask.sum(),
         "counted_tokens": counted.sum(),
-        "counted_tokens_again": counted.sum(),
         "kept_tokens": keep.sum(),
         "trust_region_tokens": torch.count_nonzero(magnitude),
         "kept_trust_region_tokens": torch.count_nonzero(kept_magnitude),
@@ -105,21 +108,13 @@ def report(token_sums: Tensor, keep: Tensor, region: TrustRegion | None) -> dict
 
 def leave(mini_batch: MiniBatch, token_sums: Tensor, keep: Tensor, region: TrustRegion | None) -> None:
     """Leave the sums of a micro-batch with the actor worker."""
-    sums = token_sums.new_zeros(len(SUMS))
-    sums[: len(TOKEN_SUMS)] = token_sums
-    sums[SUMS.index("micro_batches")] = 1
-    if region is not None:
-        # Where nothing is dropped the threshold is inf, which would spoil an average.
-        drops = torch.isfinite(region.threshold_log_ratio)
-        sums[SUMS.index("threshold_log_ratio")] = torch.where(drops, region.threshold_log_ratio, region.largest_kept)
-    mini_batch.sums.append(sums)
+    mini_batch.sums.append(MicroBatchSums(token_sums, region))
     mini_batch.keep = keep
 
 
-def add_age_zero(mini_batch: MiniBatch, square: Tensor, tokens: Tensor) -> None:
-    """Add the sum of (log r)^2 and the number of tokens of age zero, 0-d, to the sums that the loss has left."""
-    start = SUMS.index(AGE_ZERO_SUMS[0])
-    mini_batch.sums[-1][start : start + len(AGE_ZERO_SUMS)] = torch.stack((square, tokens))
+def add_age_zero(mini_batch: MiniBatch, sums: Tensor) -> None:
+    """Add the sum of (log r)^2 and the number of tokens of age zero to the sums that the loss has left."""
+    mini_batch.sums[-1].age_zero = sums
 
 
 def add_entropy(mini_batch: MiniBatch, entropy: Tensor, response_mask: Tensor) -> None:
@@ -128,7 +123,28 @@ def add_entropy(mini_batch: MiniBatch, entropy: Tensor, response_mask: Tensor) -
     masked = response_mask & ~mini_batch.keep
     total = torch.where(response_mask, entropy, 0.0).sum()
     total_masked = torch.where(masked, entropy, 0.0).sum()
-    mini_batch.sums[-1][-len(ENTROPY_SUMS) :] = torch.stack((total, response_mask.sum(), total_masked, masked.sum()))
+    mini_batch.sums[-1].entropy = torch.stack((total, response_mask.sum(), total_masked, masked.sum()))
+
+
+def total(parts: Sequence[MicroBatchSums]) -> Tensor:
+    """The sums of all `parts`, at least one: float64, by the names of `SUMS`."""
+    sums = parts[0].tokens.new_zeros(len(SUMS))
+    sums[_OF[TOKEN_SUMS]] = torch.stack([part.tokens for part in parts]).sum(0)
+    # Where nothing is dropped the threshold is inf, which would spoil an average.
+    limits = [
+        torch.where(part.region.first_dropped.isinf(), part.region.largest_kept, part.region.threshold_log_ratio)
+        for part in parts
+        if part.region is not None
+    ]
+    sums[SUMS.index("micro_batches")] = len(parts)
+    if limits:
+        sums[SUMS.index("threshold_log_ratio")] = torch.stack(limits).sum()
+    for part in parts:
+        if part.age_zero is not None:
+            sums[_OF[AGE_ZERO_SUMS]] += part.age_zero
+        if part.entropy is not None:
+            sums[_OF[ENTROPY_SUMS]] += part.entropy
+    return sums
 
 
 def whole(sums: Tensor, mismatch_floor: float | None = None) -> dict[str, float]:

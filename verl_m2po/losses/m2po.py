@@ -9,6 +9,7 @@ from verl.workers.config import ActorConfig
 
 from verl_m2po.losses import diagnostics, opsm
 from verl_m2po.losses.config import KEY, M2POConfig
+from verl_m2po.losses.settings import settings_of
 from verl_m2po.losses.surrogate import negative_aggregate
 from verl_m2po.losses.token_pass import add_tokens, as_tokens, weigh
 from verl_m2po.mini_batch import decision_of
@@ -44,12 +45,13 @@ def m2po_loss(
         ValueError: Arguments do not fit each other.
     """
     assert config is not None, "config must be verl's ActorConfig."
-    settings = config.policy_loss.get("m2po", None) or M2POConfig()
+    settings = settings_of(config, "m2po", M2POConfig)
     with torch.no_grad():
         trained = opsm.trained_tokens(log_prob, old_log_prob, advantages, response_mask, config)
         tokens = as_tokens(log_prob, old_log_prob, advantages, trained, rollout_is_weights)
-        search = TrustRegionSearch(settings.threshold)
-        region = decision_of(f"{KEY}.m2po.scope", settings.scope, lambda: add_tokens(search, tokens))
+        region = decision_of(
+            f"{KEY}.m2po.scope", settings.scope, lambda: add_tokens(TrustRegionSearch(settings.threshold), tokens)
+        )
         gain, keep, sums = weigh(tokens, region.threshold_log_ratio)
         metrics = diagnostics.report(sums, keep, region)
     return negative_aggregate(log_prob, gain, gain, response_mask, loss_agg_mode, config), metrics

@@ -14,7 +14,9 @@ Settings = TypeVar("Settings", bound=BaseConfig)
 def settings_of(config: ActorConfig | None, name: str, settings_class: type[Settings]) -> Settings:
     """The sub-key `name` of verl's policy loss settings, its defaults where verl's own class is in use."""
     assert config is not None, "config must be verl's ActorConfig."
-    return config.policy_loss.get(name, None) or settings_class()
+    settings = config.policy_loss.get(name, None)
+    # Not `or`: verl's configs are mappings, whose truth is a count of their fields.
+    return settings_class() if settings is None else settings
 
 
 def check_choice(value: Any, choices: tuple[str, ...], key: str) -> None:

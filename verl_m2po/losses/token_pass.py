@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from verl_m2po.losses.diagnostics import TOKEN_SUMS
-from verl_m2po.second_moment import TrustRegionSearch, check_tokens, chunk_size
+from verl_m2po.second_moment import TrustRegionSearch, check_tokens, chunk_size, on_host
 
 # verl clamps log ratios here before it takes the exponential, so that no gradient passes beyond it.
 LOG_RATIO_LIMIT = 20.0
@@ -62,6 +62,9 @@ def as_tokens(
         named["rollout_is_weights"] = weights
     check_tokens("log_prob", log_prob, **named)
     dtype = torch.promote_types(torch.promote_types(log_prob.dtype, old_log_prob.dtype), torch.float32)
+    if response_mask.dtype == torch.bool:
+        # The same bytes, which become floats several times as fast.
+        response_mask = response_mask.view(torch.uint8)
     return Tokens(
         log_prob.reshape(-1),
         old_log_prob.reshape(-1),
@@ -96,40 +99,36 @@ def weigh(tokens: Tokens, threshold_log_ratio: Tensor | float) -> Weighted:
     keep = torch.empty(count, dtype=torch.bool, device=device)
     sums = torch.zeros(len(TOKEN_SUMS), dtype=torch.float64, device=device)
     for chunk in _chunks(tokens):
-        log_ratio, magnitude, counted, kept_magnitude, ratio, kept = chunk.rows
+        log_ratio, magnitude, kept_magnitude, ratio, counted, kept = chunk.rows
         torch.le(magnitude, threshold_log_ratio, out=kept).mul_(counted)
         keep[chunk.where] = kept
         torch.mul(magnitude, kept, out=kept_magnitude)
-        if chunk.is_ordinary:
-            torch.exp(log_ratio, out=ratio).mul_(kept)
-            chunk_gain = torch.mul(ratio, tokens.advantages[chunk.where], out=gain[chunk.where])
-        else:
-            torch.exp(log_ratio.clamp(max=LOG_RATIO_LIMIT), out=ratio).mul_(kept)
-            chunk_gain = torch.mul(ratio, tokens.advantages[chunk.where], out=gain[chunk.where])
+        torch.exp(log_ratio if chunk.is_ordinary else log_ratio.clamp(max=LOG_RATIO_LIMIT), out=ratio).mul_(kept)
+        chunk_gain = torch.mul(ratio, tokens.advantages[chunk.where], out=gain[chunk.where])
+        if not chunk.is_ordinary:
             chunk_gain.mul_(log_ratio <= LOG_RATIO_LIMIT)
         if tokens.weights is not None:
             chunk_gain.mul_(tokens.weights[chunk.where])
-        magnitudes = chunk.rows[_MAGNITUDES]
         sums += torch.cat(
             (
                 chunk.rows.sum(1),
                 torch.linalg.vector_norm(chunk.rows[_SQUARED], dim=1).square_(),
-                torch.sign(magnitudes).sum(1),
+                torch.sign(chunk.rows[_MAGNITUDES]).sum(1),
                 torch.stack((chunk_gain.sum(), chunk_gain.abs().sum(), chunk.responses)),
             )
         )
     return Weighted(gain.view(tokens.shape), keep.view(tokens.shape), sums)
 
 
-# Rows of a chunk: log ratio, magnitude, counted, kept magnitude, kept ratio, kept. See `diagnostics.TOKEN_SUMS`.
+# Rows of a chunk: log ratio, magnitude, kept magnitude, kept ratio, counted, kept. See `diagnostics.TOKEN_SUMS`.
 _ROWS = 6
-_SQUARED = slice(0, 5)
-_MAGNITUDES = slice(1, 4, 2)
+_SQUARED = slice(0, 4)
+_MAGNITUDES = slice(1, 3)
 
 
 class _Chunk(NamedTuple):
     where: slice
-    # [6, tokens], of which the first three are filled:
+    # [6, tokens], of which are filled:
     # log r, 0 on tokens that are not counted;
     # |log r| on trust-region tokens, 0 elsewhere;
     # 1 on counted tokens, which are finite response tokens, 0 elsewhere.
@@ -141,11 +140,10 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(tokens: Tokens) -> Iterator[_Chunk]:
-    size = chunk_size(tokens.log_prob.device)
-    count = tokens.log_prob.numel()
     if tokens.seen:
         yield from tokens.seen
         return
+    size, count = chunk_size(tokens.log_prob), tokens.log_prob.numel()
     rows = torch.empty(_ROWS, min(size, count), dtype=tokens.dtype, device=tokens.log_prob.device)
     for start in range(0, count, size):
         where = slice(start, min(start + size, count))
@@ -156,12 +154,12 @@ def _chunks(tokens: Tokens) -> Iterator[_Chunk]:
 
 
 def _fill(tokens: Tokens, where: slice, rows: Tensor) -> _Chunk:
-    log_ratio, magnitude, counted = rows[0], rows[1], rows[2]
+    log_ratio, magnitude, counted = rows[0], rows[1], rows[4]
     torch.sub(tokens.log_prob[where].to(tokens.dtype), tokens.old_log_prob[where], out=log_ratio)
     counted.copy_(tokens.response_mask[where])
     responses = counted.sum()
     # All batches but broken ones are ordinary, which on the CPU is quickly seen. An accelerator would have to wait.
-    is_ordinary = log_ratio.device.type == "cpu" and log_ratio.abs().amax().item() <= LOG_RATIO_LIMIT
+    is_ordinary = on_host(log_ratio) and log_ratio.abs().amax().item() <= LOG_RATIO_LIMIT
     if not is_ordinary:
         counted.mul_(log_ratio.isfinite())
         log_ratio.nan_to_num_(0.0, 0.0, 0.0)
