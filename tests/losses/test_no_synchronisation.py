@@ -7,23 +7,24 @@ from token_batches import heavy_tailed
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import FSDPActorConfig
 
+from verl_m2po.losses.bapo import Bounds
 from verl_m2po.losses.config import M2POPolicyLossConfig
 from verl_m2po.losses.diagnostics import SELF_REPORTING, total
 from verl_m2po.mini_batch import MiniBatch, training
 from verl_m2po.second_moment import TrustRegion
 
-ON_DEVICE = {
-    **{name: (name, {}) for name in SELF_REPORTING},
+CASES = {
+    **{name: (name, {}) for name in sorted(SELF_REPORTING)},
+    "decoupled_loglinear": ("decoupled_loglinear", {"decoupled_loglinear": {"alpha": 0.5}}),
     "m2po by micro_batch": ("m2po", {"m2po": {"scope": "micro_batch"}}),
-    "m2po in one piece": ("m2po", {"decide_in_loss": True}),
     "m2po with sequence masking": ("m2po", {"opsm": {"delta": 0.1}}),
 }
+# What the actor worker has decided before the loss is called.
+DECISIONS = {"m2po": TrustRegion, "bapo": Bounds}
 
 
 def run(name, settings, log_prob, old_log_prob, advantages, response_mask, weights):
     """Forward, backward and the sums of a micro-batch, as our actor worker has them made."""
-    settings = dict(settings)
-    one_piece = settings.pop("decide_in_loss", False)
     config = FSDPActorConfig(
         strategy="fsdp2",
         rollout_n=1,
@@ -31,15 +32,17 @@ def run(name, settings, log_prob, old_log_prob, advantages, response_mask, weigh
         policy_loss=M2POPolicyLossConfig(**settings),
     )
     config.global_batch_info.update(dp_size=2, batch_num_tokens=1000, global_batch_size=12)
-    region = None if one_piece else TrustRegion(*(log_prob.new_full((), value) for value in (0.4, 0.3, 0.5)))
+    decision = DECISIONS.get(name)
+    if decision is not None:
+        decision = decision(*(log_prob.new_full((), value) for value in (0.4, 0.3, 0.5)))
     log_prob = log_prob.clone().requires_grad_()
-    with training(MiniBatch(decision=region, decide_in_loss=one_piece)) as mini_batch:
+    with training(MiniBatch(decision=decision)) as mini_batch:
         loss, metrics = get_policy_loss_fn(name)(
             old_log_prob=old_log_prob,
             log_prob=log_prob,
             advantages=advantages,
             response_mask=response_mask,
-            loss_agg_mode="token-mean",
+            loss_agg_mode="seq-mean-token-sum",
             config=config,
             rollout_is_weights=weights,
         )
@@ -54,9 +57,9 @@ def arguments(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ON_DEVICE)
+@pytest.mark.parametrize("case", CASES)
 def test_nothing_is_read_from_or_copied_to_the_device(case, dtype):
-    name, settings = ON_DEVICE[case]
+    name, settings = CASES[case]
     tensors = without_values(*arguments(dtype))
     with no_host_transfers():
         gradient, sums, _ = run(name, settings, *tensors)
@@ -84,9 +87,9 @@ def test_the_watch_sees(transfer):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("case", ON_DEVICE)
+@pytest.mark.parametrize("case", CASES)
 def test_cuda_is_not_synchronised_and_gives_what_the_cpu_gives(case):
-    name, settings = ON_DEVICE[case]
+    name, settings = CASES[case]
     on_host = arguments()
     expected_gradient, expected_sums, _ = run(name, settings, *on_host)
     tensors = [tensor.cuda() for tensor in on_host]
