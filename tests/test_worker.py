@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from actor_worker_runs import rollouts, run_packings, run_presets, run_seams, run_step_scale, save_model
+from actor_worker_runs import rollouts, run_layouts, run_packings, run_presets, run_seams, run_step_scale, save_model
 from compose import composed
 from omegaconf import OmegaConf
 from ranks import run_on_ranks
@@ -196,3 +196,45 @@ def test_every_preset_trains_the_real_actor_worker_and_reports_the_same_diagnost
             assert reported == {*diagnostics.NAMES, *step_scale}
             # The age of the data is in every method's ratio, whatever it does about it.
             assert update["metrics"]["actor/m2po/second_moment_all"] > 0.01
+
+
+# Both ranks that share a sequence see all of its log-probs, gathered by verl.
+LAYOUTS = {
+    "one rank a sequence": {"sequence_parallel": 1},
+    "two ranks a sequence": {"sequence_parallel": 2},
+    "one row each, in bfloat16": {"dtype": "bf16"},
+}
+
+
+@pytest.fixture(scope="module")
+def layouts(model_folder):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("VERL_PLATFORM", "cpu")
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        rows = rollouts(ROWS, seed=0)
+        arguments = (model_folder, rows, LAYOUTS, {"max_tokens": 48}, {"selected": "m2po"})
+        return run_on_ranks((2, 4), run_layouts, *arguments)
+
+
+def test_ranks_that_share_a_sequence_count_its_tokens_once(layouts):
+    expected = layouts[2][0]["one rank a sequence"]
+    keep = keep_of_all_ranks(layouts[2], "one rank a sequence")
+    for size, by_rank in layouts.items():
+        assert keep_of_all_ranks(by_rank, "two ranks a sequence") == keep, size
+        for record in (records["two ranks a sequence"] for records in by_rank):
+            gradient, expected_gradient = whole(record["gradients"]), whole(expected["gradients"])
+            assert (gradient - expected_gradient).norm() < 1e-6 * expected_gradient.norm(), size
+        answers = [records["two ranks a sequence"]["metrics"] for records in by_rank]
+        assert [bool(metrics) for metrics in answers] == [True, False] * (size // 2)
+        for metrics in filter(None, answers):
+            assert metrics == pytest.approx(expected["metrics"], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_sees_the_log_probs_of_the_look_ahead(layouts, layout):
+    for records in layouts[2]:
+        ahead = records[layout]["log_probs_ahead"]
+        assert ahead and ahead.keys() == records[layout]["log_probs"].keys()
+        for row, log_prob in records[layout]["log_probs"].items():
+            assert torch.equal(log_prob, ahead[row]), row

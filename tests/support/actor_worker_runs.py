@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 
+import packed_attention
 import torch
 import torch.distributed as dist
 
@@ -59,8 +60,11 @@ def rollouts(rows, seed, ages=None):
     return data
 
 
-def build_worker(model_folder, policy_loss, ours=True, lr=0.0, optim=None):
-    """verl's training worker (or ours); at learning rate 0 it can train on data again. `optim` wins over `lr`."""
+def build_worker(model_folder, policy_loss, ours=True, lr=0.0, optim=None, sequence_parallel=None, dtype="fp32"):
+    """verl's training worker (or ours); at learning rate 0 it can train on data again. `optim` wins over `lr`.
+
+    `sequence_parallel` ranks share each sequence, all sequences of a micro-batch in one row; None: one row each.
+    """
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import (
         FSDPActorConfig,
@@ -77,19 +81,21 @@ def build_worker(model_folder, policy_loss, ours=True, lr=0.0, optim=None):
 
     os.environ.update(WORLD_SIZE=str(dist.get_world_size()), RANK=str(dist.get_rank()))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    packed_attention.register()
     model_config = HFModelConfig(
         path=str(model_folder),
         load_tokenizer=False,
-        use_remove_padding=False,
+        use_remove_padding=sequence_parallel is not None,
         enable_gradient_checkpointing=False,
-        override_config={"attn_implementation": "sdpa"},
+        override_config={"attn_implementation": packed_attention.NAME if sequence_parallel else "sdpa"},
     )
-    precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    precision = {"param_dtype": dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     engine_config = FSDPEngineConfig(
         strategy="fsdp2",
         use_torch_compile=False,
         mixed_precision=precision,
-        use_remove_padding=False,
+        use_remove_padding=sequence_parallel is not None,
+        ulysses_sequence_parallel_size=sequence_parallel or 1,
     )
     worker = (M2POTrainingWorker if ours else TrainingWorker)(
         TrainingWorkerConfig(
@@ -169,27 +175,36 @@ def row_of(advantages):
 
 @contextlib.contextmanager
 def recording(worker):
-    """What happens inside `train_batch`: keep masks by row, whole gradients, the number of forward-only passes."""
+    """What happens inside `train_batch`: keep masks and log-probs by row, gradients, the number of looks ahead."""
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
     from verl_m2po.mini_batch import current_mini_batch
 
-    record = {"keep": {}, "gradients": {}, "forward_only_passes": 0}
+    record = {"keep": {}, "log_probs": {}, "log_probs_ahead": {}, "gradients": {}, "forward_only_passes": 0}
     name = worker.loss_fn.keywords["config"].policy_loss.loss_mode
     loss, step, infer = POLICY_LOSS_REGISTRY[name], worker.engine.optimizer_step, worker.engine.infer_batch
+    look_ahead = worker.look_ahead if hasattr(worker, "look_ahead") else None
 
     def recorded_loss(**arguments):
         result = loss(**arguments)
         mini_batch = current_mini_batch()
         if mini_batch is None or mini_batch.keep is None:
             return result
-        for keep, advantages, response_mask in zip(
-            mini_batch.keep, arguments["advantages"], arguments["response_mask"], strict=True
-        ):
-            record["keep"][row_of(advantages)] = (
-                keep[: int(response_mask.nonzero().max()) + 1].tolist() if (response_mask.any()) else []
-            )
+        columns = (mini_batch.keep, arguments["log_prob"], arguments["advantages"], arguments["response_mask"])
+        for keep, log_prob, advantages, response_mask in zip(*columns, strict=True):
+            length = int(response_mask.nonzero().max()) + 1 if response_mask.any() else 0
+            record["keep"][row_of(advantages)] = keep[:length].tolist()
+            record["log_probs"][row_of(advantages)] = log_prob[:length].detach().clone()
         return result
+
+    def recorded_look(*arguments, **keywords):
+        seen = look_ahead(*arguments, **keywords)
+        for tokens, _ in seen:
+            columns = (tokens.log_prob, tokens.advantages, tokens.response_mask)
+            for log_prob, advantages, response_mask in zip(*(c.view(tokens.shape) for c in columns), strict=True):
+                length = int(response_mask.nonzero().max()) + 1 if response_mask.any() else 0
+                record["log_probs_ahead"][row_of(advantages)] = log_prob[:length].clone()
+        return seen
 
     def recorded_step():
         for parameter_name, parameter in worker.engine.module.named_parameters():
@@ -202,25 +217,32 @@ def recording(worker):
 
     POLICY_LOSS_REGISTRY[name] = recorded_loss
     worker.engine.optimizer_step, worker.engine.infer_batch = recorded_step, recorded_infer
+    if look_ahead is not None:
+        worker.look_ahead = recorded_look
     try:
         yield record
     finally:
         POLICY_LOSS_REGISTRY[name] = loss
         worker.engine.optimizer_step, worker.engine.infer_batch = step, infer
+        if look_ahead is not None:
+            worker.look_ahead = look_ahead
 
 
 def train(worker, rows, old_log_probs, with_age=False, entropy=False, **fields):
     """One `train_batch` on this rank's share of `rows`; a record of what happened, with its metrics."""
     from verl.utils import tensordict_utils as tu
 
-    share = torch.arange(len(rows)).tensor_split(dist.get_world_size())[dist.get_rank()].tolist()
+    engine = worker.engine
+    share = torch.arange(len(rows)).tensor_split(engine.get_data_parallel_size())[engine.get_data_parallel_rank()]
+    share = share.tolist()
     own = {name: [values[i] for i in share] for name, values in {"old_log_probs": old_log_probs, **fields}.items()}
     data = as_data([rows[i] for i in share], global_batch_size=len(rows), with_age=with_age, entropy=entropy, **own)
     with recording(worker) as record:
         output = worker.train_batch(data)
-    metrics = tu.get(output, "metrics")
+    # Of ranks that share their sequences, one answers.
+    metrics = {} if output is None else tu.get(output, "metrics")
     record["metrics"] = m2po_metrics(metrics)
-    record["loss"], record["grad_norm"] = metrics["loss"], metrics["grad_norm"]
+    record["loss"], record["grad_norm"] = metrics.get("loss"), metrics.get("grad_norm")
     return record
 
 
@@ -342,4 +364,16 @@ def run_presets(model_folder, rows, presets):
             record = train(worker, rows, old, **fields)
             updates.append({name: record[name] for name in ("loss", "grad_norm", "metrics")})
         records[name] = {"updates": updates, "moved": (weights(worker) - before).abs().max().item()}
+    return records
+
+
+def run_layouts(model_folder, rows, layouts, packing, policy_loss):
+    """{layout: record} of training on `rows` with ranks laid out in several ways, from the same old log-probs."""
+    records = {}
+    old_log_probs = None
+    for name, layout in layouts.items():
+        worker = build_worker(model_folder, policy_loss, **layout)
+        old_log_probs = old_log_probs or behaviour_log_probs(worker, rows)
+        pack(worker, **packing)
+        records[name] = train(worker, rows, old_log_probs)
     return records

@@ -17,6 +17,7 @@ from verl.workers.config import ActorConfig
 from verl_m2po.bench.batches import Batch, make_batch
 from verl_m2po.bench.measure import median, seconds
 from verl_m2po.bench.page import processor, replace_section
+from verl_m2po.losses import diagnostics
 from verl_m2po.losses.bapo import BoundsSearch
 from verl_m2po.losses.gallery import NEEDED, compose_run, presets
 from verl_m2po.losses.token_loss import clean_tokens
@@ -59,8 +60,8 @@ class PresetCall:
                 rollout_is_weights=self.weights,
             )
         loss.backward()
-        for sums in mini_batch.sums:
-            sums.tolist()
+        if mini_batch.sums:
+            diagnostics.total(mini_batch.sums).tolist()
 
 
 def decide(actor: ActorConfig, batch: Batch) -> Any:
