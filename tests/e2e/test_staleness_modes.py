@@ -171,6 +171,7 @@ def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path)
     assert sum(result.series("staleness/trained_tokens")) == trained
 
 
+@pytest.mark.timeout(1200)  # three runs
 def test_stale_k_goes_on_where_a_checkpoint_and_the_journal_are(train, tmp_path):
     """Eight steps; then as if it had died before checkpoint 6, with a journal, and before checkpoint 4, without one."""
     checkpoints, pointer = Checkpoints(tmp_path / "saved"), tmp_path / "saved" / POINTER
