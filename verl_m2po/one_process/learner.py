@@ -89,7 +89,7 @@ class Learner:
             self._optimizer.step()
         named = {name: value.aggregate() if isinstance(value, Metric) else value for name, value in metrics.items()}
         if mini_batch.sums:
-            whole = diagnostics.whole(torch.stack(mini_batch.sums).sum(0), self._mismatch_floor)
+            whole = diagnostics.whole(diagnostics.total(mini_batch.sums), self._mismatch_floor)
             self._mismatch_floor = whole.get("mismatch_floor")
             named |= {f"{diagnostics.PREFIX}{name}": value for name, value in whole.items()}
         return named | {"actor/grad_norm": norm.item()}

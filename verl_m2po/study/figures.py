@@ -49,7 +49,7 @@ def _apart(ends: dict[str, float], least: float) -> dict[str, float]:
     last = -np.inf
     for name in sorted(ends, key=ends.__getitem__):
         last = placed[name] = max(ends[name], last + least)
-    shift = np.mean([placed[name] - ends[name] for name in ends]) if ends else 0.0
+    shift = float(np.mean([placed[name] - ends[name] for name in ends])) if ends else 0.0
     return {name: height - shift for name, height in placed.items()}
 
 

@@ -107,8 +107,7 @@ def _curves(run: Run, steps: list[int]) -> dict[str, list[float]]:
     curves = {}
     for name, metric in CURVES.items():
         if metric in run.logged:
-            series = run.series(metric)
-            series = series[(series.index > steps[0]) & (series.index <= steps[-1])]
+            series = run.series(metric).loc[steps[0] + 1 : steps[-1]]
             curves[name] = _rounded(series.groupby(pd.cut(series.index, steps, labels=False)).mean(), 4)
     if "clipped" in curves:
         # What a loss that clips would have masked is 0 by definition.
