@@ -1,11 +1,13 @@
 """A process of the run dies: whatever the trainer waits for, it ends in an error that says who."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from verl_m2po.staleness.liveness import Watch, WorkerDied
 from verl_m2po.staleness.reports import WorkerReports
@@ -70,6 +72,8 @@ def test_an_error_that_a_death_has_caused_names_the_dead(cluster, actor):
     dead = actor()
     with pytest.raises(WorkerDied, match="rollout died") as died, watch(rollout=dead).guard():
         kill(cluster, dead)
+        with contextlib.suppress(ActorUnavailableError, ActorDiedError):
+            cluster.get(dead.pid.remote(), timeout=60)  # an error that the death has caused comes after it
         raise ValueError("too many failures")
     assert isinstance(died.value.__cause__, ValueError)
 

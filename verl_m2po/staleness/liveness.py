@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -23,6 +24,9 @@ ASK_EVERY_S = 5.0
 
 UNWIND_S = 10.0
 """How long the trainer has to fail by itself, which says more, before it is interrupted."""
+
+FIND_CAUSE_S = 5.0
+"""How long after an error of the trainer the dead are looked for: Ray learns of a death a moment after it."""
 
 EXIT_S = 30.0
 """How long the trainer has to clean up after a death before its process ends regardless."""
@@ -52,6 +56,7 @@ class Watch:
         self._questions: dict[Any, Any] = {}
         self._lock = threading.Lock()
         self._death: str | None = None
+        self._some_unavailable = False
 
     def add(self, name: str, actors: Sequence[Any]) -> None:
         """Watch `actors`, too. The first name of an actor counts.
@@ -74,6 +79,7 @@ class Watch:
             for actor in self._names.keys() - self._questions.values():
                 self._questions[actor.__ray_ready__.remote()] = actor
             questions = dict(self._questions)
+        self._some_unavailable = False
         if not questions:
             return None
         answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=timeout_s)
@@ -85,7 +91,16 @@ class Watch:
             except ActorDiedError as error:
                 return f"{self._names[questions[question]]} died. {error}"
             except ActorUnavailableError:
-                continue  # dead or not, the next question will tell
+                self._some_unavailable = True  # dead or not, the next question will tell
+        return None
+
+    def _find_cause(self) -> str | None:
+        """`find_dead`, as often as it takes actors that are unavailable to turn out dead or alive."""
+        deadline = time.monotonic() + FIND_CAUSE_S
+        while (left_s := deadline - time.monotonic()) > 0:
+            if (death := self.find_dead(timeout_s=left_s)) or not self._some_unavailable:
+                return death
+            time.sleep(0.1)
         return None
 
     @contextmanager
@@ -101,7 +116,7 @@ class Watch:
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
-            if death := self._death or self.find_dead(timeout_s=2.0):
+            if death := self._death or self._find_cause():
                 self._limit_cleaning_up(death)
                 raise WorkerDied(death) from error
             raise
