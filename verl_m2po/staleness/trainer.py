@@ -151,7 +151,7 @@ class _StalenessTrainer(PPOTrainer):
         return state
 
     def init(self) -> None:
-        """As verl's; ends in an error if TransferQueue dies meanwhile."""
+        """As verl's; ends in an error if a process of the run dies meanwhile."""
         self._watch.add("TransferQueue controller", [ray.get_actor("TransferQueueController", "transfer_queue")])
         storage = [name for name in ray.util.list_named_actors() if name.startswith("TransferQueueStorageUnit")]
         self._watch.add("TransferQueue storage unit", [ray.get_actor(name) for name in sorted(storage)])
@@ -160,8 +160,8 @@ class _StalenessTrainer(PPOTrainer):
 
     def fit(self, agent_loop_manager: Any) -> None:
         """As verl's; ends in an error if a process of the run dies, and after a checkpoint if it is asked to end."""
-        for name, actors in self._actors(agent_loop_manager).items():
-            self._watch.add(name, actors)
+        self._watch_workers()
+        self._watch.add("agent loop worker", agent_loop_manager.agent_loop_workers)
         # Where the driver could not, since this process is on another machine.
         logs.keep_earlier(logs.path_of(self.config))
         with self._watch.guard():
@@ -171,24 +171,19 @@ class _StalenessTrainer(PPOTrainer):
                 self._shutdown_dump_executor()
                 self._leave_step(stop)
 
-    def _actors(self, agent_loop_manager: Any) -> dict[str, list[Any]]:
-        """The processes that the run depends on, under the names that an error gives them."""
+    def _watch_workers(self) -> None:
+        """Watch the processes that the run depends on, as far as they are there, under the names that an error says."""
         managers = self._rollout_server_managers()
-        actors = {
-            "actor worker": self.actor_rollout_wg.workers,
-            "rollout server": [server for manager in managers for server in manager.server_handles],
-            "rollout worker": [
-                w for manager in managers for replica in manager.get_replicas() for w in replica.workers
-            ],
-            "rollout load balancer": [manager.global_load_balancer for manager in managers],
-            "agent loop worker": agent_loop_manager.agent_loop_workers,
-            "reward worker": self.get_reward_handles() or [],
-        }
+        replicas = [replica for manager in managers for replica in manager.get_replicas()]
+        self._watch.add("actor worker", self.actor_rollout_wg.workers)
+        self._watch.add("rollout server", [server for manager in managers for server in manager.server_handles])
+        self._watch.add("rollout worker", [worker for replica in replicas for worker in replica.workers])
+        self._watch.add("rollout load balancer", [manager.global_load_balancer for manager in managers])
+        self._watch.add("reward worker", self.get_reward_handles() or [])
         if self.use_critic:
-            actors["critic worker"] = self.critic_wg.workers
+            self._watch.add("critic worker", self.critic_wg.workers)
         if self.use_reference_policy:
-            actors["reference worker"] = self.ref_policy_wg.workers
-        return actors
+            self._watch.add("reference worker", self.ref_policy_wg.workers)
 
     def _make_rule(self, staleness_steps: int, batch_size: int) -> StalenessRule:
         return ExactStale(staleness_steps, batch_size)
@@ -379,6 +374,7 @@ class _StalenessTrainer(PPOTrainer):
         """Hand the devices to the trainer, in the midst of generation."""
 
     def _load_checkpoint(self) -> None:
+        self._watch_workers()  # verl has just started them, and takes as long again to start the rest
         super()._load_checkpoint()
         if self._resumed_from is not None:
             self._load_state()
