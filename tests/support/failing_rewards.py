@@ -21,11 +21,11 @@ async def compute_score(data_source: str, solution_str: str, ground_truth: str, 
         await asyncio.sleep(3600)
     if not fails(index):
         return arithmetic.compute_score(data_source, solution_str, ground_truth, extra_info)
-    match index // EVERY % 4:
-        case 0:
-            raise ZeroDivisionError("in the reward function")
+    match index // EVERY % 5:  # of those drawn in eight steps with seed 1 each case has some
         case 1:
             return math.nan
-        case 2:
+        case 3:
             return math.inf
-    return None  # type: ignore[return-value]
+        case 4:
+            return None  # type: ignore[return-value]
+    raise ZeroDivisionError("in the reward function")
