@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from verl_m2po.bench.batches import make_batch
-from verl_m2po.bench.measure import CONTESTANTS, Call, median, peak_tensors, seconds
+from verl_m2po.bench.measure import CALLS_A_TURN, CONTESTANTS, Call, median, peak_tensors, seconds
 from verl_m2po.bench.page import processor, replace_section
 
 SECTION = "losses"
@@ -47,9 +47,9 @@ def _header(device: str, rounds: int) -> list[str]:
     names = ["tokens", "masked", "log-probs", *(contestant.name for contestant in CONTESTANTS)]
     return [
         f"`python -m verl_m2po.bench {' '.join(sys.argv[1:])}`, {date.today()}, {on}, torch {torch.__version__}, "
-        f"seed 0. Median of {rounds} rounds (fewer for larger batches, at least 5) in milliseconds, of processor time "
-        "on the CPU; in brackets times as much as `vanilla`, and peak memory in tensors of the "
-        "size of the float32 log-probs, gradient and saved tensors included.",
+        f"seed 0. Median of {rounds} rounds of {CALLS_A_TURN} calls (fewer rounds for larger batches, at least 5) "
+        "in milliseconds, of processor time on the CPU; in brackets times as much as `vanilla`, and peak memory in "
+        "tensors of the size of the float32 log-probs, gradient and saved tensors included.",
         "",
         "| " + " | ".join(names) + " |",
         "|" + "---:|" * len(names),
