@@ -21,6 +21,7 @@ def test_the_seeds_of_a_campaign_cover_targets_modes_and_moments():
     assert len(pairs) == len(fault_campaign.TARGETS) * len(fault_campaign.MOMENTS), "48 seeds try everything"
 
 
+@pytest.mark.campaign
 @pytest.mark.e2e
 @pytest.mark.timeout(1500)
 def test_nothing_is_lost_whatever_happens(tmp_path: Path):
