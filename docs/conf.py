@@ -16,9 +16,10 @@ class _Stub(types.ModuleType):
         return type(name, (), {"__module__": self.__name__})
 
 
-# The documented modules need torch for its names only; a docs build shall not install it.
+# The documented modules need torch and numpy for their names only; a docs build shall not install them.
 torch = sys.modules["torch"] = _Stub("torch")
 torch.distributed = sys.modules["torch.distributed"] = _Stub("torch.distributed")
+sys.modules["numpy"] = _Stub("numpy")
 
 project = "verl-m2po"
 author = "The verl-m2po authors"
