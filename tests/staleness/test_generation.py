@@ -177,6 +177,7 @@ class Worker(StalenessAgentLoopWorker):
         self.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=SimpleNamespace(n=sessions)))
         self._generation_timeout_s = timeout_s
         self._running, self._reports, self._has_report = {}, [], asyncio.Event()
+        self._journal = self._journal_error = None
         self.server = FakeServer()
 
     async def _run_agent_loop(self, sampling_params, *, trajectory, trace, session_id, uid, behaviour, **_):
