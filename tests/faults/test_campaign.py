@@ -1,4 +1,4 @@
-"""Three faults on a real run: all processes, SIGTERM, one process. `make faults` tries twelve, in all modes."""
+"""Three faults on a real run: one process, all processes, SIGTERM. `make faults` tries twelve, in all modes."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_the_seeds_of_a_campaign_cover_targets_modes_and_moments():
 @pytest.mark.e2e
 @pytest.mark.timeout(1500)
 def test_nothing_is_lost_whatever_happens(tmp_path: Path):
-    faults = fault_campaign.run_all([5, 6, 7], tmp_path)
+    faults = fault_campaign.run_all([4, 5, 6], tmp_path)
     assert {fault.mode for fault in faults} == {"stale_k_separate"}
     assert [fault.problems for fault in faults] == [[], [], []]
     assert faults[-1].recovered_after_s, "the last restart trained on"
