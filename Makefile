@@ -25,6 +25,9 @@ RUNS ?=
 # Further arguments of pytest in `make test`, for example -k name
 PYTEST_ARGS ?=
 
+# Tests that run at a time; an end-to-end one takes 7 GB
+JOBS ?= 2
+
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
@@ -51,7 +54,7 @@ quickstart: $(STAMP) ## Train a tiny model to add two-digit numbers (STEPS, OUT,
 	$(BIN)/verl-m2po quickstart --steps $(STEPS) --out $(OUT) --loss $(LOSS) --seed $(SEED)
 
 test: $(STAMP) ## All tests, the end-to-end ones included
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## The tests that need no Ray (under two minutes)
 	$(BIN)/python -m pytest -m "not e2e and not ray and not slow"
