@@ -4,7 +4,10 @@ import asyncio
 import contextlib
 import os
 import signal
+import threading
 import time
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
@@ -89,6 +92,42 @@ def test_the_living_and_the_busy_disturb_nobody(cluster, actor):
     with watch(idle=idle, busy=busy).guard():
         cluster.get(idle.pid.remote())
         time.sleep(1.5)  # several rounds of questions
+
+
+@pytest.fixture
+def server():
+    """A rollout server of which only `/health` is there, and the status that it answers."""
+    status = [HTTPStatus.OK]
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status[0] if self.path == "/health" else HTTPStatus.NOT_FOUND)
+            self.end_headers()
+
+        def log_message(self, *_) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}", status
+        server.shutdown()
+
+
+def test_an_engine_that_died_behind_its_server_is_named(server):
+    address, status = server
+    watched = watch()
+    watched.add_engines("rollout engine", [address])
+    assert watched.find_dead(timeout_s=0.1) is None
+    status[0] = HTTPStatus.NOT_FOUND
+    assert watched.find_dead(timeout_s=0.1) is None, "a server without that page says nothing"
+    status[0] = HTTPStatus.SERVICE_UNAVAILABLE
+    assert watched.find_dead(timeout_s=0.1) == f"rollout engine at {address} died."
+
+
+def test_a_server_that_does_not_answer_is_its_actors_business():
+    watched = watch()
+    watched.add_engines("rollout engine", ["127.0.0.1:9"])
+    assert watched.find_dead(timeout_s=0.1) is None
 
 
 def test_one_of_several_is_told_apart(cluster, actor):

@@ -317,7 +317,9 @@ class Campaign:
             fault.problems.append("the run ended as if nothing had happened")
         if target.words and not fault.error:
             fault.problems.append("no error names what died")
-        if target.asks and fault.status != 128 + target.send:
+        # Python's own status where the driver was still importing verl, before anything of ours was there.
+        was_importing = "KeyboardInterrupt" in attempt.log.read_text(errors="replace").splitlines()
+        if target.asks and fault.status != 128 + target.send and not was_importing:
             fault.problems.append(f"it ended with status {fault.status} after {fault.target}")
         if target.asks and fault.ended_after_s > ASKED_END_WITHIN_S:
             fault.problems.append(f"it took more than {ASKED_END_WITHIN_S:.0f} s to end")
@@ -365,9 +367,10 @@ def _parse(line: str) -> dict:
 
 
 def _error(output: str, words: tuple[str, ...]) -> str:
-    """The last line that says that one of `words` died."""
-    for line in reversed(output.splitlines()):
-        if any(word in line for word in words) and re.search("[Dd]ied|[Dd]ead|not answered", line):
+    """The last line that says that one of `words` died; Ray names the class of an actor in the line after."""
+    lines = output.splitlines()
+    for line, after in reversed(list(zip(lines, [*lines[1:], ""], strict=True))):
+        if re.search("[Dd]ied|[Dd]ead|not answered", line) and any(word in line + after for word in words):
             return re.sub(r"\x1b\[\d+m", "", line).strip()[:200]
     return ""
 

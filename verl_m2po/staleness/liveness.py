@@ -10,8 +10,11 @@ import os
 import signal
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
@@ -31,12 +34,30 @@ FIND_CAUSE_S = 5.0
 EXIT_S = 30.0
 """How long the trainer has to clean up after a death before its process ends regardless."""
 
+HEALTH_S = 1.0
+"""How long a rollout server may take to say whether its engine lives; one that is busy is asked again."""
+
 INTERRUPT = signal.SIGUSR1
 """Sent by the watching thread to its own process, to reach the main thread inside a system call."""
 
 
 class WorkerDied(RuntimeError):
     """A process of the run is gone, and the run with it."""
+
+
+# Servers of the cluster are never behind a proxy.
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+
+def _is_engine_dead(address: str) -> bool:
+    """Whether the server at `address` says that its engine is gone. Silence says nothing: its actor is asked too."""
+    try:
+        with _open(f"http://{address}/health", timeout=HEALTH_S):
+            return False
+    except urllib.error.HTTPError as error:
+        return error.code == HTTPStatus.SERVICE_UNAVAILABLE
+    except OSError:
+        return False
 
 
 class Watch:
@@ -54,6 +75,7 @@ class Watch:
         self._ask_every_s, self._unwind_s, self._exit_s = ask_every_s, unwind_s, exit_s
         self._names: dict[Any, str] = {}
         self._questions: dict[Any, Any] = {}
+        self._engines: dict[str, str] = {}
         self._lock = threading.Lock()
         self._death: str | None = None
         self._some_unavailable = False
@@ -69,6 +91,16 @@ class Watch:
             for index, actor in enumerate(actors):
                 self._names.setdefault(actor, name if len(actors) == 1 else f"{name} {index} of {len(actors)}")
 
+    def add_engines(self, name: str, addresses: Sequence[str]) -> None:
+        """Watch the inference engines behind these servers: processes of their own, whose actors outlive them.
+
+        Args:
+            name: what they are, in the user's words, singular.
+            addresses: "host:port" of servers that answer `/health`, as those of vLLM and SGLang do.
+        """
+        with self._lock:
+            self._engines |= {address: f"{name} at {address}" for address in addresses}
+
     def find_dead(self, timeout_s: float) -> str | None:
         """Ask everybody.
 
@@ -78,12 +110,11 @@ class Watch:
         with self._lock:
             for actor in self._names.keys() - self._questions.values():
                 self._questions[actor.__ray_ready__.remote()] = actor
-            questions = dict(self._questions)
+            questions, engines = dict(self._questions), dict(self._engines)
         self._some_unavailable = False
-        if not questions:
-            return None
-        answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=timeout_s)
-        for question in answered:
+        for question in (
+            ray.wait(list(questions), num_returns=len(questions), timeout=timeout_s)[0] if questions else ()
+        ):
             with self._lock:
                 self._questions.pop(question, None)
             try:
@@ -92,7 +123,7 @@ class Watch:
                 return f"{self._names[questions[question]]} died. {error}"
             except ActorUnavailableError:
                 self._some_unavailable = True  # dead or not, the next question will tell
-        return None
+        return next((f"{name} died." for address, name in engines.items() if _is_engine_dead(address)), None)
 
     def _find_cause(self) -> str | None:
         """`find_dead`, as often as it takes actors that are unavailable to turn out dead or alive."""

@@ -177,6 +177,7 @@ class _StalenessTrainer(PPOTrainer):
         replicas = [replica for manager in managers for replica in manager.get_replicas()]
         self._watch.add("actor worker", self.actor_rollout_wg.workers)
         self._watch.add("rollout server", [server for manager in managers for server in manager.server_handles])
+        self._watch.add_engines("rollout engine", [a for manager in managers for a in manager.get_addresses()])
         self._watch.add("rollout worker", [worker for replica in replicas for worker in replica.workers])
         self._watch.add("rollout load balancer", [manager.global_load_balancer for manager in managers])
         self._watch.add("reward worker", self.get_reward_handles() or [])
