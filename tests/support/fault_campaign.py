@@ -2,9 +2,10 @@
 
     make faults SEEDS=1-12
 
-Each seed is one fault: which process, and in the midst of what. The seeds are spread over the trainer modes; the faults
-of one mode hit one training run, attempt after attempt with the same command, and a last attempt ends undisturbed. Then
-the ledger of all attempts must be that of a run that nothing has happened to. Two of the faults ask the run to end.
+Each seed is one fault: which process, and in the midst of what. The seeds are spread over several kinds of run; the
+faults of one kind hit one training run, attempt after attempt with the same command, and a last attempt ends
+undisturbed. Then the ledger of all attempts must be that of a run that nothing has happened to, and what a journal
+holds must not have been generated again. Two of the faults ask the run to end.
 """
 
 import json
@@ -30,6 +31,7 @@ from rich.table import Table
 from torchdata.stateful_dataloader.sampler import RandomSampler
 from trained_rows import Promise, broken, redone_steps
 
+from verl_m2po.staleness.journal import decode, read_frames
 from verl_m2po.staleness.shutdown import _segments
 from verl_m2po.tasks import arithmetic, tiny_model
 
@@ -43,11 +45,39 @@ ASKED_END_WITHIN_S = 30.0
 
 START_WITHIN_S, STEP_WITHIN_S = 600.0, 120.0
 
-MODES = {
-    "stale_k": (),
-    "stale_k_separate": ("actor_rollout_ref.hybrid_engine=false", "actor_rollout_ref.rollout.nnodes=1"),
-    "bounded_async": ("actor_rollout_ref.hybrid_engine=false", "actor_rollout_ref.rollout.nnodes=1"),
-}
+SEPARATE = ("actor_rollout_ref.hybrid_engine=false", "actor_rollout_ref.rollout.nnodes=1")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of training run.
+
+    Args:
+        mode: trainer mode.
+        staleness_steps: trainer steps; exact, or the bound.
+        has_journal: whether what was generated outlives a crash.
+        overrides: further ones.
+    """
+
+    mode: str
+    staleness_steps: int = STALENESS_STEPS
+    has_journal: bool = False
+    overrides: tuple[str, ...] = ()
+
+
+# Twelve seeds go to the kinds of one row, the next twelve to those of the next.
+KINDS = (
+    {
+        "stale_k": Kind("stale_k"),
+        "stale_k_separate": Kind("stale_k_separate", overrides=SEPARATE),
+        "bounded_async": Kind("bounded_async", overrides=SEPARATE),
+    },
+    {
+        "on_policy": Kind("stale_k", staleness_steps=0),
+        "stale_k_separate_journal": Kind("stale_k_separate", has_journal=True, overrides=SEPARATE),
+        "bounded_async_journal": Kind("bounded_async", has_journal=True, overrides=SEPARATE),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +127,7 @@ class Fault:
     """One killed process and what came of it. Times in seconds."""
 
     seed: int
-    mode: str
+    kind: str
     target: str
     moment: str
     after_steps: int
@@ -113,11 +143,12 @@ class Fault:
 
     @classmethod
     def draw(cls, seed: int) -> "Fault":
-        """The fault of `seed`. Targets, modes and moments go round at different periods, the rest is chance."""
+        """The fault of `seed`. Targets, kinds and moments go round at different periods, the rest is chance."""
         rng = random.Random(seed)
+        kinds = list(KINDS[(seed - 1) // len(TARGETS) % len(KINDS)])
         return cls(
             seed=seed,
-            mode=list(MODES)[seed // 4 % len(MODES)],
+            kind=kinds[seed // 4 % len(kinds)],
             target=list(TARGETS)[seed % len(TARGETS)],
             moment=list(MOMENTS)[(seed + seed // 4) % len(MOMENTS)],
             after_steps=rng.choice([1, 2, 3]),
@@ -213,11 +244,14 @@ class Campaign:
 
     def __init__(self, folder: Path, faults: list[Fault], say: Callable[[str], None] = print) -> None:
         self.folder, self.faults, self._say = folder, faults, say
-        self.mode = faults[0].mode
+        self.kind = next(row[faults[0].kind] for row in KINDS if faults[0].kind in row)
         # Long enough for every attempt to be hit before the end: what survives an attempt is at most its steps.
         self.steps = sum(fault.after_steps + SAVE_EVERY for fault in faults if fault.moment != "start") + 4
         self._ledger = folder / "ledger.jsonl"
+        self._journal = folder / "journal"
         self._attempts: list[list[dict]] = []
+        self._journaled: dict[str, set[str]] = {}
+        self._generated_again: list[str] = []
 
     def run(self) -> None:
         """Kill, restart, ...; fills in `faults`."""
@@ -226,7 +260,7 @@ class Campaign:
         for number, fault in enumerate(self.faults, start=1):
             attempt = Attempt(self.folder, number, command)
             try:
-                self._say(f"seed {fault.seed}: {self.mode}, {fault.target} during {fault.moment}")
+                self._say(f"seed {fault.seed}: {fault.kind}, {fault.target} during {fault.moment}")
                 self._hit(attempt, fault)
             finally:
                 attempt.close()
@@ -243,7 +277,7 @@ class Campaign:
     def _command(self) -> list[str]:
         data = self.folder / "data"
         arithmetic.write_parquet(data, train_rows=PROMPTS, validation_rows=8)
-        mode = f"trainer.v1.{self.mode}"
+        mode = f"trainer.v1.{self.kind.mode}"
         return [
             sys.executable,
             "-m",
@@ -261,13 +295,15 @@ class Campaign:
             "trainer.val_before_train=false",
             "trainer.test_freq=-1",
             f"trainer.total_training_steps={self.steps}",
-            f"trainer.v1.trainer_mode={self.mode}",
-            f"{mode}.staleness_updates={STALENESS_STEPS * BATCH // MINI_BATCH}",
+            f"trainer.v1.trainer_mode={self.kind.mode}",
+            f"{mode}.staleness_updates={self.kind.staleness_steps * BATCH // MINI_BATCH}",
             f"{mode}.ledger_path={self._ledger}",
+            f"{mode}.journal={str(self.kind.has_journal).lower()}",
+            f"{mode}.journal_path={self._journal}",
             f"trainer.save_freq={SAVE_EVERY}",
             "trainer.resume_mode=auto",
             f"trainer.default_local_dir={self.folder / 'checkpoints'}",
-            *MODES[self.mode],
+            *self.kind.overrides,
         ]
 
     def _hit(self, attempt: Attempt, fault: Fault) -> None:
@@ -341,6 +377,10 @@ class Campaign:
         lines = self._ledger.read_text().splitlines() if self._ledger.exists() else []
         known = sum(len(attempt) for attempt in self._attempts)
         self._attempts.append([_parse(line) for line in lines[known:]])
+        before = set[str]().union(*self._journaled.values())
+        new = {name: uids for name, uids in _finished_groups(self._journal).items() if name not in self._journaled}
+        self._generated_again += sorted(before & set[str]().union(*new.values()))
+        self._journaled |= new
 
     def _judge(self, status: int | None, last: Attempt) -> None:
         problems = []
@@ -348,8 +388,12 @@ class Campaign:
             tail = "\n".join(last.log.read_text(errors="replace").splitlines()[-40:])
             problems.append(f"the last attempt ended with {status}:\n{tail}")
         order = list(RandomSampler(range(PROMPTS), generator=torch.Generator().manual_seed(DATA_SEED)))
-        promise = Promise(self.mode, STALENESS_STEPS, self.steps, BATCH, RESPONSES, order)
+        promise = Promise(self.kind.mode, self.kind.staleness_steps, self.steps, BATCH, RESPONSES, order)
         problems += broken(self._attempts, promise)
+        if self.kind.has_journal and not self._journaled:
+            problems.append("there is no journal")
+        if self._generated_again:
+            problems.append(f"generated again though the journal has them: {self._generated_again[:4]}")
         for fault, redone in zip(self.faults, redone_steps(self._attempts), strict=True):
             fault.redone_steps = redone
             # Those since the last checkpoint, with the one in progress; a run that is asked to end finishes its step.
@@ -364,6 +408,11 @@ def _parse(line: str) -> dict:
         return json.loads(line)
     except ValueError:
         return {}  # cut off by the kill
+
+
+def _finished_groups(journal: Path) -> dict[str, set[str]]:
+    """Groups in each file of the journal; an agent loop worker writes one as soon as it is generated."""
+    return {path.name: {decode(data).uid for data in read_frames(path)} for path in journal.glob("*.rows")}
 
 
 def _error(output: str, words: tuple[str, ...]) -> str:
@@ -382,11 +431,11 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def run_all(seeds: list[int], out: Path, say: Callable[[str], None] = print) -> list[Fault]:
-    """Let the faults of `seeds` happen, mode by mode; returns them in the order of the seeds."""
+    """Let the faults of `seeds` happen, kind by kind; returns them in the order of the seeds."""
     faults = [Fault.draw(seed) for seed in seeds]
-    for mode in MODES:
-        if of_mode := [fault for fault in faults if fault.mode == mode]:
-            Campaign(out / mode, of_mode, say).run()
+    for kind in (kind for row in KINDS for kind in row):
+        if of_kind := [fault for fault in faults if fault.kind == kind]:
+            Campaign(out / kind, of_kind, say).run()
             _write(faults, out / "faults.json")
     return faults
 
@@ -397,12 +446,12 @@ def _write(faults: list[Fault], path: Path) -> None:
 
 def table_of(faults: list[Fault]) -> Table:
     """One row per fault."""
-    table = Table("seed", "mode", "killed", "during", "after step", "ended after, s", "steps redone", "lost")
+    table = Table("seed", "run", "killed", "during", "after step", "ended after, s", "steps redone", "lost")
     table.add_column("first new step, s after the restart")
     for fault in faults:
         ended, recovered = ("-" if s is None else f"{s:.0f}" for s in (fault.ended_after_s, fault.recovered_after_s))
         lost = "nothing" if not fault.problems else "; ".join(fault.problems)[:300]
-        cells = (fault.seed, fault.mode, fault.target, fault.moment, fault.killed_after_step, ended, fault.redone_steps)
+        cells = (fault.seed, fault.kind, fault.target, fault.moment, fault.killed_after_step, ended, fault.redone_steps)
         table.add_row(*map(str, cells), lost, recovered)
     return table
 

@@ -15,6 +15,7 @@ from verl_m2po.study.results import FINAL_POINTS, SEPARATE, Interval, Result, re
 SUFFIXES = {SEPARATE: ", separate devices"}
 CAPTIONS = {
     "claim": "Accuracy, and tokens that give no gradient. Line: mean over seeds; band: lowest to highest seed.",
+    "longer": "The same conditions over 1000 trainer steps. Line: mean over seeds; band: lowest to highest seed.",
     "by_staleness": "Final accuracy against staleness; bars: lowest to highest seed.",
     "by_threshold": "Final accuracy against M2PO's threshold; bars: lowest to highest seed.",
 }
@@ -62,10 +63,10 @@ def conditions(results: Sequence[Result], stage: str = "staleness") -> list[str]
     return _table(header, rows) if rows else ["Not run yet."]
 
 
-def claim(results: Sequence[Result]) -> list[str]:
-    """Whether the paper's claim holds here, number by number, with the paper's beside it."""
-    reference = [r.final for r in select(results, "staleness", "grpo", 0)]
-    stale = {loss: select(results, "staleness", loss, STALEST) for loss in NAMES}
+def claim(results: Sequence[Result], stage: str = "staleness") -> list[str]:
+    """Whether the paper's claim holds in a stage, number by number, with the paper's beside it."""
+    reference = [r.final for r in select(results, stage, "grpo", 0)]
+    stale = {loss: select(results, stage, loss, STALEST) for loss in NAMES}
     grpo = [r.final for r in stale["grpo"]]
     rows = []
     if reference and grpo:
@@ -83,7 +84,7 @@ def claim(results: Sequence[Result]) -> list[str]:
             f"{100 * clipped:.2g}% / {100 * masked:.2g}% = {clipped / masked:.0f}" if masked else f"{clipped:.2%} / 0"
         )
         rows.append(["tokens clipped by GRPO / masked by M2PO", ours, "1.22% / 0.06% = 20"])
-    return _table(["", "here", "the paper's"], rows)
+    return _table(["", "here", "the paper's"], rows) if rows else ["Not run yet."]
 
 
 def learning_rates(results: Sequence[Result]) -> list[str]:
@@ -156,12 +157,14 @@ def write(data: dict[str, Any], results: Sequence[Result], verl: Sequence[Result
         "provenance": provenance(data, results),
         "claim": claim(results),
         "conditions": conditions(results),
+        "longer": [*claim(results, "long"), "", *conditions(results, "long")],
         "hot": conditions(results, "hot"),
         "learning rates": learning_rates(results),
         "thresholds": thresholds(results),
         "through verl": through_verl(verl),
         "claim figure": [shown[name] for name in drawn if name == "claim"],
-        "other figures": [shown[name] for name in drawn if name != "claim"],
+        "longer figure": [shown[name] for name in drawn if name == "longer"],
+        "other figures": [shown[name] for name in drawn if name not in ("claim", "longer")],
     }
     for name, lines in sections.items():
         replace_section(page, name, "\n".join(lines))

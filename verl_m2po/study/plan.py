@@ -12,6 +12,8 @@ STALEST = 256
 TRIAL_LEARNING_RATES = (1.5e-5, 3e-5, 6e-5)
 TRIAL_STEPS = 250
 STEPS = 300
+# Long enough that the batches of the base model, 65 at the largest staleness, are few.
+LONG_STEPS = 1000
 # Five times as large as the study's: far outside the paper's regime, where runs come apart.
 HOT_LEARNING_RATE = 1.5e-4
 THRESHOLDS = (0.01, 0.02, 0.08, 0.16)
@@ -82,6 +84,11 @@ def _compare(losses: Iterable[str], staleness: Iterable[int], seeds: Iterable[in
             yield Job("staleness", loss, updates, seed)
 
 
+def _long(seed: int) -> Iterator[Job]:
+    for loss, updates in CLAIM:
+        yield Job("long", loss, updates, seed, steps=LONG_STEPS)
+
+
 def _thresholds(seed: int) -> Iterator[Job]:
     for threshold in THRESHOLDS:
         key = f"actor_rollout_ref.actor.policy_loss.m2po.threshold={threshold}"
@@ -104,5 +111,6 @@ def jobs() -> list[Job]:
         sweeps += _compare(("grpo", "m2po", "no_trust_region"), (64,), (seed,))
         sweeps += _thresholds(seed)
         sweeps += _compare(("grpo", "m2po", "no_trust_region"), (16,), (seed,))
+    longer = [job for seed in SEEDS for job in _long(seed)]
     rest = [*_compare(METHODS, (STALEST, 0), SEEDS), *_compare(METHODS, (64, 16), SEEDS)]
-    return list(dict.fromkeys([*claim, *trials(), *sweeps, *rest]))
+    return list(dict.fromkeys([*claim, *trials(), *longer, *sweeps, *rest]))
