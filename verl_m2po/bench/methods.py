@@ -1,7 +1,8 @@
 """`python -m verl_m2po.bench.methods`: every option of the group `loss`, two trainer steps each, on equally stale data.
 
 One run of verl's main on the CPU in the trainer mode `method_tour`. First as many steps of the loss `m2po` as the
-staleness takes to build up; then the methods have their turns.
+staleness takes to build up; then the methods have their turns. With `--sweep` it is what a user would do instead: the
+sweep `-m loss=<all of them> staleness=s64`, in which every method starts from the base model in a run of its own.
 """
 
 import json
@@ -24,12 +25,13 @@ from verl_m2po.losses.gallery import compose_run, presets
 from verl_m2po.quickstart import read_log
 from verl_m2po.tasks import arithmetic, tiny_model
 
-OUT = Path("docs/figures/methods/runs.jsonl")
+OUT = Path("docs/figures/methods")
 # Every process has to know the trainer mode.
 ENVIRONMENT = {"VERL_USE_EXTERNAL_MODULES": "verl_m2po.bench.plugin"}
 STALENESS_UPDATES, STEPS_EACH = 64, 2
 PROMPTS, RESPONSES = 8, 4
 RAMP_STEPS = STALENESS_UPDATES // PROMPTS
+LABEL = "${algorithm.policy_loss_label}"
 SERIES = {
     "age_updates": "staleness/age_updates_max",
     "loss": "actor/loss",
@@ -51,31 +53,49 @@ RUN = (
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="JSON lines, one a method; a table beside it.")] = OUT,
-    folder: Annotated[Path, typer.Option(help="Where the run writes.")] = Path("outputs/methods"),
+    sweep: Annotated[bool, typer.Option("--sweep", help="A run for each method, in one sweep (40 minutes).")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for JSON lines, one a method, and a table.")] = OUT,
+    folder: Annotated[Path, typer.Option(help="Where the runs write.")] = Path("outputs/methods"),
 ) -> None:
     """Train with every method, and write what each did to `out`."""
     folder = folder.absolute()
-    data, methods = folder / "data", folder / "methods.json"
+    data = folder / "data"
     arithmetic.write_parquet(data, train_rows=512, validation_rows=32)
-    names = presets()
-    write_methods(names, methods)
     files = {
         "actor_rollout_ref.model.path": tiny_model.build(),
         "data.train_files": data / "train.parquet",
         "data.val_files": data / "validation.parquet",
         "hydra.run.dir": folder / "hydra",
+        "hydra.sweep.dir": folder / "hydra",
     }
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name=arithmetic", "hardware=cpu"]
-    command += [*overrides(methods, len(names)), *(f"{key}={value}" for key, value in files.items())]
-    log = folder / "metrics.jsonl"
-    status = subprocess.run(command, env={**os.environ, **ENVIRONMENT, "VERL_FILE_LOGGER_PATH": str(log)}).returncode
-    lines = summaries(names, read_log(log))
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out.with_suffix(".md").write_text(table(lines))
+    status, lines = (_sweep if sweep else _tour)(folder, [f"{key}={value}" for key, value in files.items()])
+    name = "sweep" if sweep else "runs"
+    (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (out / f"{name}.md").write_text(table(lines, " --sweep" if sweep else ""))
     failed = [line["method"] for line in lines if line["problems"]]
     Console().print(f"{len(lines)} methods, written to {out}; with problems: {', '.join(failed) or 'none'}")
     raise typer.Exit(bool(status or failed))
+
+
+def _tour(folder: Path, files: Sequence[str]) -> tuple[int, list[dict[str, Any]]]:
+    """One run through all methods; its exit status, and the record of each method."""
+    names, methods, log = presets(), folder / "methods.json", folder / "metrics.jsonl"
+    write_methods(names, methods)
+    status = _train([*overrides(methods, len(names)), *files], {**ENVIRONMENT, "VERL_FILE_LOGGER_PATH": str(log)})
+    return status, summaries(names, read_log(log))
+
+
+def _sweep(folder: Path, files: Sequence[str]) -> tuple[int, list[dict[str, Any]]]:
+    """A run for each method; the sweep's exit status, and the record of each method."""
+    sweep = ["--multirun", f"staleness=s{STALENESS_UPDATES}", "loss=glob(*)", "trainer.experiment_name=" + LABEL]
+    status = _train([*sweep, *common(steps=RAMP_STEPS + STEPS_EACH), *files], {"VERL_FILE_LOGGER_ROOT": str(folder)})
+    logs = {name: folder / "m2po-arithmetic" / f"{name}.jsonl" for name in presets()}
+    return status, [summary(name, [row["data"] for row in read_log(log)][RAMP_STEPS:]) for name, log in logs.items()]
+
+
+def _train(arguments: Sequence[str], environment: dict[str, str]) -> int:
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name=arithmetic", *arguments, "hardware=cpu"]
+    return subprocess.run(command, env={**os.environ, **environment}).returncode
 
 
 def write_methods(names: Sequence[str], path: Path) -> None:
@@ -93,11 +113,18 @@ def overrides(methods_path: str | Path, methods: int) -> list[str]:
         "steps_each": STEPS_EACH,
     }
     return [
-        *RUN,
-        f"trainer.total_training_steps={RAMP_STEPS + STEPS_EACH * methods}",
-        *("trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.logger=[file]"),
+        *common(steps=RAMP_STEPS + STEPS_EACH * methods),
         "trainer.v1.trainer_mode=method_tour",
         *(f"+trainer.v1.method_tour.{key}={value}" for key, value in settings.items()),
+    ]
+
+
+def common(steps: int) -> list[str]:
+    """Overrides of any run that shows methods at work, of that many trainer steps."""
+    return [
+        *RUN,
+        f"trainer.total_training_steps={steps}",
+        *("trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.logger=[file]"),
         "ray_kwargs.ray_init.address=local",
     ]
 
@@ -126,15 +153,21 @@ def summary(name: str, turn: list[dict[str, Any]]) -> dict[str, Any]:
     return {"method": name, **{key: values for key, values in series.items() if values}, "problems": [*_wrong(turn)]}
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """`lines` in Markdown; the steps of a turn in one cell."""
+def table(lines: Sequence[dict[str, Any]], options: str = "") -> str:
+    """`lines` in Markdown; the steps of a turn in one cell.
+
+    Args:
+        lines: the records.
+        options: of the command that made them.
+    """
     columns = [name for name in SERIES if name != "age_updates"]
     page = [
         "# Two trainer steps of every method",
         "",
-        f"`python -m verl_m2po.bench.methods`, {date.today()}, {processor()}: the tiny model on two-digit addition, "
-        f"{PROMPTS} prompts x {RESPONSES} responses and {PROMPTS} optimizer updates a step, data {STALENESS_UPDATES} "
-        "updates old at a step's first update. First / second step; means over the updates of a step.",
+        f"`python -m verl_m2po.bench.methods{options}`, {date.today()}, {processor()}: the tiny model on two-digit "
+        f"addition, {PROMPTS} prompts x {RESPONSES} responses and {PROMPTS} optimizer updates a step, data "
+        f"{STALENESS_UPDATES} updates old at a step's first update. First / second step; means over the updates of a "
+        "step.",
         "",
         "| `loss=` | " + " | ".join(column.replace("_", " ") for column in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
