@@ -1,9 +1,9 @@
 """`python -m verl_m2po.bench.modes`: seconds per trained batch of the trainer modes, side by side.
 
-One real run a mode on the CPU, with verl's own `sync` and `separate_async` beside ours. `stale_k` is not among them: its
-devices are shared, so that generation and training take turns as in `sync`. How long a token and an update take is given
-(`verl_m2po.bench.paced`), most of it slept, so that generation and training overlap as they do on devices of their own.
-In one run the responses grow from phase to phase, which slows generation down against training.
+One real run a mode on the CPU, with verl's own `sync` and `separate_async` beside ours. `stale_k` is not among them:
+its devices are shared, so that generation and training take turns as in `sync`. How long a token and an update take is
+given (`verl_m2po.bench.paced`), most of it slept, so that generation and training overlap as they do on devices of
+their own. In one run the responses grow from phase to phase, which slows generation down against training.
 """
 
 import os

@@ -84,7 +84,14 @@ def claim(results: Sequence[Result], stage: str = "staleness") -> list[str]:
             f"{100 * clipped:.2g}% / {100 * masked:.2g}% = {clipped / masked:.0f}" if masked else f"{clipped:.2%} / 0"
         )
         rows.append(["tokens clipped by GRPO / masked by M2PO", ours, "1.22% / 0.06% = 20"])
-    return _table(["", "here", "the paper's"], rows) if rows else ["Not run yet."]
+    return _table(["", "here", "the paper's"], rows)
+
+
+def longer(results: Sequence[Result]) -> list[str]:
+    """The claim and its conditions over more trainer steps."""
+    if not any(result.stage == "long" for result in results):
+        return ["Not run yet."]
+    return [*claim(results, "long"), "", *conditions(results, "long")]
 
 
 def learning_rates(results: Sequence[Result]) -> list[str]:
@@ -157,7 +164,7 @@ def write(data: dict[str, Any], results: Sequence[Result], verl: Sequence[Result
         "provenance": provenance(data, results),
         "claim": claim(results),
         "conditions": conditions(results),
-        "longer": [*claim(results, "long"), "", *conditions(results, "long")],
+        "longer": longer(results),
         "hot": conditions(results, "hot"),
         "learning rates": learning_rates(results),
         "thresholds": thresholds(results),
