@@ -184,6 +184,13 @@ def presets(model_folder):
         return run_on_ranks((2,), run_presets, model_folder, rollouts(ROWS, seed=0), actors)[2]
 
 
+OWN_METRICS = {
+    "m2po": {"threshold_log_ratio"},
+    "m2po_clip": {"threshold_log_ratio"},
+    "vcpo": {"step_scale", "sequence_effective_sample_size"},
+}
+
+
 @pytest.mark.parametrize("name", gallery.presets())
 def test_every_preset_trains_the_real_actor_worker_and_reports_the_same_diagnostics(presets, name):
     for records in presets:
@@ -192,8 +199,7 @@ def test_every_preset_trains_the_real_actor_worker_and_reports_the_same_diagnost
             # The bounds of gspo and its like are so narrow that they may leave nothing of such old data.
             assert math.isfinite(update["loss"]) and 0 <= update["grad_norm"] < math.inf
             reported = {key.removeprefix("actor/m2po/") for key in update["metrics"]}
-            step_scale = {"step_scale", "sequence_effective_sample_size"} if name == "vcpo" else set()
-            assert reported == {*diagnostics.NAMES, *step_scale}
+            assert reported == {*diagnostics.NAMES, *OWN_METRICS.get(name, ())}
             # The age of the data is in every method's ratio, whatever it does about it.
             assert update["metrics"]["actor/m2po/second_moment_all"] > 0.01
 

@@ -132,9 +132,10 @@ def test_a_prompt_that_fails_is_replaced_by_the_same_weights(train, tmp_path):
     assert "generation_timeout_s=20" in result.output and "ZeroDivisionError" in result.output
 
 
+@pytest.mark.timeout(1000)
 def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path):
-    """Responses of 8 tokens in the median and up to 192, 30 ms a token: the longest outlive a bound of one step."""
-    steps, bound, environment = 200, 1, {SECONDS_PER_TOKEN: "0.03"}
+    """Responses of 8 tokens in the median and up to 192, 60 ms a token: the longest outlive a bound of one step."""
+    steps, bound, environment = 200, 1, {SECONDS_PER_TOKEN: "0.06"}
     result, ledger = run_mode(
         train,
         tmp_path,
@@ -143,12 +144,13 @@ def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path)
         *SEPARATE,
         *TINY_BATCHES,
         *paced(tmp_path, lengths=[Lengths(1, median=8, sigma=1.3, longest=192)]),
+        "++trainer.v1.bounded_async.min_usable_share=0.5",
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
         "data.max_response_length=192",
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=verl_m2po.bench.paced.token_time:TokenTime",
         steps=steps,
         environment=environment,
-        timeout_s=540,
+        timeout_s=900,
     )
     assert [line["step"] for line in ledger] == list(range(1, steps + 1))
     trained = masked = 0
@@ -164,11 +166,12 @@ def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path)
     uids = [group[1] for line in ledger for group in line["groups"]]
     assert len(uids) == len(set(uids)) == steps * 2
     assert max(result.series("staleness/age_updates_max")) <= bound
-    # The long tail was there: generations that crossed weight updates, tokens that were masked, and were counted. If
-    # some outlive the bound by so much that they are dropped or aborted depends on the speed of the machine.
+    # The long tail was there: generations that crossed weight updates, tokens that were masked, and were counted, and
+    # generations that were aborted, since less than half of their tokens could still have been trained on.
     assert any(len(row[1]) > 2 for line in ledger for group in line["groups"] for row in group[3])
     assert sum(result.series("staleness/over_age_tokens")) == masked > 0
     assert sum(result.series("staleness/trained_tokens")) == trained
+    assert sum(result.series("staleness/evicted_aborted")) > 0
 
 
 @pytest.mark.timeout(1200)  # three runs

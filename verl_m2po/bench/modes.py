@@ -1,9 +1,8 @@
 """`python -m verl_m2po.bench.modes`: seconds per trained batch of the trainer modes, side by side.
 
-One real run a mode on the CPU, with verl's own `sync` and `separate_async` beside ours. `stale_k` is not among them:
-its devices are shared, so that generation and training take turns as in `sync`. How long a token and an update take is
-given (`verl_m2po.bench.paced`), most of it slept, so that generation and training overlap as they do on devices of
-their own. In one run the responses grow from phase to phase, which slows generation down against training.
+One real run a mode on the CPU, with verl's own `sync` and `separate_async` beside ours. How long a token and an update
+take is given (`verl_m2po.bench.paced`), most of it slept, so that generation and training overlap as they do on
+devices of their own. In one run the responses grow from phase to phase, which slows generation down against training.
 """
 
 import os
@@ -23,7 +22,7 @@ from verl_m2po.quickstart import Run, prepare, read_log, train
 
 SECTION = "modes"
 PROMPTS, RESPONSES, LONGEST = 8, 4, 256
-TOKEN_S, UPDATE_S = 0.1, 3.0
+TOKEN_S, UPDATE_S = 0.05, 1.5
 # A batch of one length needs about that many times TOKEN_S; an update needs UPDATE_S and a little.
 PHASES = {
     "0.5x": (16, 0.0),
@@ -33,8 +32,8 @@ PHASES = {
 }
 # The first batches of a phase were dispatched in the phase before, or wait behind such.
 SETTLING_STEPS = 2
-# The last steps of a run have nothing left to generate, or wait for what is left.
-FINAL_STEPS = 3
+# In the last step of a phase the next phase's batches are generated, in the last of the run nothing is.
+LEAVING_STEPS = 1
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Contestant:
 
 CONTESTANTS = (
     Contestant("sync", is_separate=False, has_ledger=False),
+    Contestant("stale_k", ("trainer.v1.stale_k.staleness_updates=1",), is_separate=False),
     Contestant("stale_k_separate", ("trainer.v1.stale_k_separate.staleness_updates=1",)),
     Contestant("bounded_async", ("trainer.v1.bounded_async.staleness_updates=2",)),
     Contestant("separate_async", ("trainer.v1.separate_async.parameter_sync_step=1",), has_ledger=False),
@@ -62,9 +62,9 @@ def main(
     folder: Annotated[Path, typer.Option(help="Where the runs write.")] = Path("outputs/bench-modes"),
     only: Annotated[list[str] | None, typer.Option(help="Run these modes, and read the others' logs.")] = None,
 ) -> None:
-    """Seconds per trained batch: sync, our modes on separate devices, and verl's, by the speed of generation."""
+    """Seconds per trained batch: sync, our modes, and verl's separate_async, by the speed of generation."""
     console = Console()
-    length = steps + SETTLING_STEPS
+    length = SETTLING_STEPS + steps + LEAVING_STEPS
     logs = {each.mode: _run(each, folder.absolute(), length, only, console) for each in CONTESTANTS}
     table = "\n".join(_table({mode: rows for mode, rows in logs.items() if rows}, length))
     if out is None:
@@ -100,7 +100,7 @@ def _run(contestant: Contestant, folder: Path, length: int, only: list[str] | No
         "trainer.val_before_train=false",
         "trainer.test_freq=-1",
     )
-    run = Run(run_folder, length * len(PHASES) + FINAL_STEPS, "m2po", seed=1, overrides=overrides)
+    run = Run(run_folder, length * len(PHASES), "m2po", seed=1, overrides=overrides)
     if only is None or contestant.mode in only:
         os.environ |= {SECONDS_PER_TOKEN: str(TOKEN_S), SECONDS_PER_UPDATE: str(UPDATE_S)}
         model, data = prepare(run, console)
@@ -110,7 +110,7 @@ def _run(contestant: Contestant, folder: Path, length: int, only: list[str] | No
 
 
 def _table(logs: dict[str, list[dict]], length: int) -> list[str]:
-    steps = length - SETTLING_STEPS
+    steps = length - SETTLING_STEPS - LEAVING_STEPS
     lines = [
         f"`python -m verl_m2po.bench.modes --steps {steps}`, {date.today()}, {processor()}, seed 1: {PROMPTS} prompts "
         f"x {RESPONSES} responses, one update a step, {TOKEN_S * 1e3:.0f} ms a token, {UPDATE_S:g} s and a little an "
@@ -121,7 +121,7 @@ def _table(logs: dict[str, list[dict]], length: int) -> list[str]:
         "|---|" + "---:|" * (3 + len(logs)),
     ]
     for i, phase in enumerate(PHASES):
-        counted = slice(i * length + SETTLING_STEPS, (i + 1) * length)
+        counted = slice(i * length + SETTLING_STEPS, (i + 1) * length - LEAVING_STEPS)
         generation = _mean(logs["sync"][counted], lambda row: row["timing_s/gen"])
         training = _mean(logs["sync"][counted], lambda row: row["timing_s/step"] - row["timing_s/gen"])
         limit = max(generation, training)
