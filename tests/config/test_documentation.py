@@ -27,8 +27,9 @@ def test_the_page_is_current(generator):
     assert written == generator.page(), "run: python docs/generate_configuration.py"
 
 
-def test_every_key_that_we_add_is_explained(generator):
-    silent = [s.key for s in generator.settings((OUR_CONFIGS / "overlay.yaml").read_text()) if not s.comment]
+@pytest.mark.parametrize("file", FILES)
+def test_every_key_is_explained(generator, file):
+    silent = [s.key for s in generator.settings((OUR_CONFIGS / file).read_text()) if not s.comment]
     assert not silent
 
 
