@@ -12,7 +12,6 @@ from verl_m2po.study.figures import NAMES
 from verl_m2po.study.plan import STALEST, THRESHOLDS, TRIAL_LEARNING_RATES
 from verl_m2po.study.results import FINAL_POINTS, SEPARATE, Interval, Result, recovered_gap, select
 
-SUFFIXES = {SEPARATE: ", separate devices"}
 CAPTIONS = {
     "claim": "Accuracy, and tokens that give no gradient. Line: mean over seeds; band: lowest to highest seed.",
     "longer": "The same conditions over 1000 trainer steps. Line: mean over seeds; band: lowest to highest seed.",
@@ -42,15 +41,21 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
+def _suffix(variant: str) -> str:
+    if variant == SEPARATE:
+        return ", separate devices"
+    return f", learning rate {variant.removeprefix('lr')}" if variant.startswith("lr") else ""
+
+
 def conditions(results: Sequence[Result], stage: str = "staleness") -> list[str]:
     """One row for each loss, staleness and variant of a stage."""
     rows = []
-    for age, loss, variant in sorted({(r.staleness_updates, r.loss, r.variant) for r in results if r.stage == stage}):
+    for variant, age, loss in sorted({(r.variant, r.staleness_updates, r.loss) for r in results if r.stage == stage}):
         runs = select(results, stage, loss, age, variant)
         curve = runs[0].left_out_name
         rows.append(
             [
-                f"{NAMES.get(loss, loss)}, {'on-policy' if age == 0 else f's={age}'}{SUFFIXES.get(variant, '')}",
+                f"{NAMES.get(loss, loss)}, {'on-policy' if age == 0 else f's={age}'}{_suffix(variant)}",
                 str(len(runs)),
                 _accuracy([run.final for run in runs]),
                 _accuracy([run.best for run in runs]),

@@ -14,8 +14,9 @@ TRIAL_STEPS = 250
 STEPS = 300
 # Long enough that the batches of the base model, 65 at the largest staleness, are few.
 LONG_STEPS = 1000
-# Five times as large as the study's: far outside the paper's regime, where runs come apart.
-HOT_LEARNING_RATE = 1.5e-4
+# Five and ten times as large as the study's: far outside the paper's regime, where runs come apart.
+HOT_LEARNING_RATES = (1.5e-4, 3e-4)
+HOT_SEEDS = (1, 2, 3)
 THRESHOLDS = (0.01, 0.02, 0.08, 0.16)
 # What the claim is about: (loss, staleness in optimizer updates); on-policy training first.
 CLAIM = (("grpo", 0), ("m2po", STALEST), ("grpo", STALEST), ("no_trust_region", STALEST))
@@ -96,21 +97,21 @@ def _thresholds(seed: int) -> Iterator[Job]:
 
 
 def _hot(seed: int) -> Iterator[Job]:
-    for loss, updates in CLAIM:
-        key = f"actor_rollout_ref.actor.optim.lr={HOT_LEARNING_RATE}"
-        yield Job("hot", loss, updates, seed, (key,), f"lr{HOT_LEARNING_RATE:g}")
+    for rate in HOT_LEARNING_RATES:
+        for loss, updates in CLAIM:
+            yield Job("hot", loss, updates, seed, (f"actor_rollout_ref.actor.optim.lr={rate}",), f"lr{rate:g}")
 
 
 def jobs() -> list[Job]:
     """All runs on the bench, each once, in the order in which they are started."""
     claim = [Job("staleness", loss, updates, seed) for seed in SEEDS for loss, updates in CLAIM]
-    sweeps: list[Job] = []
+    sweeps = [job for seed in HOT_SEEDS for job in _hot(seed)]
     for seed in FEW_SEEDS:
-        sweeps += _hot(seed)
         sweeps += _compare(("gspo", "m2po_clip"), (STALEST,), (seed,))
         sweeps += _compare(("grpo", "m2po", "no_trust_region"), (64,), (seed,))
         sweeps += _thresholds(seed)
         sweeps += _compare(("grpo", "m2po", "no_trust_region"), (16,), (seed,))
-    longer = [job for seed in SEEDS for job in _long(seed)]
-    rest = [*_compare(METHODS, (STALEST, 0), SEEDS), *_compare(METHODS, (64, 16), SEEDS)]
+    longer = [job for seed in FEW_SEEDS for job in _long(seed)]
+    rest = [job for seed in SEEDS for job in _long(seed)]
+    rest += [*_compare(METHODS, (STALEST, 0), SEEDS), *_compare(METHODS, (64, 16), SEEDS)]
     return list(dict.fromkeys([*claim, *trials(), *longer, *sweeps, *rest]))
