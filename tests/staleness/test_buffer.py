@@ -18,6 +18,7 @@ from verl_m2po.staleness.buffer import StalenessReplayBuffer
 from verl_m2po.staleness.failures import FailureWindow, TooManyFailures
 from verl_m2po.staleness.journal import FinishedGroup, Journal, JournalError, RowsWriter
 from verl_m2po.staleness.ledger import TrainedRowsLedger
+from verl_m2po.staleness.liveness import WorkerDied
 from verl_m2po.staleness.records import GroupReport, Row
 from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessViolation
 from verl_m2po.staleness.shutdown import StopRequest, StopRequested
@@ -47,6 +48,7 @@ class Workers:
         self.journal = None
         self.generated: list[str] = []
         self.left = 10**9
+        self.has_lost_its_server = False
         threading.Thread(target=self._run, daemon=True).start()
 
     def start(self, tickets) -> None:
@@ -84,6 +86,9 @@ class Workers:
         for session in range(1 if fails else RESPONSES):
             rows.append(self._store(ticket, session, version))
         error = "ValueError: this one fails" if fails else None
+        if self.has_lost_its_server:
+            self._reports.put(GroupReport(ticket.uid, tuple(rows), "ActorDiedError: it died", was_lost=True))
+            return
         if error is None and self.journal is not None:
             self.generated.append(ticket.uid)
             packed = tuple(codec.pack(self._fields(ticket, session)) for session in range(RESPONSES))
@@ -415,6 +420,19 @@ def test_too_many_failures_stop_the_run(transfer_queue):
     run = Run(transfer_queue, ExactStale(0, BATCH), "failing", fail_share=1.0, max_failed_fraction=0.2)
     with pytest.raises(TooManyFailures, match="10 x ValueError: this one fails"):
         run.buffer.sample(1, "train", BATCH)
+
+
+def test_what_is_lost_with_a_process_ends_the_run_and_not_its_prompts(transfer_queue, tmp_path):
+    """Were these groups replaced as failed ones are, a restart would skip their prompts."""
+    journal = Journal(tmp_path, False, {})
+    journal.start(None)
+    run = Run(transfer_queue, ExactStale(0, BATCH), "lost", journal=journal)
+    run.workers.has_lost_its_server = True
+    with pytest.raises(WorkerDied, match=r"group lost-\d+ cannot be generated.*ActorDiedError"):
+        run.buffer.sample(1, "train", BATCH)
+    assert run.dispatched == run.buffer.rule.in_flight == BATCH
+    assert [kind for kind, _ in journal.read(1, 0, [], []).events] == ["dispatched"]
+    clear(transfer_queue)
 
 
 def test_a_run_that_is_asked_to_end_waits_for_no_generation(transfer_queue):

@@ -170,6 +170,10 @@ def test_an_aborted_session_cancels_its_request_and_starts_no_other(generate):
     assert len(server.aborted) == 1 and of.generated_tokens == 3
 
 
+class EngineDeadError(Exception):
+    """As vLLM's is told: by its name."""
+
+
 class Worker(StalenessAgentLoopWorker):
     """The worker without its tokenizer and servers: every session does as its number says."""
 
@@ -186,6 +190,8 @@ class Worker(StalenessAgentLoopWorker):
         match behaviour:
             case "fails" if session_id == 1:
                 raise ValueError("no answer\nand more lines")
+            case "fails and loses its server":
+                raise EngineDeadError("gone") if session_id == 1 else ValueError("no answer")
             case "all fail":
                 raise ValueError(f"no answer {session_id}")
             case "returns nothing":
@@ -242,6 +248,12 @@ def test_a_session_that_raises_fails_its_group_and_leaves_its_siblings_rows_to_b
 def test_a_group_in_which_all_fail_is_one_failure_without_rows():
     report = Worker(3).run("all fail")
     assert report.error == "ValueError: no answer 0" and report.rows == () and not report.was_aborted
+
+
+def test_a_group_whose_server_is_gone_is_lost_whatever_else_failed():
+    report = Worker(3).run("fails and loses its server")
+    assert report.was_lost and report.error == "EngineDeadError: gone"
+    assert not Worker(3).run("all fail").was_lost
 
 
 @pytest.mark.parametrize(

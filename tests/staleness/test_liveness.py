@@ -10,9 +10,9 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-from verl_m2po.staleness.liveness import Watch, WorkerDied
+from verl_m2po.staleness.liveness import Watch, WorkerDied, is_death
 from verl_m2po.staleness.reports import WorkerReports
 
 pytestmark = pytest.mark.ray
@@ -92,6 +92,23 @@ def test_the_living_and_the_busy_disturb_nobody(cluster, actor):
     with watch(idle=idle, busy=busy).guard():
         cluster.get(idle.pid.remote())
         time.sleep(1.5)  # several rounds of questions
+
+
+def test_the_errors_of_dead_actors_and_engines_are_told_from_others(cluster):
+    @cluster.remote(num_cpus=0)
+    class Server:
+        def fail(self, error: str) -> None:
+            raise type(error, (Exception,), {})("what it says")
+
+    server = Server.remote()
+    for error in ("EngineDeadError", "ValueError"):
+        with pytest.raises(RayTaskError) as failed:
+            cluster.get(server.fail.remote(error))
+        assert is_death(failed.value) == (error == "EngineDeadError")
+    cluster.kill(server)
+    with pytest.raises(ActorDiedError) as died:
+        cluster.get(server.fail.remote("ValueError"))
+    assert is_death(died.value)
 
 
 @pytest.fixture

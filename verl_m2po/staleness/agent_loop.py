@@ -26,6 +26,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl_m2po.staleness import codec
 from verl_m2po.staleness.client import GenerationAborted, Session, current_session
 from verl_m2po.staleness.journal import FinishedGroup, JournalError, RowsWriter
+from verl_m2po.staleness.liveness import is_death
 from verl_m2po.staleness.records import GroupReport, Row
 from verl_m2po.staleness.store import LOT_FIELD
 
@@ -154,6 +155,7 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
                 rows=rows,
                 error=None if error is None else _first_line(error),
                 was_aborted=isinstance(error, GenerationAborted),
+                was_lost=error is not None and is_death(error),
                 generated_tokens=sum(session.generated_tokens for session in group.sessions),
                 responses=max(1, len(group.sessions)),
                 began_at=group.began_at,
@@ -181,8 +183,8 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         for error in errors:
             if not isinstance(error, GenerationAborted):
                 logger.error("a session failed", exc_info=(type(error), error, error.__traceback__))
-        # An abort is the cause of nothing else, so any other error says more.
-        return next((error for error in errors if not isinstance(error, GenerationAborted)), (errors or [None])[0])
+        # An abort is the cause of nothing else, so any other error says more; a death is the cause of any.
+        return min(errors, key=lambda error: (not is_death(error), isinstance(error, GenerationAborted)), default=None)
 
     async def _generate_group(
         self, group: _RunningGroup, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool

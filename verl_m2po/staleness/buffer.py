@@ -18,6 +18,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
 from verl_m2po.staleness.failures import FailureWindow
 from verl_m2po.staleness.journal import Journal, JournalError, Replay
 from verl_m2po.staleness.ledger import TrainedRowsLedger
+from verl_m2po.staleness.liveness import WorkerDied
 from verl_m2po.staleness.metrics import StalenessMetrics
 from verl_m2po.staleness.records import Group, GroupReport, Selection, Ticket
 from verl_m2po.staleness.reports import Reports
@@ -270,6 +271,9 @@ class StalenessReplayBuffer(ReplayBufferAsync):
                 self._ledger.finished(report)
             self._failures.succeeded()
             return
+        if report.was_lost:
+            # Still in flight, so that it is generated again after the restart and no other prompt takes its place.
+            raise WorkerDied(f"group {report.uid} cannot be generated, a process of the run is gone: {report.error}")
         ticket = self.rule.fail(report.uid)
         if self._journal is not None:
             self._journal.failed(report.uid)

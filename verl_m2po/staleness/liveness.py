@@ -45,6 +45,15 @@ class WorkerDied(RuntimeError):
     """A process of the run is gone, and the run with it."""
 
 
+def is_death(error: BaseException) -> bool:
+    """Whether the error of a remote call says that an actor, or the engine behind a rollout server, is gone.
+
+    Ray raises an error of the other side as a class that inherits from the original one's. vLLM's is told by its name,
+    since vLLM need not be there.
+    """
+    return isinstance(error, ActorDiedError) or "EngineDeadError" in {each.__name__ for each in type(error).__mro__}
+
+
 # Servers of the cluster are never behind a proxy.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 

@@ -131,6 +131,7 @@ class GroupReport:
         rows: its trajectories; on failure those that were stored nevertheless, to be deleted.
         error: None if every trajectory is there; else what went wrong, first line only.
         was_aborted: ended because the trainer asked for it.
+        was_lost: a process that it needed has died. Nothing is wrong with its prompt, and the run is at its end.
         generated_tokens: over all its trajectories, finished or not.
         responses: how many trajectories it was to have, at least 1.
         began_at: `time.time()` on the worker's machine when the worker took it up, seconds.
@@ -141,6 +142,7 @@ class GroupReport:
     rows: tuple[Row, ...]
     error: str | None = None
     was_aborted: bool = False
+    was_lost: bool = False
     generated_tokens: int = 0
     responses: int = 1
     began_at: float = 0.0
