@@ -13,8 +13,8 @@ COMMON = {"config": "arithmetic_staleness", "model": {}, "versions": {"verl": "0
 PAGE = "\n".join(
     f"<!-- {name}: begin -->\n<!-- {name}: end -->"
     for name in (
-        *("provenance", "claim", "conditions", "longer", "hot", "learning rates", "thresholds", "through verl"),
-        *("claim figure", "longer figure", "other figures"),
+        *("provenance", "claim", "conditions", "hot", "learning rates", "thresholds", "through verl"),
+        *("claim figure", "other figures"),
     )
 )
 
@@ -54,7 +54,7 @@ def test_means_leave_the_ramp_out():
 def test_page_from_results(tmp_path):
     rising = list(np.linspace(0.3, 0.5, 13))
     runs = [
-        result(loss, age, seed, [a - lost + 0.001 * seed for a in rising], curve, share)
+        result(loss, age, seed, [a - lost + 0.001 * seed for a in rising], curve, share, stage="claim")
         for loss, age, lost, curve, share in (
             ("grpo", 0, 0.0, "clipped", 0.0001),
             ("grpo", 256, 0.04, "clipped", 0.02),

@@ -4,7 +4,6 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from verl_m2po.report.style import COLOURS, ON_POLICY, RC
-from verl_m2po.study.plan import CLAIM, STALEST, THRESHOLDS
+from verl_m2po.study.plan import STALEST, THRESHOLDS
 from verl_m2po.study.results import Result, select
 
 UPDATES_PER_STEP = 4
@@ -61,27 +60,26 @@ def _label_ends(axes: Axes, at: int, ends: dict[str, float], colours: dict[str, 
         )
 
 
-def claim(results: Sequence[Result], stage: str = "staleness") -> Figure | None:
+def claim(results: Sequence[Result]) -> Figure | None:
     """What staleness does and what M2PO does about it: accuracy, and the tokens that each method leaves out.
 
     None before any of its runs is finished.
     """
-    results = [run for run in results if run.stage == stage and (run.loss, run.staleness_updates) in CLAIM]
-    if not results:
+    if not any(run.stage == "claim" for run in results):
         return None
     with mpl.rc_context(RC):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        _accuracy(left, results, stage)
-        _left_out(right, results, stage)
+        _accuracy(left, results)
+        _left_out(right, results)
         return figure
 
 
-def _accuracy(axes: Axes, results: Sequence[Result], stage: str) -> None:
+def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
     ends, colours = {}, {}
-    lines = [("on-policy (GRPO, s=0)", select(results, stage, "grpo", 0), ON_POLICY)]
+    lines = [("on-policy (GRPO, s=0)", select(results, "claim", "grpo", 0), ON_POLICY)]
     lines += [
-        (NAMES[loss], select(results, stage, loss, STALEST), COLOURS[loss])
+        (NAMES[loss], select(results, "claim", loss, STALEST), COLOURS[loss])
         for loss in ("m2po", "no_trust_region", "grpo")
     ]
     for name, runs, colour in lines:
@@ -106,10 +104,10 @@ def _accuracy(axes: Axes, results: Sequence[Result], stage: str) -> None:
     axes.set_title(f"Accuracy on data {STALEST} updates old")
 
 
-def _left_out(axes: Axes, results: Sequence[Result], stage: str) -> None:
+def _left_out(axes: Axes, results: Sequence[Result]) -> None:
     """In the lines' own words: GRPO clips, M2PO masks; without a trust region nothing is left out."""
     for loss, verb, is_above in (("grpo", "GRPO clips", True), ("m2po", "M2PO masks", False)):
-        runs = select(results, stage, loss, STALEST)
+        runs = select(results, "claim", loss, STALEST)
         if not runs:
             continue
         curve = runs[0].left_out_name
@@ -206,7 +204,6 @@ def by_threshold(results: Sequence[Result]) -> Figure | None:
 
 FIGURES = {
     "claim": claim,
-    "longer": partial(claim, stage="long"),
     "by_staleness": by_staleness,
     "by_threshold": by_threshold,
 }

@@ -14,7 +14,6 @@ from verl_m2po.study.results import FINAL_POINTS, SEPARATE, Interval, Result, re
 
 CAPTIONS = {
     "claim": "Accuracy, and tokens that give no gradient. Line: mean over seeds; band: lowest to highest seed.",
-    "longer": "The same conditions over 1000 trainer steps. Line: mean over seeds; band: lowest to highest seed.",
     "by_staleness": "Final accuracy against staleness; bars: lowest to highest seed.",
     "by_threshold": "Final accuracy against M2PO's threshold; bars: lowest to highest seed.",
 }
@@ -68,10 +67,10 @@ def conditions(results: Sequence[Result], stage: str = "staleness") -> list[str]
     return _table(header, rows) if rows else ["Not run yet."]
 
 
-def claim(results: Sequence[Result], stage: str = "staleness") -> list[str]:
-    """Whether the paper's claim holds in a stage, number by number, with the paper's beside it."""
-    reference = [r.final for r in select(results, stage, "grpo", 0)]
-    stale = {loss: select(results, stage, loss, STALEST) for loss in NAMES}
+def claim(results: Sequence[Result]) -> list[str]:
+    """Whether the paper's claim holds here, number by number, with the paper's beside it."""
+    reference = [r.final for r in select(results, "claim", "grpo", 0)]
+    stale = {loss: select(results, "claim", loss, STALEST) for loss in NAMES}
     grpo = [r.final for r in stale["grpo"]]
     rows = []
     if reference and grpo:
@@ -90,13 +89,6 @@ def claim(results: Sequence[Result], stage: str = "staleness") -> list[str]:
         )
         rows.append(["tokens clipped by GRPO / masked by M2PO", ours, "1.22% / 0.06% = 20"])
     return _table(["", "here", "the paper's"], rows)
-
-
-def longer(results: Sequence[Result]) -> list[str]:
-    """The claim and its conditions over more trainer steps."""
-    if not any(result.stage == "long" for result in results):
-        return ["Not run yet."]
-    return [*claim(results, "long"), "", *conditions(results, "long")]
 
 
 def learning_rates(results: Sequence[Result]) -> list[str]:
@@ -128,14 +120,14 @@ def thresholds(results: Sequence[Result]) -> list[str]:
 
 def provenance(data: dict[str, Any], results: Sequence[Result]) -> list[str]:
     """How the numbers came about."""
-    runs = [r for r in results if r.stage == "staleness"] or list(results)
+    lengths = ", ".join(f"{stage} {steps}" for stage, steps in {r.stage: r.steps[-1] for r in results}.items())
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     total = sum(r.seconds for r in results) / 3600
     return [
-        f"`make study`; {len(results)} runs of the experiment bench, config `{data['config']}`, {runs[0].steps[-1]} "
-        f"trainer steps of {runs[0].updates_per_step} optimizer updates; seeds {min(r.seed for r in runs)} to "
-        f"{max(r.seed for r in runs)}; {total:.1f} hours of run time in all, on {data['machine']} shared with other "
-        f'work. {versions}. "Final" is the mean of the last {FINAL_POINTS} validations (512 held-out problems, exact '
+        f"`make study`; {len(results)} runs of the experiment bench, config `{data['config']}`, trainer steps of "
+        f"{results[0].updates_per_step} optimizer updates ({lengths}); {total:.1f} hours of run time in all, on "
+        f"{data['machine']} shared with other work. {versions}. "
+        f'"Final" is the mean of the last {FINAL_POINTS} validations (512 held-out problems, exact '
         "probability of a right response); ± is half of a 95% interval over seeds (Student's t), brackets are 95% "
         "bootstrap intervals over seeds."
     ]
@@ -167,16 +159,14 @@ def write(data: dict[str, Any], results: Sequence[Result], verl: Sequence[Result
     shown = {name: f"![{CAPTIONS[name]}](figures/results/{name}.svg)\n\n*{CAPTIONS[name]}*\n" for name in drawn}
     sections = {
         "provenance": provenance(data, results),
-        "claim": claim(results),
+        "claim": [*claim(results), "", *conditions(results, "claim")],
         "conditions": conditions(results),
-        "longer": longer(results),
         "hot": conditions(results, "hot"),
         "learning rates": learning_rates(results),
         "thresholds": thresholds(results),
         "through verl": through_verl(verl),
         "claim figure": [shown[name] for name in drawn if name == "claim"],
-        "longer figure": [shown[name] for name in drawn if name == "longer"],
-        "other figures": [shown[name] for name in drawn if name not in ("claim", "longer")],
+        "other figures": [shown[name] for name in drawn if name != "claim"],
     }
     for name, lines in sections.items():
         replace_section(page, name, "\n".join(lines))
