@@ -31,7 +31,7 @@ ENVIRONMENT = {"VERL_USE_EXTERNAL_MODULES": "verl_m2po.bench.plugin"}
 STALENESS_UPDATES, STEPS_EACH = 64, 2
 PROMPTS, RESPONSES = 8, 4
 RAMP_STEPS = STALENESS_UPDATES // PROMPTS
-LABEL = "${algorithm.policy_loss_label}"
+NAMED_BY_LOSS = "trainer.experiment_name=${algorithm.policy_loss_label}"
 SERIES = {
     "age_updates": "staleness/age_updates_max",
     "loss": "actor/loss",
@@ -53,7 +53,9 @@ RUN = (
 
 
 def main(
-    sweep: Annotated[bool, typer.Option("--sweep", help="A run for each method, in one sweep (40 minutes).")] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="A run for each method, in one sweep (an hour); goes on.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for JSON lines, one a method, and a table.")] = OUT,
     folder: Annotated[Path, typer.Option(help="Where the runs write.")] = Path("outputs/methods"),
 ) -> None:
@@ -86,11 +88,18 @@ def _tour(folder: Path, files: Sequence[str]) -> tuple[int, list[dict[str, Any]]
 
 
 def _sweep(folder: Path, files: Sequence[str]) -> tuple[int, list[dict[str, Any]]]:
-    """A run for each method; the sweep's exit status, and the record of each method."""
-    sweep = ["--multirun", f"staleness=s{STALENESS_UPDATES}", "loss=glob(*)", "trainer.experiment_name=" + LABEL]
-    status = _train([*sweep, *common(steps=RAMP_STEPS + STEPS_EACH), *files], {"VERL_FILE_LOGGER_ROOT": str(folder)})
-    logs = {name: folder / "m2po-arithmetic" / f"{name}.jsonl" for name in presets()}
-    return status, [summary(name, [row["data"] for row in read_log(log)][RAMP_STEPS:]) for name, log in logs.items()]
+    """A run for each method that has none in `folder` yet; the sweep's exit status, and the record of each method."""
+
+    def turn(name: str) -> list[dict[str, Any]]:
+        log = folder / "m2po-arithmetic" / f"{name}.jsonl"
+        return [row["data"] for row in read_log(log)][RAMP_STEPS:]
+
+    status = 0
+    if missing := [name for name in presets() if len(turn(name)) < STEPS_EACH]:
+        sweep = ["--multirun", f"staleness=s{STALENESS_UPDATES}", f"loss={','.join(missing)}", NAMED_BY_LOSS]
+        logs = {"VERL_FILE_LOGGER_ROOT": str(folder)}
+        status = _train([*sweep, *common(steps=RAMP_STEPS + STEPS_EACH), *files], logs)
+    return status, [summary(name, turn(name)) for name in presets()]
 
 
 def _train(arguments: Sequence[str], environment: dict[str, str]) -> int:
