@@ -113,6 +113,13 @@ def test_one_look_ahead_for_each_update(seams):
     assert len(record["metrics"]["actor/m2po/masked_fraction"]) == 4
 
 
+@pytest.mark.parametrize("loss", ["vanilla", "m2po"])
+def test_a_mini_batch_whose_rows_are_all_masked_has_no_gradient(seams, loss):
+    """verl's mean over its tokens is then 0/0."""
+    gradients = seams[f"{loss}, all masked"]["gradients"]
+    assert gradients and not whole(gradients).any()
+
+
 def test_mismatch_floor_needs_ages(seams):
     assert "age_updates" in seams["floor without ages"]
 

@@ -1,5 +1,7 @@
 """The staleness modes end to end: the version of every trained row, from the ledger."""
 
+import math
+
 import failing_rewards
 import pytest
 
@@ -114,8 +116,11 @@ def test_every_trained_row_is_exactly_k_steps_old(train, tmp_path, mode, k_steps
     assert_every_place_was_trained_once(ledger, steps, batch, responses)
 
 
-def test_a_prompt_that_fails_is_replaced_by_the_same_weights(train, tmp_path):
-    """A tenth fail in the reward function, which raises, returns NaN, infinity or None, or never ends."""
+def test_a_prompt_that_fails_is_replaced_by_the_same_weights_and_a_trajectory_masked(train, tmp_path):
+    """A tenth fail in the reward function, which raises, returns NaN, infinity or None, or never ends.
+
+    Of another tenth one trajectory fails: its group is trained, and there are as many rows as ever.
+    """
     result, ledger = run_mode(
         train,
         tmp_path,
@@ -124,12 +129,27 @@ def test_a_prompt_that_fails_is_replaced_by_the_same_weights(train, tmp_path):
         *SEPARATE,
         f"reward.custom_reward_function.path={failing_rewards.__file__}",
         "trainer.v1.stale_k_separate.generation_timeout_s=20",
+        "trainer.v1.stale_k_separate.on_failed_trajectory=mask",
     )
     assert_exactly_k_steps_old(result, ledger, 1, STEPS)
     assert_every_place_was_trained_once(ledger)
     assert not any(failing_rewards.fails(group[0]) for line in ledger for group in line["groups"])
     assert sum(result.series("staleness/evicted_failed")) >= 3
     assert "generation_timeout_s=20" in result.output and "ZeroDivisionError" in result.output
+    masked = [
+        group[0]
+        for line in ledger
+        for group in line["groups"]
+        for _, spans in group[3]
+        if not sum(tokens for _, tokens in spans)
+    ]
+    partly = [group[0] for line in ledger for group in line["groups"] if failing_rewards.fails_once(group[0])]
+    assert masked == partly and len(masked) >= 3
+    assert sum(result.series("staleness/masked_trajectories")) == len(masked)
+    assert sum(result.series("staleness/trained_tokens")) == sum(
+        tokens for line in ledger for _, tokens in spans_of(line)
+    )
+    assert all(math.isfinite(value) for value in result.series("actor/loss") + result.series("actor/grad_norm"))
 
 
 @pytest.mark.timeout(1000)

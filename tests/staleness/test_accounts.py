@@ -21,10 +21,10 @@ def group(*rows: tuple[tuple[int, int], ...], uid: str = "u") -> Group:
 def test_too_many_failures_stop_the_run_with_each_distinct_error_once():
     window = FailureWindow(max_failed_fraction=0.2, window=10)
     for _ in range(8):
-        window.succeeded()
+        window.kept()
     window.failed("TimeoutError: slow")
     window.failed("TimeoutError: slow")
-    window.succeeded()
+    window.kept()
     with pytest.raises(TooManyFailures, match="3 of the last 10") as stopped:
         window.failed("ValueError: odd")
     assert str(stopped.value).count("TimeoutError: slow") == 1 and "1 x ValueError: odd" in str(stopped.value)
@@ -42,8 +42,33 @@ def test_old_failures_are_forgotten():
     window = FailureWindow(max_failed_fraction=0.2, window=10)
     for _ in range(100):
         for _ in range(9):
-            window.succeeded()
+            window.kept()
         window.failed("x")  # raises if it still sees the one before the last ten
+
+
+def test_masked_trajectories_count_as_their_share_of_a_group():
+    """Three tenths of every group are exactly what may fail; the first group that loses more ends the run."""
+    window = FailureWindow(max_failed_fraction=0.3, window=100)
+    for _ in range(1000):
+        window.kept(3 / 10, ["TimeoutError: slow"])  # added up one by one, a hundred of them are 30.00000000000005
+    with pytest.raises(TooManyFailures, match=r"^30\.1 of the last 100") as stopped:
+        window.kept(4 / 10, ["ValueError: odd", "ValueError: odd"])
+    assert "98 x TimeoutError: slow" in str(stopped.value) and "2 x ValueError: odd" in str(stopped.value)
+
+
+def test_the_window_goes_on_where_it_was_and_reads_that_of_an_older_version():
+    before = FailureWindow(max_failed_fraction=0.2, window=4)
+    before.kept()
+    before.kept(0.5, ["x"])
+    after = FailureWindow(max_failed_fraction=0.2, window=4)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    after.kept()
+    with pytest.raises(TooManyFailures, match=r"1\.5 of the last 4"):
+        after.failed("y")
+    older = FailureWindow(max_failed_fraction=0.2, window=4)
+    older.load_state_dict({"failed": [False, True, False], "errors": ["x"]})
+    with pytest.raises(TooManyFailures, match="2 of the last 4"):
+        older.failed("y")
 
 
 def test_ages_are_weighted_by_tokens_and_counted_in_updates():
@@ -64,6 +89,23 @@ def test_masked_tokens_have_no_age():
     taken = metrics.take(0, 0)
     assert (taken["staleness/over_age_tokens"], taken["staleness/trained_tokens"]) == (30, 10)
     assert taken["staleness/age_updates_max"] == 0
+
+
+def test_masked_trajectories_are_counted_and_change_no_other_number():
+    """A copy of 30 tokens that trains nothing: no tokens, no age, no trajectory, and no shorter group."""
+    rows = (((1, 30), (5, 10)), ((5, 4),))
+    whole, masked = group(*rows), group(*rows, ((1, 0), (5, 0)))
+    assert [row.is_masked for row in masked.rows] == [False, False, True] and masked.masked_share == 1 / 3
+    assert masked.tokens_per_response == whole.tokens_per_response == 22
+    taken = []
+    for each in (whole, masked):
+        metrics = StalenessMetrics(UpdateClock(8, 2))
+        metrics.masked(sum(row.is_masked for row in each.rows))
+        metrics.trained((each,), version=5, oldest_version=4)
+        metrics.dropped(each)
+        taken.append(metrics.take(0, 0) | {"staleness/tokens_per_s": 0} | {"bias": metrics.state_dict()})
+    assert [numbers.pop("staleness/masked_trajectories") for numbers in taken] == [0, 1]
+    assert taken[0] == taken[1]
 
 
 def test_age_shares_are_a_distribution_however_old():

@@ -19,6 +19,7 @@ from verl_m2po.staleness.failures import FailureWindow, TooManyFailures
 from verl_m2po.staleness.journal import FinishedGroup, Journal, JournalError, RowsWriter
 from verl_m2po.staleness.ledger import TrainedRowsLedger
 from verl_m2po.staleness.liveness import WorkerDied
+from verl_m2po.staleness.masking import StoredRow, stand_in
 from verl_m2po.staleness.records import GroupReport, Row
 from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessViolation
 from verl_m2po.staleness.shutdown import StopRequest, StopRequested
@@ -36,11 +37,23 @@ def response_of(uid: str, session: int) -> list[int]:
     return [rng.randrange(1000) for _ in range(rng.randrange(1, 7))]
 
 
+def is_masked(uid: str, session: int, mask_share: float) -> bool:
+    """Whether this trajectory failed. The first of a group never does."""
+    return session > 0 and random.Random(f"failed/{uid}/{session}").random() < mask_share
+
+
+def is_copy(key: str, mask_share: float) -> bool:
+    """The same of a row."""
+    uid, session, _ = key.rsplit("_", 2)
+    return is_masked(uid, int(session), mask_share)
+
+
 class Workers:
     """Agent loop workers in a thread: write rows into the group's lot and report, in random order."""
 
-    def __init__(self, tq, fail_share: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, tq, fail_share: float = 0.0, seed: int = 0, mask_share: float = 0.0) -> None:
         self._tq, self._fail_share, self._random = tq, fail_share, random.Random(seed)
+        self._mask_share = mask_share
         self._requests: queue.Queue = queue.Queue()
         self._reports: queue.Queue = queue.Queue()
         self.version = 0
@@ -82,18 +95,25 @@ class Workers:
 
     def _generate(self, ticket, version: int) -> None:
         fails = self._random.random() < self._fail_share
-        rows = []
-        for session in range(1 if fails else RESPONSES):
-            rows.append(self._store(ticket, session, version))
+        sessions = range(1 if fails else RESPONSES)
+        masked = [session for session in sessions if is_masked(ticket.uid, session, self._mask_share)]
+        stored = {session: [self._row(ticket, session, version)] for session in sessions if session not in masked}
+        stored |= {session: stand_in(ticket.uid, session, stored) for session in masked}
+        rows, packed = zip(*(row for session in sessions for row in stored[session]), strict=True)
+        self._tq.kv_batch_put(
+            keys=[row.key for row in rows],
+            fields=list_of_dict_to_tensordict(list(packed)),
+            partition_id=lot_partition(ticket.lot),
+        )
         error = "ValueError: this one fails" if fails else None
         if self.has_lost_its_server:
-            self._reports.put(GroupReport(ticket.uid, tuple(rows), "ActorDiedError: it died", was_lost=True))
+            self._reports.put(GroupReport(ticket.uid, rows, "ActorDiedError: it died", was_lost=True))
             return
         if error is None and self.journal is not None:
             self.generated.append(ticket.uid)
-            packed = tuple(codec.pack(self._fields(ticket, session)) for session in range(RESPONSES))
-            RowsWriter(self.journal.rows_path(0), fsync=False).append(FinishedGroup(ticket.uid, tuple(rows), packed))
-        self._reports.put(GroupReport(ticket.uid, tuple(rows), error, finished_at=time.time()))
+            RowsWriter(self.journal.rows_path(0), fsync=False).append(FinishedGroup(ticket.uid, rows, packed))
+        errors = ("TimeoutError: slow",) * len(masked)
+        self._reports.put(GroupReport(ticket.uid, rows, error, finished_at=time.time(), masked_errors=errors))
 
     def _fields(self, ticket, session: int) -> dict:
         responses = torch.tensor(response_of(ticket.uid, session))
@@ -109,24 +129,29 @@ class Workers:
             "session_id": session,
         }
 
-    def _store(self, ticket, session: int, version: int) -> Row:
+    def _row(self, ticket, session: int, version: int) -> StoredRow:
         fields = self._fields(ticket, session)
-        responses = fields["responses"]
-        key = f"{ticket.uid}_{session}_0"
-        packed = list_of_dict_to_tensordict([codec.pack(fields)])
-        self._tq.kv_batch_put(keys=[key], fields=packed, partition_id=lot_partition(ticket.lot))
-        spans = self.spans(len(responses), version) if self.spans else ((version, len(responses)),)
-        return Row(key, 3, len(responses), spans)
+        tokens = len(fields["responses"])
+        spans = self.spans(tokens, version) if self.spans else ((version, tokens),)
+        return StoredRow(Row(f"{ticket.uid}_{session}_0", 3, tokens, spans), codec.pack(fields))
 
 
 class Run:
     """A trainer reduced to its hooks."""
 
     def __init__(
-        self, tq, rule, name: str, fail_share: float = 0.0, ledger=None, max_failed_fraction=1.0, journal=None
+        self,
+        tq,
+        rule,
+        name: str,
+        fail_share: float = 0.0,
+        ledger=None,
+        max_failed_fraction=1.0,
+        journal=None,
+        mask_share: float = 0.0,
     ) -> None:
         self.tq, self.name, self.dispatched = tq, name, 0
-        self.workers = Workers(tq, fail_share)
+        self.workers = Workers(tq, fail_share, mask_share=mask_share)
         self.is_asked_to_end = False
         self.buffer = StalenessReplayBuffer(
             rule=rule,
@@ -188,22 +213,25 @@ def as_list(column) -> list:
     return column.tolist() if hasattr(column, "tolist") else list(column)
 
 
-def assert_rows_are_those_that_were_generated(tq, batch) -> None:
+def assert_rows_are_those_that_were_generated(tq, batch, mask_share: float = 0.0) -> None:
+    assert len(batch.keys) == len(set(batch.keys)) and len(batch.keys) % RESPONSES == 0
     data = tq.kv_batch_get(keys=batch.keys, partition_id="train")
     assert data["responses"].is_nested and data["prompts"].is_nested
-    for key, tag, responses, mask, log_probs, raw_prompt, uid in zip(
+    for key, tag, responses, mask, loss_mask, log_probs, raw_prompt, uid in zip(
         batch.keys,
         batch.tags,
         data["responses"].unbind(),
         data["response_mask"].unbind(),
+        data["loss_mask"].unbind(),
         data["rollout_log_probs"].unbind(),
         as_list(data["raw_prompt"]),
         as_list(data["uid"]),
         strict=True,
     ):
         group, session, _ = key.rsplit("_", 2)
-        assert responses.tolist() == response_of(group, int(session))
-        assert mask.tolist() == [1] * len(responses)
+        copied = is_copy(key, mask_share)
+        assert responses.tolist() == response_of(group, 0 if copied else int(session))
+        assert mask.tolist() == loss_mask.tolist() == [0 if copied else 1] * len(responses)
         torch.testing.assert_close(log_probs, -responses.float() / 1000)
         assert raw_prompt == [{"role": "user", "content": f"prompt {group.rsplit('-', 1)[1]}"}] and uid == group
         assert tag["seq_len"] == 3 + len(responses) and not tag.get("is_padding")
@@ -215,11 +243,12 @@ def trained_groups(batches) -> list[str]:
 
 @pytest.mark.parametrize(("k", "parts"), [(0, 1), (1, 2), (3, 1)])
 def test_exact_stale_trains_every_group_once_at_its_age(transfer_queue, k, parts):
-    steps, run = 8, Run(transfer_queue, ExactStale(k, BATCH), f"exact{k}", fail_share=0.2)
+    steps, run = 8, Run(transfer_queue, ExactStale(k, BATCH), f"exact{k}", fail_share=0.2, mask_share=0.3)
     run.buffer.rule.limit(steps)
     trained = []
+    check = lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch, 0.3)  # noqa: E731
     for step in range(1, steps + 1):
-        batches = run.step(step, parts, lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch))
+        batches = run.step(step, parts, check)
         for batch in batches:
             versions = {(tag["min_global_steps"], tag["max_global_steps"]) for tag in batch.tags}
             assert versions == {(max(0, step - 1 - k),) * 2}
@@ -229,19 +258,21 @@ def test_exact_stale_trains_every_group_once_at_its_age(transfer_queue, k, parts
 
 
 def test_bounded_async_trains_every_group_once_within_the_bound(transfer_queue):
-    steps, run = 8, Run(transfer_queue, BoundedAsync(2, BATCH), "bounded", fail_share=0.2)
+    steps, run = 8, Run(transfer_queue, BoundedAsync(2, BATCH), "bounded", fail_share=0.2, mask_share=0.3)
     run.buffer.rule.limit(steps)
     trained = []
+    check = lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch, 0.3)  # noqa: E731
     for step in range(1, steps + 1):
-        batches = run.step(step, 2, lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch))
+        batches = run.step(step, 2, check)
         assert all(tag["min_global_steps"] >= step - 1 - 2 for batch in batches for tag in batch.tags)
         trained += trained_groups(batches)
     assert len(trained) == len(set(trained)) == steps * BATCH
     assert not any(transfer_queue.kv_list().values()), "rows were left behind"
 
 
-def test_over_age_tokens_leave_the_masks(transfer_queue):
-    run = Run(transfer_queue, BoundedAsync(1, BATCH, min_usable_share=0.0), "masked")
+@pytest.mark.parametrize("mask_share", [0.0, 0.5])
+def test_over_age_tokens_leave_the_masks(transfer_queue, mask_share):
+    run = Run(transfer_queue, BoundedAsync(1, BATCH, min_usable_share=0.0), "masked", mask_share=mask_share)
     run.buffer.pump()
     while run.buffer.rule.ready < 2 * BATCH:
         run.buffer._take_reports(0.1)
@@ -251,18 +282,24 @@ def test_over_age_tokens_leave_the_masks(transfer_queue):
     run.buffer.advance(2)
     batch, _ = run.buffer.sample(3, "train", BATCH)
     data = transfer_queue.kv_batch_get(keys=batch.keys, partition_id="train")
-    for mask, loss_mask in zip(data["response_mask"].unbind(), data["loss_mask"].unbind(), strict=True):
+    copies = [is_copy(key, mask_share) for key in batch.keys]
+    masks, loss_masks = data["response_mask"].unbind(), data["loss_mask"].unbind()
+    for mask, loss_mask, copied in zip(masks, loss_masks, copies, strict=True):
         tokens = len(mask)
-        assert mask.tolist() == loss_mask.tolist() == ([0] + [1] * (tokens - 1) if tokens > 1 else [1])
+        expected = [0] * tokens if copied else [0] + [1] * (tokens - 1) if tokens > 1 else [1]
+        assert mask.tolist() == loss_mask.tolist() == expected
     metrics = run.buffer.step_metrics()
     assert metrics["staleness/evicted_dropped"] == 2 * BATCH
-    assert metrics["staleness/over_age_tokens"] == sum(int(m[0] == 0) for m in data["response_mask"].unbind())
+    of_its_own = [mask for mask, copied in zip(masks, copies, strict=True) if not copied]
+    assert metrics["staleness/over_age_tokens"] == sum(int(mask[0] == 0) for mask in of_its_own)
+    assert metrics["staleness/trained_tokens"] == sum(int(mask.sum()) for mask in masks)
+    assert (metrics["staleness/masked_trajectories"] > 0) == any(copies) == (mask_share > 0)
     transfer_queue.kv_clear(keys=batch.keys, partition_id="train")
 
 
 def test_a_restart_continues_where_the_checkpoint_was(transfer_queue, tmp_path):
     """Saved while the batch just trained is still there and groups are in flight; both are dealt with on load."""
-    whole = Run(transfer_queue, ExactStale(2, BATCH), "resumed")
+    whole = Run(transfer_queue, ExactStale(2, BATCH), "resumed", mask_share=0.3)
     for step in range(1, 4):
         whole.step(step)
     batch, _ = whole.buffer.sample(4, "train", BATCH)
@@ -275,13 +312,13 @@ def test_a_restart_continues_where_the_checkpoint_was(transfer_queue, tmp_path):
         if rows:
             transfer_queue.kv_clear(keys=list(rows), partition_id=partition)
     transfer_queue.load_checkpoint(tmp_path / "tq")
-    again = Run(transfer_queue, ExactStale(2, BATCH), "after")
+    again = Run(transfer_queue, ExactStale(2, BATCH), "after", mask_share=0.3)
     again.buffer.load_state_dict(state, version=4)
     again.buffer.begin(4)
     assert not set(batch.keys) & set(transfer_queue.kv_list("train").get("train", {})), "the trained batch came back"
     trained = []
     for step in (5, 6, 7):
-        check = lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch)  # noqa: E731
+        check = lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch, 0.3)  # noqa: E731
         (resumed,) = again.step(step, check=check)
         assert {tag["min_global_steps"] for tag in resumed.tags} == {step - 1 - 2}
         trained.append(trained_groups([resumed]))
@@ -308,7 +345,7 @@ def test_with_a_journal_a_crash_loses_only_what_was_being_generated(
     steps, settings = 9, {"some": "setting"}
     journal = Journal(tmp_path / "journal", False, settings)
     journal.start(None)
-    lost = Run(transfer_queue, make_rule(), f"lost{saved}{stopped}", fail_share=0.1, journal=journal)
+    lost = Run(transfer_queue, make_rule(), f"lost{saved}{stopped}", fail_share=0.1, journal=journal, mask_share=0.3)
     lost.buffer.rule.limit(steps)
     lost.buffer.begin(0)
     state, position, drawn, trained = None, journal.position(), 0, {}
@@ -330,7 +367,7 @@ def test_with_a_journal_a_crash_loses_only_what_was_being_generated(
     clear(transfer_queue)  # what a crash does
 
     journal = Journal(tmp_path / "journal", False, settings)
-    again = Run(transfer_queue, make_rule(), f"again{saved}{stopped}", journal=journal)
+    again = Run(transfer_queue, make_rule(), f"again{saved}{stopped}", journal=journal, mask_share=0.3)
     again.buffer.rule.limit(steps)
     again.dispatched = drawn
     if state is not None:
@@ -344,7 +381,7 @@ def test_with_a_journal_a_crash_loses_only_what_was_being_generated(
     if tickets:
         again.regenerate(tickets, prompts)
     again.buffer.pump()
-    check = lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch)  # noqa: E731
+    check = lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch, 0.3)  # noqa: E731
     uids = [uid for step in range(1, saved + 1) for uid in trained[step]]
     for step in range(saved + 1, steps + 1):
         (batch,) = again.step(step, check=check)
@@ -432,6 +469,15 @@ def test_what_is_lost_with_a_process_ends_the_run_and_not_its_prompts(transfer_q
         run.buffer.sample(1, "train", BATCH)
     assert run.dispatched == run.buffer.rule.in_flight == BATCH
     assert [kind for kind, _ in journal.read(1, 0, [], []).events] == ["dispatched"]
+    clear(transfer_queue)
+
+
+def test_too_many_masked_trajectories_stop_the_run_as_well(transfer_queue):
+    run = Run(transfer_queue, BoundedAsync(3, BATCH), "half", mask_share=1.0, max_failed_fraction=0.4)
+    with pytest.raises(TooManyFailures, match=r"^5 of the last 10 prompt groups failed.*\n  10 x TimeoutError: slow$"):
+        run.buffer._wait_until(lambda: False, "it stops by itself")
+    assert run.buffer.step_metrics()["staleness/masked_trajectories"] == 10
+    assert run.buffer.rule.ready == 10, "what is masked is kept"
     clear(transfer_queue)
 
 

@@ -109,6 +109,32 @@ def test_masking_older_tokens_equals_masking_them_one_by_one(batch, oldest):
     assert [row["loss_mask"].tolist() for row in after] == expected
 
 
+@settings(deadline=None, max_examples=40)
+@given(rows(), st.integers(0, 9), st.integers(0, 3))
+def test_a_masked_copy_differs_in_its_session_and_in_having_no_trained_token(row, session_id, oldest):
+    """Beside what it copies, whose tokens are of the versions 1 and 2, and after masking what is too old."""
+    tokens = int(row["response_mask"].sum())
+    spans = ((1, tokens // 2), (2, tokens - tokens // 2))
+    copy = codec.masked_copy(codec.pack(row | {"session_id": 7}), session_id)
+    original = codec.pack(row | {"session_id": 7})
+    columns = {
+        key: Ragged(torch.cat([original[key], copy[key]]), torch.tensor([len(original[key]), len(copy[key])]))
+        for key in original.keys() - {"rest"}
+    } | {"rest": [original["rest"], copy["rest"]]}
+    over_age = codec.OverAge([spans, tuple((version, 0) for version, _ in spans)], oldest)
+    for older_than in (None, over_age):
+        unpacked = codec.unpack(columns, older_than)
+        of_original, of_copy = (
+            {key: column[i] for key, column in unpacked.items() if key != "session_id"} for i in range(2)
+        )
+        trained = sum(n for version, n in spans if older_than is None or version >= oldest)
+        for key in ("response_mask", "loss_mask"):
+            assert int(of_original.pop(key).sum()) == trained
+            assert not of_copy.pop(key).any()
+        assert_same(of_copy, of_original)
+        assert unpacked["session_id"] == [7, session_id]
+
+
 def test_spans_of_other_tokens_are_refused():
     with pytest.raises(ValueError, match="2 generated tokens, but the spans are of 3"):
         restored([verl_row([1], [2, 3], [1, 1])], codec.OverAge([((0, 3),)], oldest_version=1))

@@ -7,13 +7,16 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from verl_m2po.staleness.agent_loop import StalenessAgentLoopWorker, check_output, spans_of
 from verl_m2po.staleness.client import GenerationAborted, Session, SpanRecordingClient, current_session
-from verl_m2po.staleness.records import Row
+from verl_m2po.staleness.journal import RowsWriter, decode, read_frames
 from verl_m2po.staleness.store import LOT_FIELD
 
 
@@ -175,58 +178,94 @@ class EngineDeadError(Exception):
 
 
 class Worker(StalenessAgentLoopWorker):
-    """The worker without its tokenizer and servers: every session does as its number says."""
+    """The worker without its tokenizer and servers: every session does as its number says.
 
-    def __init__(self, sessions: int, timeout_s: float | None = None) -> None:
-        self.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=SimpleNamespace(n=sessions)))
-        self._generation_timeout_s = timeout_s
+    Args:
+        sessions: of a group. Session i generates i + 1 tokens, with the weights 3 + i.
+        timeout_s: see `generation_timeout_s`.
+        masks: keep a group some of whose trajectories failed.
+        failing: sessions that fail.
+        outputs: trajectories of each session.
+    """
+
+    def __init__(
+        self, sessions: int, timeout_s: float | None = None, masks: bool = False, failing=(1,), outputs: int = 1
+    ) -> None:
+        rollout = SimpleNamespace(n=sessions, calculate_log_probs=True, response_length=99)
+        self.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
+        self._generation_timeout_s, self._masks_failures = timeout_s, masks
         self._running, self._reports, self._has_report = {}, [], asyncio.Event()
         self._journal = self._journal_error = None
+        self.reward_loop_worker_handles = None
         self.server = FakeServer()
+        self.failing, self.outputs = failing, outputs
+        self.order = list(range(sessions))
+        self.stored: dict[str, dict] = {}
 
     async def _run_agent_loop(self, sampling_params, *, trajectory, trace, session_id, uid, behaviour, **_):
         of = current_session.get()
-        of.record(3, session_id + 1)
+        of.record(3 + session_id, self.outputs * (session_id + 1))
+        for _ in range(self.order.index(session_id)):
+            await asyncio.sleep(0)
         match behaviour:
-            case "fails" if session_id == 1:
-                raise ValueError("no answer\nand more lines")
-            case "fails and loses its server":
+            case "fails" if session_id in self.failing:
+                raise ValueError(f"no answer {session_id}\nand more lines")
+            case "fails and loses its server" if session_id in self.failing:
                 raise EngineDeadError("gone") if session_id == 1 else ValueError("no answer")
-            case "all fail":
-                raise ValueError(f"no answer {session_id}")
-            case "returns nothing":
+            case "returns nothing" if session_id in self.failing:
                 return await self._agent_loop_postprocess([], validate=False)
-            case "a reward that raises":
+            case "a reward that raises" if session_id in self.failing:
                 self._compute_score = self.raising_reward
-                return await self._agent_loop_postprocess(output([1], [-1.0]), validate=False)
-            case "will not be cancelled" if session_id == 1:
-                while True:
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.sleep(0.3)
-                        return None
-            case "hangs" if session_id == 1:
+            case "will not be cancelled" if session_id in self.failing:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(3600)
+                await asyncio.sleep(0.1)
+            case "hangs" if session_id in self.failing:
                 of.server, of.server_request_id = self.server, "the request"
                 await asyncio.sleep(3600)
             case "waits for the abort":
                 while not of.is_aborted:
                     await asyncio.sleep(0)
-                raise GenerationAborted(uid)
-        self._running[uid].rows.append(Row(f"{uid}_{session_id}_0", 1, session_id + 1, ((3, session_id + 1),)))
+                if session_id not in self.failing:
+                    raise GenerationAborted(uid)
+        tokens = session_id + 1
+        outputs = [output([1] * tokens, [-1.0] * tokens, reward=float(session_id)) for _ in range(self.outputs)]
+        return await self._agent_loop_postprocess(outputs, validate=False)
 
     @staticmethod
     async def raising_reward(outputs, kwargs):
         raise ZeroDivisionError("in the reward function")
 
-    def run(self, behaviour: str, abort: bool = False):
+    async def _compute_score(self, outputs, kwargs):
+        for each in outputs:
+            each.extra_fields["reward_extra_info"] = {}
+
+    async def _compute_teacher_logprobs(self, *_, **__):
+        pass
+
+    def _compute_multi_modal_inputs(self, *_):
+        return {}
+
+    def _compute_position_ids(self, input_ids, *_):
+        return torch.arange(input_ids.shape[1]).unsqueeze(0)
+
+    async def _put(self, group, rows):
+        assert group.lot == "lot"
+        self.stored |= {stored.row.key: stored.packed for stored in rows}
+
+    def run(self, behaviour: str, abort: bool = False, uid: str = "u"):
         async def body():
-            prompt = {"uid": "u", "behaviour": behaviour, LOT_FIELD: "lot"}
+            prompt = {"uid": uid, "behaviour": behaviour, LOT_FIELD: "lot"}
             work = asyncio.create_task(self._run_prompt(prompt, {}, trajectory={"validate": False}))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             if abort:
-                await self.abort_groups(["u", "of another worker"])
+                await self.abort_groups([uid, "of another worker"])
             (report,) = await self.take_reports()
             await work
+            stored = dict(self.stored)
+            await asyncio.sleep(0.2 if behaviour == "will not be cancelled" else 0)
+            assert self.stored.keys() == stored.keys(), "what is late is not stored"
             assert not self._running and not self._reports and not self._has_report.is_set()
             return report
 
@@ -236,24 +275,29 @@ class Worker(StalenessAgentLoopWorker):
 def test_a_finished_group_is_reported_with_all_its_rows():
     report = Worker(3).run("answers")
     assert report.error is None and [row.key for row in report.rows] == ["u_0_0", "u_1_0", "u_2_0"]
-    assert (report.generated_tokens, report.responses) == (6, 3)
+    assert [row.spans for row in report.rows] == [((3, 1),), ((4, 2),), ((5, 3),)]
+    assert (report.generated_tokens, report.responses, report.masked_errors) == (6, 3, ())
 
 
 def test_a_session_that_raises_fails_its_group_and_leaves_its_siblings_rows_to_be_deleted():
     report = Worker(3).run("fails")
-    assert report.error == "ValueError: no answer" and not report.was_aborted
+    assert report.error == "ValueError: no answer 1" and not report.was_aborted and not report.masked_errors
     assert [row.key for row in report.rows] == ["u_0_0", "u_2_0"]
 
 
-def test_a_group_in_which_all_fail_is_one_failure_without_rows():
-    report = Worker(3).run("all fail")
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_group_in_which_all_fail_is_one_failure_without_rows(masks):
+    report = Worker(3, masks=masks, failing=(0, 1, 2)).run("fails")
     assert report.error == "ValueError: no answer 0" and report.rows == () and not report.was_aborted
+    assert report.masked_errors == ()
 
 
-def test_a_group_whose_server_is_gone_is_lost_whatever_else_failed():
-    report = Worker(3).run("fails and loses its server")
-    assert report.was_lost and report.error == "EngineDeadError: gone"
-    assert not Worker(3).run("all fail").was_lost
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("failing", [(0, 1, 2), (0, 1), (1,)])
+def test_a_group_whose_server_is_gone_is_lost_whatever_else_failed(masks, failing):
+    report = Worker(3, masks=masks, failing=failing).run("fails and loses its server")
+    assert report.was_lost and report.error == "EngineDeadError: gone" and not report.masked_errors
+    assert not Worker(3, masks=masks, failing=failing).run("fails").was_lost
 
 
 @pytest.mark.parametrize(
@@ -264,7 +308,7 @@ def test_a_group_whose_server_is_gone_is_lost_whatever_else_failed():
     ],
 )
 def test_what_cannot_be_scored_fails_its_group(behaviour, error):
-    report = Worker(2).run(behaviour)
+    report = Worker(2, failing=(0, 1)).run(behaviour)
     assert report.error == error and report.rows == ()
 
 
@@ -282,6 +326,84 @@ def test_a_generation_that_never_ends_is_cancelled_at_its_server():
     assert worker.server.aborted == ["the request"]
 
 
-def test_an_aborted_group_says_so():
-    report = Worker(2).run("waits for the abort", abort=True)
+@pytest.mark.parametrize("masks", [False, True])
+def test_an_aborted_group_says_so(masks):
+    report = Worker(2, masks=masks, failing=()).run("waits for the abort", abort=True)
     assert report.was_aborted and report.error == "GenerationAborted: u" and report.rows == ()
+
+
+def test_an_aborted_group_is_not_kept_for_the_sake_of_what_had_ended():
+    report = Worker(3, masks=True).run("waits for the abort", abort=True)
+    assert report.was_aborted and [row.key for row in report.rows] == ["u_1_0"] and not report.masked_errors
+
+
+def masked_groups():
+    """(sessions, some but not all of them)"""
+    failing = st.integers(2, 6).flatmap(
+        lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1))
+    )
+    return given(failing, st.integers(1, 3), st.text("abc", min_size=1), st.randoms(use_true_random=False))
+
+
+@settings(deadline=None, max_examples=60)
+@masked_groups()
+def test_a_group_that_is_kept_has_all_its_rows_and_trains_nothing_of_what_failed(group, outputs, uid, order):
+    sessions, failing = group
+    worker = Worker(sessions, masks=True, failing=failing, outputs=outputs)
+    order.shuffle(worker.order)
+    report = worker.run("fails", uid=uid)
+    assert report.error is None and not report.was_aborted
+    assert report.masked_errors == tuple(f"ValueError: no answer {session}" for session in sorted(failing))
+    keys = [f"{uid}_{session}_{index}" for session in range(sessions) for index in range(outputs)]
+    assert [row.key for row in report.rows] == sorted(worker.stored) == keys
+    versions = set()
+    for row in report.rows:
+        session, fields = int(row.key.split("_")[1]), worker.stored[row.key]
+        if session not in failing:
+            assert fields["packed_mask"].tolist() == [1] * (session + 1) and row.spans == ((3 + session, session + 1),)
+            continue
+        sibling = row.min_version - 3
+        versions.add(row.min_version)
+        assert sibling not in failing, "a copy is of the age of a sibling that succeeded"
+        assert fields["packed_mask"].tolist() == [0] * (sibling + 1) and row.generated_tokens == 0
+        original = worker.stored[f"{uid}_{sibling}_{row.key[-1]}"]
+        for name in ("packed_prompt", "packed_response", "rollout_log_probs"):
+            assert fields[name].tolist() == original[name].tolist()
+        assert fields["rest"] == original["rest"] | {"session_id": session}
+        assert fields["rest"]["last_token_reward"] == sibling
+    again = Worker(sessions, masks=True, failing=failing, outputs=outputs)
+    assert again.run("fails", uid=uid).rows == report.rows, "the draw depends on the order in which the sessions end"
+
+
+@pytest.mark.parametrize("behaviour", ["returns nothing", "hangs", "will not be cancelled"])
+def test_however_a_session_fails_it_is_masked(behaviour, monkeypatch):
+    monkeypatch.setattr("verl_m2po.staleness.agent_loop.CANCEL_WAIT_S", 0.01)
+    worker = Worker(3, timeout_s=0.1, masks=True)
+    report = worker.run(behaviour)
+    assert report.error is None and len(report.masked_errors) == 1
+    assert [row.key for row in report.rows if row.is_masked] == ["u_1_0"]
+    assert not worker.stored["u_1_0"]["packed_mask"].any()
+
+
+def test_the_journal_has_a_group_as_it_is_trained(tmp_path):
+    worker = Worker(3, masks=True)
+    worker._journal = RowsWriter(tmp_path / "rows", fsync=False)
+    report = worker.run("fails")
+    (finished,) = map(decode, read_frames(tmp_path / "rows"))
+    assert finished.rows == report.rows and finished.newest_version == 5
+    assert [packed["packed_mask"].any().item() for packed in finished.packed] == [True, False, True]
+
+
+def test_copies_that_cannot_be_stored_fail_their_group():
+    worker = Worker(2, masks=True)
+    store = worker._put
+
+    async def put(group, rows):
+        if rows[0].row.is_masked:
+            raise OSError("no space left")
+        await store(group, rows)
+
+    worker._put = put
+    report = worker.run("fails")
+    assert report.error == "OSError: no space left" and report.masked_errors == ()
+    assert [row.key for row in report.rows] == ["u_0_0"]

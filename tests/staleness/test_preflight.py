@@ -41,6 +41,8 @@ def test_a_sound_configuration_has_no_problem(mode):
         ({"trainer__v1__stale_k__max_failed_fraction": 1.5}, "trainer.v1.stale_k.max_failed_fraction"),
         ({"trainer__v1__stale_k__failed_window_groups": 0}, "trainer.v1.stale_k.failed_window_groups"),
         ({"trainer__v1__stale_k__generation_timeout_s": 0}, "trainer.v1.stale_k.generation_timeout_s"),
+        ({"trainer__v1__stale_k__on_failed_trajectory": "drop"}, "trainer.v1.stale_k.on_failed_trajectory"),
+        ({"trainer__v1__stale_k__on_failed_trajectory": None}, "trainer.v1.stale_k"),
         ({"trainer__v1__stale_k__stop_wait_s": -1}, "trainer.v1.stale_k.stop_wait_s"),
         ({"trainer__v1__stale_k__parameter_sync_step": 4}, "trainer.v1.stale_k.parameter_sync_step"),
         ({"trainer__v1__stale_k__no_such_key": 1}, "trainer.v1.stale_k"),
@@ -107,6 +109,24 @@ def test_several_epochs_are_counted_and_mentioned():
     changes = {"actor_rollout_ref__actor__ppo_epochs": 2, "trainer__v1__stale_k__staleness_updates": 8}
     (problem,) = preflight.check(config(**changes))
     assert problem.key == "actor_rollout_ref.actor.ppo_epochs" and not problem.is_fatal
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_masking_is_refused_where_a_copy_would_count_as_more_than_it_is(mode):
+    key, mask = f"trainer.v1.{mode}.on_failed_trajectory", {f"trainer__v1__{mode}__on_failed_trajectory": "mask"}
+    assert preflight.check(config(mode, **mask)) == []
+    for changes in ({"algorithm__adv_estimator": "max_at_k"}, {"algorithm__use_kl_in_reward": True}):
+        (problem,) = preflight.check(config(mode, **mask, **changes))
+        assert problem.key == key and problem.is_fatal and "Set it to refill" in str(problem)
+        assert preflight.check(config(mode, **changes)) == []
+    (problem,) = preflight.check(config(mode, **mask, actor_rollout_ref__rollout__n=1))
+    assert problem.key == key and not problem.is_fatal
+
+
+def test_another_answer_to_a_failed_trajectory_is_refused_with_those_that_there_are():
+    (problem,) = preflight.check(config(trainer__v1__stale_k__on_failed_trajectory="Mask"))
+    assert str(problem).startswith("trainer.v1.stale_k.on_failed_trajectory=Mask: there is no such choice")
+    assert "refill or mask" in str(problem)
 
 
 def test_an_unknown_key_error_lists_the_known_ones():

@@ -306,6 +306,11 @@ def run_seams(model_folder, rows):
         output = worker.train_mini_batch(data)
     record["metrics"] = m2po_metrics(tu.get(output, "metrics"))
     records["two mini-batches, two epochs"] = record
+    masked = [row | {"response_mask": torch.zeros_like(row["response_mask"])} for row in rows]
+    for name, policy_loss in {"vanilla": {}, "m2po": {"selected": "m2po"}}.items():
+        worker = build_worker(model_folder, policy_loss)
+        pack(worker, **two_rows)
+        records[f"{name}, all masked"] = train(worker, masked, old_log_probs)
     return records
 
 

@@ -1,7 +1,8 @@
-"""A reward function that fails for some of the prompts, in every way in which one can."""
+"""A reward function that fails for some of the prompts, in every way in which one can, and for single trajectories."""
 
 import asyncio
 import math
+from collections import Counter
 from typing import Any
 
 from verl_m2po.tasks import arithmetic
@@ -9,9 +10,16 @@ from verl_m2po.tasks import arithmetic
 EVERY, HANGING = 10, 476
 """A tenth of the prompts fail; this one, among the first that are drawn with seed 1, never gets an answer."""
 
+_calls: Counter[int] = Counter()
+
 
 def fails(index: int) -> bool:
     return index % EVERY == 0 or index == HANGING
+
+
+def fails_once(index: int) -> bool:
+    """For another tenth of the prompts the first response that is scored fails, and the others do not."""
+    return index % EVERY == EVERY // 2
 
 
 async def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
@@ -19,6 +27,11 @@ async def compute_score(data_source: str, solution_str: str, ground_truth: str, 
     index = extra_info["index"]
     if index == HANGING:
         await asyncio.sleep(3600)
+    _calls[index] += 1
+    if fails_once(index) and _calls[index] == 1:
+        if index // EVERY % 2:
+            return math.nan
+        raise ArithmeticError("at its first response")
     if not fails(index):
         return arithmetic.compute_score(data_source, solution_str, ground_truth, extra_info)
     match index // EVERY % 5:  # of those drawn in eight steps with seed 1 each case has some

@@ -17,6 +17,7 @@ class Workload:
         length: draws the tokens of one response.
         tokens_per_time: speed of generation.
         fail_share: share of groups that end without a result.
+        mask_share: share of responses, after the first of a group, that a masked copy of the first stands in for.
         train_time: of one trainer step.
         rows: responses of a group.
         overlaps: training and generation run side by side; otherwise the rollout sleeps while training runs.
@@ -25,6 +26,7 @@ class Workload:
     length: object
     tokens_per_time: float = 100.0
     fail_share: float = 0.0
+    mask_share: float = 0.0
     train_time: float = 1.0
     rows: int = 2
     overlaps: bool = True
@@ -135,8 +137,11 @@ class Simulation:
             self.rule.fail(uid)
             self.trace.ended["failed"] += 1
             return
-        rows = tuple(self._row(f"{uid}_{i}_0", start, length) for i, length in enumerate(lengths))
-        self.rule.finish(uid, rows)
+        rows = [self._row(f"{uid}_{i}_0", start, length) for i, length in enumerate(lengths)]
+        for i in range(1, len(rows)):
+            if self.workload.mask_share and self.random.random() < self.workload.mask_share:
+                rows[i] = rows[0].masked_as(rows[i].key)
+        self.rule.finish(uid, tuple(rows))
 
     def _run_for(self, time: float) -> None:
         until = self.now + time
@@ -160,7 +165,7 @@ class Simulation:
             return False
         for group in selection.evicted:
             self.trace.ended["dropped"] += 1
-            self.trace.dropped_lengths.append(group.generated_tokens / len(group.rows))
+            self.trace.dropped_lengths.append(group.tokens_per_response)
         if not selection.groups:
             return False
         assert len(selection.groups) == count

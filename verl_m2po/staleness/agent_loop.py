@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from verl_m2po.staleness import codec
 from verl_m2po.staleness.client import GenerationAborted, Session, current_session
 from verl_m2po.staleness.journal import FinishedGroup, JournalError, RowsWriter
 from verl_m2po.staleness.liveness import is_death
+from verl_m2po.staleness.masking import StoredRow, row_key, stand_in
 from verl_m2po.staleness.records import GroupReport, Row
 from verl_m2po.staleness.store import LOT_FIELD
 
@@ -37,7 +38,7 @@ REPORT_WAIT_S = 5.0
 
 
 CANCEL_WAIT_S = 10.0
-"""How long a generation that took too long may resist its cancellation. One that goes on finds its group gone."""
+"""How long a generation that took too long may resist its cancellation. What one that goes on returns is not stored."""
 
 
 @dataclass
@@ -45,9 +46,21 @@ class _RunningGroup:
     uid: str
     lot: str
     sessions: list[Session] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    packed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stored: dict[int, list[StoredRow]] = field(default_factory=dict)
+    failed: dict[int, BaseException] = field(default_factory=dict)
     began_at: float = field(default_factory=time.time)
+
+    def stored_rows(self) -> list[StoredRow]:
+        """What there is of all sessions, in the order of the keys."""
+        return sorted((row for rows in self.stored.values() for row in rows), key=lambda stored: stored.row.key)
+
+    def can_be_masked(self) -> bool:
+        """Whether some trajectory is there and the others failed.
+
+        What was aborted is no longer wanted, and what is lost with a process ends the run: neither is a failure.
+        """
+        errors = self.failed.values()
+        return bool(self.stored) and not any(isinstance(e, GenerationAborted) or is_death(e) for e in errors)
 
 
 def spans_of(session: Session, output: AgentLoopOutput) -> tuple[tuple[int, int], ...]:
@@ -107,6 +120,7 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         super().__init__(*args, **kwargs)
         section = self.config.trainer.v1[self.config.trainer.v1.trainer_mode]
         self._generation_timeout_s: float | None = section.get("generation_timeout_s")
+        self._masks_failures: bool = section.get("on_failed_trajectory") == "mask"
         self._running: dict[str, _RunningGroup] = {}
         self._reports: list[GroupReport] = []
         self._has_report = asyncio.Event()
@@ -144,15 +158,16 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
             return await super()._run_prompt(prompt, sampling_params, trajectory=trajectory, trace=trace)
         group = _RunningGroup(uid=prompt["uid"], lot=prompt.pop(LOT_FIELD))
         self._running[group.uid] = group
-        error = await self._first_error(self._generate_group(group, prompt, sampling_params, trajectory, trace))
+        error = await self._first_error(group, self._generate_group(group, prompt, sampling_params, trajectory, trace))
+        if error is not None and self._masks_failures and group.can_be_masked():
+            error = await self._mask_failed(group)
         del self._running[group.uid]
-        rows = tuple(sorted(group.rows, key=lambda row: row.key))
         if error is None and self._journal is not None:
-            await self._write_to_journal(self._journal, group, rows)
+            await self._write_to_journal(self._journal, group)
         self._reports.append(
             GroupReport(
                 uid=group.uid,
-                rows=rows,
+                rows=tuple(stored.row for stored in group.stored_rows()),
                 error=None if error is None else _first_line(error),
                 was_aborted=isinstance(error, GenerationAborted),
                 was_lost=error is not None and is_death(error),
@@ -160,26 +175,29 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
                 responses=max(1, len(group.sessions)),
                 began_at=group.began_at,
                 finished_at=time.time(),
+                masked_errors=() if error is not None else tuple(map(_first_line, group.failed.values())),
             )
         )
         self._has_report.set()
 
-    async def _write_to_journal(self, journal: RowsWriter, group: _RunningGroup, rows: tuple[Row, ...]) -> None:
+    async def _write_to_journal(self, journal: RowsWriter, group: _RunningGroup) -> None:
         """Before the report: what is trained is in the journal."""
-        finished = FinishedGroup(group.uid, rows, tuple(group.packed[row.key] for row in rows))
+        rows, packed = zip(*group.stored_rows(), strict=True)
+        finished = FinishedGroup(group.uid, rows, packed)
         try:
             await asyncio.to_thread(journal.append, finished)
         except JournalError as error:
             self._journal_error = error
 
     @staticmethod
-    async def _first_error(work: Awaitable[list[BaseException]]) -> BaseException | None:
+    async def _first_error(group: _RunningGroup, work: Awaitable[None]) -> BaseException | None:
         """The error that a group ends with, if any. It travels to the trainer in the report, not as an exception."""
         try:
-            errors = await work
+            await work
         except Exception as error:
             logger.exception("a prompt group could not be started")
             return error
+        errors = list(group.failed.values())
         for error in errors:
             if not isinstance(error, GenerationAborted):
                 logger.error("a session failed", exc_info=(type(error), error, error.__traceback__))
@@ -188,7 +206,7 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
     async def _generate_group(
         self, group: _RunningGroup, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool
-    ) -> list[BaseException]:
+    ) -> None:
         n = prompt.pop("__rollout_n__", self.config.actor_rollout_ref.rollout.n)
         sampling_params = dict(sampling_params)
         if not prompt.pop("__do_sample__", True):
@@ -198,7 +216,19 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
             self._run_session(group, session_id, sampling_params, trajectory, trace, prompt) for session_id in range(n)
         ]
         results = await asyncio.gather(*map(asyncio.create_task, sessions), return_exceptions=True)
-        return [result for result in results if isinstance(result, BaseException)]
+        group.failed = {i: result for i, result in enumerate(results) if isinstance(result, BaseException)}
+
+    async def _mask_failed(self, group: _RunningGroup) -> Exception | None:
+        """Let masked copies of siblings stand in for what failed; the error of doing so, if any."""
+        copies = {session_id: stand_in(group.uid, session_id, group.stored) for session_id in group.failed}
+        try:
+            for rows in copies.values():
+                await self._put(group, rows)
+        except Exception as error:
+            logger.exception("the failed trajectories of a prompt group could not be masked")
+            return error
+        group.stored |= copies
+        return None
 
     async def _run_session(
         self, group: _RunningGroup, session_id: int, sampling_params: dict, trajectory: dict, trace: bool, prompt: dict
@@ -214,13 +244,14 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
             generation.cancel()
             await asyncio.wait({generation}, timeout=CANCEL_WAIT_S)
             raise TimeoutError(f"no answer within generation_timeout_s={self._generation_timeout_s}")
-        generation.result()
+        # Here and not in the generation, so that nothing is stored of one that has failed.
+        await self._store(group, session_id, generation.result())
 
     async def _agent_loop_postprocess(
         self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any
-    ) -> None:
-        session = current_session.get()
-        if session is None:
+    ) -> list[AgentLoopOutput] | None:
+        """As verl's for validation; otherwise score and check the trajectories of a session, and return them."""
+        if current_session.get() is None:
             return await super()._agent_loop_postprocess(output, validate, **kwargs)
         outputs = output if isinstance(output, list) else [output]
         if not outputs:
@@ -241,24 +272,24 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
                 max_response_tokens=rollout.response_length,
                 needs_reward=self.reward_loop_worker_handles is not None,
             )
-        await self._store(outputs, session, kwargs)
+        return outputs
 
-    async def _store(self, outputs: list[AgentLoopOutput], session: Session, kwargs: dict[str, Any]) -> None:
-        group = self._running[kwargs["uid"]]
-        rows, fields = [], []
+    async def _store(self, group: _RunningGroup, session_id: int, outputs: list[AgentLoopOutput]) -> None:
+        rows = []
         for index, output in enumerate(outputs):
-            key = f"{group.uid}_{kwargs['session_id']}_{index}"
-            row = Row(key, len(output.prompt_ids), len(output.response_ids), spans_of(session, output))
+            spans = spans_of(group.sessions[session_id], output)
+            row = Row(row_key(group.uid, session_id, index), len(output.prompt_ids), len(output.response_ids), spans)
             # The client resumes below verl's, which so sees the last version only.
             output.extra_fields |= {"min_global_steps": row.min_version, "max_global_steps": row.max_version}
-            rows.append(row)
-            fields.append(codec.pack(self._fields(output, kwargs["session_id"])))
-        await tq.async_kv_batch_put(
-            keys=[row.key for row in rows], fields=list_of_dict_to_tensordict(fields), partition_id=group.lot
-        )
-        group.rows.extend(rows)
-        if self._journal is not None:
-            group.packed |= {row.key: packed for row, packed in zip(rows, fields, strict=True)}
+            rows.append(StoredRow(row, codec.pack(self._fields(output, session_id))))
+        await self._put(group, rows)
+        group.stored[session_id] = rows
+
+    @staticmethod
+    async def _put(group: _RunningGroup, rows: Sequence[StoredRow]) -> None:
+        keys = [stored.row.key for stored in rows]
+        fields = list_of_dict_to_tensordict([stored.packed for stored in rows])
+        await tq.async_kv_batch_put(keys=keys, fields=fields, partition_id=group.lot)
 
     def _fields(self, output: AgentLoopOutput, session_id: int) -> dict[str, Any]:
         """verl's fields of one trajectory, without those of the data set, which are stored with the prompt."""

@@ -147,8 +147,7 @@ class StalenessReplayBuffer(ReplayBufferAsync):
         """Groups that were generated before the crash, and are as old as they were then, count as finished now."""
         for version in sorted(version for version in self._arrivals if version <= self.version):
             for group in self._arrivals.pop(version):
-                self.rule.finish(group.ticket.uid, group.rows)
-                self._failures.succeeded()
+                self._failures.kept(self.rule.finish(group.ticket.uid, group.rows).masked_share)
 
     def advance(self, version: int) -> None:
         """The rollout holds weight `version` from now on: abort what that makes useless, start what it makes possible.
@@ -266,10 +265,11 @@ class StalenessReplayBuffer(ReplayBufferAsync):
 
     def _take_report(self, report: GroupReport) -> None:
         if report.error is None:
-            self.rule.finish(report.uid, report.rows)
+            group = self.rule.finish(report.uid, report.rows)
             if self._ledger is not None:
                 self._ledger.finished(report)
-            self._failures.succeeded()
+            self.metrics.masked(len(report.masked_errors))
+            self._failures.kept(group.masked_share, report.masked_errors)
             return
         if report.was_lost:
             # Still in flight, so that it is generated again after the restart and no other prompt takes its place.

@@ -82,6 +82,17 @@ def unpack(packed: Mapping[str, Ragged | list], older_than: "OverAge | None" = N
     return {key: column.nested() for key, column in columns.items()} | rest
 
 
+def masked_copy(packed: dict[str, Any], session_id: int) -> dict[str, Any]:
+    """The stored fields of a trajectory as those of another session, no token of which is trained on.
+
+    Args:
+        packed: what `pack` returned; it is left as it is.
+        session_id: of the other session.
+    """
+    rest = packed["rest"] | {"session_id": session_id}
+    return packed | {"packed_mask": torch.zeros_like(packed["packed_mask"]), "rest": rest}
+
+
 def _as_int64(column: Any) -> Ragged:
     return column.with_values(column.values.to(torch.int64))
 

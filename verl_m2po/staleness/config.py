@@ -10,6 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+ON_FAILED_TRAJECTORY = ("refill", "mask")
+
 
 @dataclass
 class StaleKConfig:
@@ -18,10 +20,11 @@ class StaleKConfig:
     Args:
         staleness_updates: age of every trained batch when its first update is made, in optimizer updates. 0 is
             on-policy. Must be a whole number of trainer steps, see docs/staleness.md.
-        generation_timeout_s: wall-clock seconds for one trajectory; after that its group failed and is replaced. null
-            waits for ever.
+        generation_timeout_s: wall-clock seconds for one trajectory; after that it failed. null waits for ever.
+        on_failed_trajectory: `refill` replaces a group one of whose trajectories failed by another prompt; `mask` keeps
+            it if one succeeded, with none of the failed ones' tokens trained on, see masking.py.
         max_failed_fraction: the run stops when more than this share of the last `failed_window_groups` prompt groups
-            failed. 1 never stops.
+            failed; one with masked trajectories counts as their share of it. 1 never stops.
         failed_window_groups: see `max_failed_fraction`; nothing is judged before that many groups have ended.
         buffer_memory_limit_gib: refuse to start if the waiting rollouts could need more than this, in GiB. null takes
             half of the machine's memory. TransferQueue can spill to disk; the error says how.
@@ -38,6 +41,7 @@ class StaleKConfig:
 
     staleness_updates: int = 0
     generation_timeout_s: float | None = 3600.0
+    on_failed_trajectory: str = "refill"
     max_failed_fraction: float = 0.2
     failed_window_groups: int = 100
     buffer_memory_limit_gib: float | None = None

@@ -1,6 +1,8 @@
 """Counting failed generations, and stopping a run in which too many of them fail."""
 
+import math
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -11,6 +13,9 @@ class TooManyFailures(RuntimeError):
 class FailureWindow:
     """Stops the run when more than a share of the last groups failed.
 
+    A group that is kept with some of its trajectories masked counts as that share of a failed group: the same part of
+    the trajectories may be lost before the run stops, whether they are replaced or masked.
+
     Args:
         max_failed_fraction: share of the window that may fail; 1 never stops.
         window: how many of the last groups are looked at. Nothing is judged before that many have ended.
@@ -18,11 +23,23 @@ class FailureWindow:
 
     def __init__(self, max_failed_fraction: float = 0.2, window: int = 100) -> None:
         self.max_failed_fraction = max_failed_fraction
-        self._failed: deque[bool] = deque(maxlen=window)
+        self._failed: deque[float] = deque(maxlen=window)
         self._errors: deque[str] = deque(maxlen=window)
 
-    def succeeded(self) -> None:
-        self._failed.append(False)
+    def kept(self, masked_share: float = 0.0, errors: Sequence[str] = ()) -> None:
+        """Count a group that is trained on.
+
+        Args:
+            masked_share: share of its trajectories that failed, and were masked.
+            errors: what these reported.
+
+        Raises:
+            TooManyFailures: as for `failed`.
+        """
+        self._failed.append(masked_share)
+        self._errors.extend(errors)
+        if masked_share:
+            self._judge()
 
     def failed(self, error: str) -> None:
         """Count a failed group.
@@ -30,14 +47,19 @@ class FailureWindow:
         Raises:
             TooManyFailures: the window is full, and more than `max_failed_fraction` of it failed.
         """
-        self._failed.append(True)
+        self._failed.append(1.0)
         self._errors.append(error)
-        failures, window = sum(self._failed), self._failed.maxlen or 0
+        self._judge()
+
+    def _judge(self) -> None:
+        # Exact: a sum of shares that is rounded up would stop a run at its limit.
+        failures, window = math.fsum(self._failed), self._failed.maxlen or 0
         if len(self._failed) == window and failures > self.max_failed_fraction * window:
             distinct = "\n".join(f"  {times} x {error}" for error, times in Counter(self._errors).most_common())
             raise TooManyFailures(
-                f"{failures} of the last {window} prompt groups failed, more than max_failed_fraction="
-                f"{self.max_failed_fraction} allows. What they reported, each once:\n{distinct}"
+                f"{failures:g} of the last {window} prompt groups failed, more than max_failed_fraction="
+                f"{self.max_failed_fraction} allows (one with masked trajectories counts as their share of it). What "
+                f"they reported, each once:\n{distinct}"
             )
 
     def state_dict(self) -> dict[str, Any]:

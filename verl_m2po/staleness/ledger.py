@@ -18,7 +18,8 @@ class TrainedRowsLedger:
     ...], and in seconds since the epoch, for the timeline, "weights_at": the rollout has held `version` since,
     "sampled_at": the batch was handed out, "generated": [[began, ended] of each group, or null if that was before a
     restart]}. One line per start: {"resumed_from": trainer step of the checkpoint, 0 without one}. Steps after it that
-    stand above that line were trained with weights that are gone; `surviving` drops them.
+    stand above that line were trained with weights that are gone; `surviving` drops them. A masked trajectory has the
+    weight versions of the one that it copies, with 0 tokens each.
 
     Args:
         path: the file; parents are created. An existing one is continued, as a resumed run does.

@@ -58,6 +58,7 @@ class _Step:
     failed: int = 0
     aborted: int = 0
     dropped: int = 0
+    masked_trajectories: int = 0
     rows: int = 0
     spans: int = 0
     tokens: int = 0
@@ -102,20 +103,25 @@ class StalenessMetrics:
     def failed(self) -> None:
         self._step.failed += 1
 
+    def masked(self, trajectories: int) -> None:
+        """That many trajectories of a group that is kept failed."""
+        self._step.masked_trajectories += trajectories
+
     def aborted(self, tokens_per_response: float) -> None:
         self._step.aborted += 1
         self._length_bias.add(tokens_per_response, was_dropped=True)
 
     def dropped(self, group: Group) -> None:
         self._step.dropped += 1
-        self._length_bias.add(group.generated_tokens / len(group.rows), was_dropped=True)
+        self._length_bias.add(group.tokens_per_response, was_dropped=True)
 
     def trained(self, groups: tuple[Group, ...], version: int, oldest_version: int | None) -> None:
         """These groups are trained from weight `version`; tokens older than `oldest_version` are masked."""
         for group in groups:
-            self._length_bias.add(group.generated_tokens / len(group.rows), was_dropped=False)
+            self._length_bias.add(group.tokens_per_response, was_dropped=False)
             for row in group.rows:
-                self._trained_row(row, version, oldest_version)
+                if not row.is_masked:
+                    self._trained_row(row, version, oldest_version)
 
     def _trained_row(self, row: Row, version: int, oldest_version: int | None) -> None:
         self._step.rows += 1
@@ -154,6 +160,7 @@ class StalenessMetrics:
             "staleness/evicted_failed": step.failed,
             "staleness/evicted_aborted": step.aborted,
             "staleness/evicted_dropped": step.dropped,
+            "staleness/masked_trajectories": step.masked_trajectories,
             "staleness/trained_tokens": step.tokens,
             "staleness/over_age_tokens": step.over_age_tokens,
             "staleness/trainer_idle_s": step.trainer_idle_s,

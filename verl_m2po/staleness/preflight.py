@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_m2po.preflight.problem import Problem
 from verl_m2po.staleness.codec import BYTES_PER_PROMPT_TOKEN, BYTES_PER_RESPONSE_TOKEN
-from verl_m2po.staleness.config import BoundedAsyncConfig, StaleKConfig, load_mode_config
+from verl_m2po.staleness.config import ON_FAILED_TRAJECTORY, BoundedAsyncConfig, StaleKConfig, load_mode_config
 from verl_m2po.staleness.units import StalenessUnitsError, UpdateClock
 
 ROW_OVERHEAD_BYTES = 6144
@@ -15,6 +15,9 @@ ROW_OVERHEAD_BYTES = 6144
 
 Measured 4 to 5 kB in the storage process (docs/benchmarks.md, "Taking a batch out").
 """
+
+BEST_OF_A_GROUP = ("grpo_passk", "max_at_k")
+"""Advantage estimators that look for the best of independent trajectories."""
 
 SEPARATE_MODES = ("stale_k_separate", "bounded_async")
 
@@ -95,6 +98,7 @@ def check(config: DictConfig, available_memory_bytes: int | None = None) -> list
     return [
         *_check_units(config, mode, settings),
         *_check_settings(config, mode, settings),
+        *_check_failed_trajectories(config, mode, settings),
         *_check_sampling(config),
         *_check_trainer(config, mode),
         *_check_memory(config, mode, settings, available_memory_bytes),
@@ -149,6 +153,34 @@ def _check_settings(config: DictConfig, mode: str, settings: StaleKConfig) -> li
     if settings.stop_wait_s is not None and settings.stop_wait_s < 0:
         name = f"trainer.v1.{mode}.stop_wait_s"
         problems.append(Problem(name, settings.stop_wait_s, "no wait is that short", "Set null, 0 or more"))
+    return problems
+
+
+def _check_failed_trajectories(config: DictConfig, mode: str, settings: StaleKConfig) -> list[Problem]:
+    """Where a masked copy of a sibling would change more than it should, it is refused."""
+    key, value = f"trainer.v1.{mode}.on_failed_trajectory", settings.on_failed_trajectory
+    if value not in ON_FAILED_TRAJECTORY:
+        return [Problem(key, value, "there is no such choice", f"Set it to {' or '.join(ON_FAILED_TRAJECTORY)}")]
+    if value != "mask":
+        return []
+    problems = []
+    estimator = OmegaConf.select(config, "algorithm.adv_estimator")
+    if estimator in BEST_OF_A_GROUP:
+        why = (
+            f"a failed trajectory becomes a masked copy of a sibling, and algorithm.adv_estimator={estimator} would "
+            "take it for another attempt, as good as the best"
+        )
+        problems.append(Problem(key, value, why, "Set it to refill, or take another estimator"))
+    if OmegaConf.select(config, "algorithm.use_kl_in_reward"):
+        why = (
+            "a masked copy has no token to which algorithm.use_kl_in_reward=true could put its penalty, so the group's "
+            "baseline and an adaptive coefficient would be too small"
+        )
+        problems.append(Problem(key, value, why, "Set it to refill, or use actor_rollout_ref.actor.use_kl_loss"))
+    responses = config.actor_rollout_ref.rollout.n
+    if responses == 1:
+        why = "with one response to a prompt (actor_rollout_ref.rollout.n=1) there is no sibling, and it is as refill"
+        problems.append(Problem(key, value, why, "Set it to refill", is_fatal=False))
     return problems
 
 

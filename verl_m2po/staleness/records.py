@@ -1,6 +1,6 @@
 """What the rules know about a prompt group: no tokens, only counts and weight versions. Plain data, plain JSON."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -13,6 +13,7 @@ class Row:
         prompt_tokens: length of the prompt.
         response_tokens: length of the response, tool tokens included.
         spans: (weight version, generated tokens) in the order of generation; only versions that generated a token.
+            In a masked row the versions are those of the row that it copies, and all have 0 tokens.
     """
 
     key: str
@@ -33,6 +34,15 @@ class Row:
     @property
     def generated_tokens(self) -> int:
         return sum(tokens for _, tokens in self.spans)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether it stands in for a trajectory that failed, and none of its tokens is trained on."""
+        return not self.generated_tokens
+
+    def masked_as(self, key: str) -> "Row":
+        """A masked copy under another key. It keeps the weight versions, so that it counts as old as what it copies."""
+        return replace(self, key=key, spans=tuple((version, 0) for version, _ in self.spans))
 
     def tokens_since(self, oldest_version: int) -> int:
         """Generated tokens whose weight version is at least `oldest_version`."""
@@ -92,6 +102,16 @@ class Group:
     def generated_tokens(self) -> int:
         return sum(row.generated_tokens for row in self.rows)
 
+    @property
+    def tokens_per_response(self) -> float:
+        """Mean generated tokens of the trajectories that did not fail."""
+        return self.generated_tokens / sum(not row.is_masked for row in self.rows)
+
+    @property
+    def masked_share(self) -> float:
+        """Share of the trajectories that failed, and were masked."""
+        return sum(row.is_masked for row in self.rows) / len(self.rows)
+
     def usable_share(self, oldest_version: int) -> float:
         """Share of the generated tokens whose weight version is at least `oldest_version`."""
         if self.min_version >= oldest_version:
@@ -129,13 +149,14 @@ class GroupReport:
     Args:
         uid: verl's group id.
         rows: its trajectories; on failure those that were stored nevertheless, to be deleted.
-        error: None if every trajectory is there; else what went wrong, first line only.
+        error: None if every trajectory is there, or masked; else what went wrong, first line only.
         was_aborted: ended because the trainer asked for it.
         was_lost: a process that it needed has died. Nothing is wrong with its prompt, and the run is at its end.
         generated_tokens: over all its trajectories, finished or not.
         responses: how many trajectories it was to have, at least 1.
         began_at: `time.time()` on the worker's machine when the worker took it up, seconds.
         finished_at: the same when it ended.
+        masked_errors: what went wrong with each trajectory that is masked, first lines only.
     """
 
     uid: str
@@ -147,3 +168,4 @@ class GroupReport:
     responses: int = 1
     began_at: float = 0.0
     finished_at: float = 0.0
+    masked_errors: tuple[str, ...] = ()
