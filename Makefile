@@ -31,7 +31,7 @@ JOBS ?= 2
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast recipes faults lint types bench methods bench-modes study study-verl study-results docs docs-links clean
+.PHONY: help env quickstart test test-fast recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-results docs docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -79,6 +79,9 @@ bench: $(STAMP) ## Measure the losses, the decision and a trainer step, into doc
 
 methods: $(STAMP) ## Two trainer steps of every method on equally stale data, into docs/figures/methods (about 4 minutes)
 	$(BIN)/python -m verl_m2po.bench.methods
+
+methods-sweep: $(STAMP) ## The same as a sweep, a run for each method (about an hour; goes on where it stopped)
+	$(BIN)/python -m verl_m2po.bench.methods --sweep
 
 bench-modes: $(STAMP) ## Measure the trainer modes side by side and their buffer, into docs/benchmarks.md (about 30 minutes)
 	$(BIN)/python -m verl_m2po.bench.modes --out docs/benchmarks.md

@@ -158,9 +158,13 @@ class _StalenessTrainer(PPOTrainer):
         with self._watch.guard():
             super().init()
 
+    def on_init_end(self) -> None:
+        """As verl's, which pushes the first weights, and would wait for ever for a rollout server that died."""
+        self._watch_workers()
+        super().on_init_end()
+
     def fit(self, agent_loop_manager: Any) -> None:
         """As verl's; ends in an error if a process of the run dies, and after a checkpoint if it is asked to end."""
-        self._watch_workers()
         self._watch.add("agent loop worker", agent_loop_manager.agent_loop_workers)
         # Where the driver could not, since this process is on another machine.
         logs.keep_earlier(logs.path_of(self.config))
