@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.exceptions import ActorDiedError
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
@@ -17,6 +18,7 @@ from verl.workers.rollout.replica import TokenOutput
 from verl_m2po.staleness.agent_loop import StalenessAgentLoopWorker, check_output, spans_of
 from verl_m2po.staleness.client import GenerationAborted, Session, SpanRecordingClient, current_session
 from verl_m2po.staleness.journal import RowsWriter, decode, read_frames
+from verl_m2po.staleness.liveness import RunActors
 from verl_m2po.staleness.store import LOT_FIELD
 
 
@@ -177,6 +179,12 @@ class EngineDeadError(Exception):
     """As vLLM's is told: by its name."""
 
 
+def a_dead_tool() -> ActorDiedError:
+    error = ActorDiedError()
+    error.actor_id = "of an actor that is not the run's"
+    return error
+
+
 class Worker(StalenessAgentLoopWorker):
     """The worker without its tokenizer and servers: every session does as its number says.
 
@@ -195,6 +203,7 @@ class Worker(StalenessAgentLoopWorker):
         self.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
         self._generation_timeout_s, self._masks_failures = timeout_s, masks
         self._running, self._reports, self._has_report = {}, [], asyncio.Event()
+        self._run_actors = RunActors()
         self._journal = self._journal_error = None
         self.reward_loop_worker_handles = None
         self.server = FakeServer()
@@ -212,6 +221,8 @@ class Worker(StalenessAgentLoopWorker):
                 raise ValueError(f"no answer {session_id}\nand more lines")
             case "fails and loses its server" if session_id in self.failing:
                 raise EngineDeadError("gone") if session_id == 1 else ValueError("no answer")
+            case "fails and loses a tool" if session_id in self.failing:
+                raise a_dead_tool()
             case "returns nothing" if session_id in self.failing:
                 return await self._agent_loop_postprocess([], validate=False)
             case "a reward that raises" if session_id in self.failing:
@@ -298,6 +309,14 @@ def test_a_group_whose_server_is_gone_is_lost_whatever_else_failed(masks, failin
     report = Worker(3, masks=masks, failing=failing).run("fails and loses its server")
     assert report.was_lost and report.error == "EngineDeadError: gone" and not report.masked_errors
     assert not Worker(3, masks=masks, failing=failing).run("fails").was_lost
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_group_that_loses_a_tool_of_the_users_has_failed(masks):
+    report = Worker(3, masks=masks).run("fails and loses a tool")
+    assert not report.was_lost
+    assert report.error is None if masks else report.error.startswith("ActorDiedError")
+    assert [error.split(":")[0] for error in report.masked_errors] == ["ActorDiedError"] * masks
 
 
 @pytest.mark.parametrize(

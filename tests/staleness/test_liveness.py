@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-from verl_m2po.staleness.liveness import Watch, WorkerDied, is_death
+from verl_m2po.staleness.liveness import RunActors, Watch, WorkerDied
 from verl_m2po.staleness.reports import WorkerReports
 
 pytestmark = pytest.mark.ray
@@ -94,21 +94,64 @@ def test_the_living_and_the_busy_disturb_nobody(cluster, actor):
         time.sleep(1.5)  # several rounds of questions
 
 
-def test_the_errors_of_dead_actors_and_engines_are_told_from_others(cluster):
+@pytest.fixture
+def raising(cluster):
+    """An actor that raises errors of a given name, or what another one raises."""
+
     @cluster.remote(num_cpus=0)
-    class Server:
+    class Raising:
         def fail(self, error: str) -> None:
             raise type(error, (Exception,), {})("what it says")
 
-    server = Server.remote()
-    for error in ("EngineDeadError", "ValueError"):
-        with pytest.raises(RayTaskError) as failed:
-            cluster.get(server.fail.remote(error))
-        assert is_death(failed.value) == (error == "EngineDeadError")
+        def ask(self, other) -> None:
+            import ray
+
+            ray.get(other.fail.remote("ValueError"))
+
+    return Raising.remote
+
+
+def error_of(cluster, call) -> Exception:
+    with pytest.raises((RayTaskError, ActorDiedError)) as failed:
+        cluster.get(call)
+    return failed.value
+
+
+def test_the_death_of_an_engine_is_told_from_other_errors_of_its_server(cluster, raising):
+    server = raising()
+    run_actors = RunActors([server])
+    assert run_actors.is_death(error_of(cluster, server.fail.remote("EngineDeadError")))
+    assert not run_actors.is_death(error_of(cluster, server.fail.remote("ValueError")))
+
+
+def test_the_death_of_an_actor_of_the_run_is_told_from_that_of_a_users_own(cluster, raising):
+    server, tool, asking = raising(), raising(), raising()
+    run_actors = RunActors([server, asking])
     cluster.kill(server)
-    with pytest.raises(ActorDiedError) as died:
-        cluster.get(server.fail.remote("ValueError"))
-    assert is_death(died.value)
+    cluster.kill(tool)
+    assert run_actors.is_death(error_of(cluster, server.fail.remote("ValueError")))
+    assert not run_actors.is_death(error_of(cluster, tool.fail.remote("ValueError")))
+    assert run_actors.is_death(error_of(cluster, asking.ask.remote(server))), "told by another that lives"
+    assert not run_actors.is_death(error_of(cluster, asking.ask.remote(tool)))
+    assert run_actors.is_death(ActorDiedError()), "whose death it is, nobody says"
+
+
+def test_an_actor_that_is_unavailable_turns_out_dead_or_not(cluster, actor, monkeypatch):
+    monkeypatch.setattr("verl_m2po.staleness.liveness.FIND_CAUSE_S", 1.0)
+    dead, living, busy, tool = (actor() for _ in range(4))
+    run_actors = RunActors([dead, living, busy])
+    busy.work.remote()
+    for killed in (dead, tool):
+        cluster.kill(killed)
+
+    def settled(of) -> tuple[BaseException, BaseException]:
+        error = ActorUnavailableError("no answer", of._actor_id.binary())
+        return error, asyncio.run(run_actors.settle(error))
+
+    assert isinstance(settled(dead)[1], ActorDiedError)
+    for of in (living, busy, tool):
+        before, after = settled(of)
+        assert before is after and not run_actors.is_death(after)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl_m2po.staleness import codec
 from verl_m2po.staleness.client import GenerationAborted, Session, current_session
 from verl_m2po.staleness.journal import FinishedGroup, JournalError, RowsWriter
-from verl_m2po.staleness.liveness import is_death
+from verl_m2po.staleness.liveness import RunActors
 from verl_m2po.staleness.masking import StoredRow, row_key, stand_in
 from verl_m2po.staleness.records import GroupReport, Row
 from verl_m2po.staleness.store import LOT_FIELD
@@ -53,14 +53,6 @@ class _RunningGroup:
     def stored_rows(self) -> list[StoredRow]:
         """What there is of all sessions, in the order of the keys."""
         return sorted((row for rows in self.stored.values() for row in rows), key=lambda stored: stored.row.key)
-
-    def can_be_masked(self) -> bool:
-        """Whether some trajectory is there and the others failed.
-
-        What was aborted is no longer wanted, and what is lost with a process ends the run: neither is a failure.
-        """
-        errors = self.failed.values()
-        return bool(self.stored) and not any(isinstance(e, GenerationAborted) or is_death(e) for e in errors)
 
 
 def spans_of(session: Session, output: AgentLoopOutput) -> tuple[tuple[int, int], ...]:
@@ -124,8 +116,13 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         self._running: dict[str, _RunningGroup] = {}
         self._reports: list[GroupReport] = []
         self._has_report = asyncio.Event()
+        self._run_actors = RunActors()
         self._journal: RowsWriter | None = None
         self._journal_error: JournalError | None = None
+
+    async def depend_on(self, actors: list[Any]) -> None:
+        """A group that fails because one of `actors` died is lost with the run from now on; see `RunActors`."""
+        self._run_actors = RunActors(actors)
 
     async def journal_to(self, path: str, fsync: bool) -> None:
         """Append finished groups to the file `path` from now on."""
@@ -159,7 +156,7 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         group = _RunningGroup(uid=prompt["uid"], lot=prompt.pop(LOT_FIELD))
         self._running[group.uid] = group
         error = await self._first_error(group, self._generate_group(group, prompt, sampling_params, trajectory, trace))
-        if error is not None and self._masks_failures and group.can_be_masked():
+        if error is not None and self._masks_failures and self._can_be_masked(group):
             error = await self._mask_failed(group)
         del self._running[group.uid]
         if error is None and self._journal is not None:
@@ -170,7 +167,7 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
                 rows=tuple(stored.row for stored in group.stored_rows()),
                 error=None if error is None else _first_line(error),
                 was_aborted=isinstance(error, GenerationAborted),
-                was_lost=error is not None and is_death(error),
+                was_lost=error is not None and self._run_actors.is_death(error),
                 generated_tokens=sum(session.generated_tokens for session in group.sessions),
                 responses=max(1, len(group.sessions)),
                 began_at=group.began_at,
@@ -189,8 +186,16 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         except JournalError as error:
             self._journal_error = error
 
-    @staticmethod
-    async def _first_error(group: _RunningGroup, work: Awaitable[None]) -> BaseException | None:
+    def _can_be_masked(self, group: _RunningGroup) -> bool:
+        """Whether some trajectory is there and the others failed.
+
+        What was aborted is no longer wanted, and what is lost with a process ends the run: neither is a failure.
+        """
+        return bool(group.stored) and not any(
+            isinstance(error, GenerationAborted) or self._run_actors.is_death(error) for error in group.failed.values()
+        )
+
+    async def _first_error(self, group: _RunningGroup, work: Awaitable[None]) -> BaseException | None:
         """The error that a group ends with, if any. It travels to the trainer in the report, not as an exception."""
         try:
             await work
@@ -202,6 +207,7 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
             if not isinstance(error, GenerationAborted):
                 logger.error("a session failed", exc_info=(type(error), error, error.__traceback__))
         # An abort is the cause of nothing else, so any other error says more; a death is the cause of any.
+        is_death = self._run_actors.is_death
         return min(errors, key=lambda error: (not is_death(error), isinstance(error, GenerationAborted)), default=None)
 
     async def _generate_group(
@@ -216,7 +222,9 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
             self._run_session(group, session_id, sampling_params, trajectory, trace, prompt) for session_id in range(n)
         ]
         results = await asyncio.gather(*map(asyncio.create_task, sessions), return_exceptions=True)
-        group.failed = {i: result for i, result in enumerate(results) if isinstance(result, BaseException)}
+        errors = {i: result for i, result in enumerate(results) if isinstance(result, BaseException)}
+        settled = await asyncio.gather(*map(self._run_actors.settle, errors.values()))
+        group.failed = dict(zip(errors, settled, strict=True))
 
     async def _mask_failed(self, group: _RunningGroup) -> Exception | None:
         """Let masked copies of siblings stand in for what failed; the error of doing so, if any."""

@@ -5,6 +5,7 @@ trainer keeps one question open to every actor of the run. Ray fails the questio
 an error that names it.
 """
 
+import asyncio
 import logging
 import os
 import signal
@@ -12,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from types import FrameType
@@ -45,13 +46,40 @@ class WorkerDied(RuntimeError):
     """A process of the run is gone, and the run with it."""
 
 
-def is_death(error: BaseException) -> bool:
-    """Whether the error of a remote call says that an actor, or the engine behind a rollout server, is gone.
+class RunActors:
+    """The actors without which the run cannot go on, told from a user's own.
 
-    Ray raises an error of the other side as a class that inherits from the original one's. vLLM's is told by its name,
-    since vLLM need not be there.
+    Args:
+        actors: handles.
     """
-    return isinstance(error, ActorDiedError) or "EngineDeadError" in {each.__name__ for each in type(error).__mro__}
+
+    def __init__(self, actors: Iterable[Any] = ()) -> None:
+        self._actors = {actor._actor_id.hex(): actor for actor in actors}
+
+    def is_death(self, error: BaseException) -> bool:
+        """Whether the error of a remote call says that one of them, or the engine behind a rollout server, is gone.
+
+        A dead actor of which Ray does not say which it was counts as one of them. Ray raises an error of the other side
+        as a class that inherits from the original one's. vLLM's is told by its name, since vLLM need not be there.
+        """
+        if isinstance(error, ActorDiedError):
+            return error.actor_id is None or error.actor_id in self._actors
+        return "EngineDeadError" in {each.__name__ for each in type(error).__mro__}
+
+    async def settle(self, error: BaseException) -> BaseException:
+        """The death that `error` turns out to be, if it says that one of them is unavailable; else `error`.
+
+        Ray calls an actor unavailable while it does not know yet whether it is dead.
+        """
+        if not isinstance(error, ActorUnavailableError) or error.actor_id not in self._actors:
+            return error
+        try:
+            await asyncio.wait_for(self._actors[error.actor_id].__ray_ready__.remote(), FIND_CAUSE_S)
+        except ActorDiedError as death:
+            return death
+        except (ActorUnavailableError, asyncio.TimeoutError):
+            pass  # cut off or busy: for all that is known, it lives
+        return error
 
 
 # Servers of the cluster are never behind a proxy.
@@ -109,6 +137,11 @@ class Watch:
         """
         with self._lock:
             self._engines |= {address: f"{name} at {address}" for address in addresses}
+
+    def actors(self) -> list[Any]:
+        """Handles of all that are watched."""
+        with self._lock:
+            return list(self._names)
 
     def find_dead(self, timeout_s: float) -> str | None:
         """Ask everybody.

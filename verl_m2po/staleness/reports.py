@@ -73,6 +73,10 @@ class WorkerReports:
                     "generation_timeout_s can end it: let it await, or put the blocking call into asyncio.to_thread"
                 )
 
+    def depend_on(self, actors: Sequence[Any]) -> None:
+        """Tell every worker which actors the run cannot go on without."""
+        ray.get([worker.depend_on.remote(list(actors)) for worker in self._workers])
+
     def journal_to(self, journal: Journal) -> None:
         """Let every worker write its finished groups into the present segment of `journal` from now on.
 

@@ -185,6 +185,9 @@ class _StalenessTrainer(PPOTrainer):
         self._watch.add("rollout worker", [worker for replica in replicas for worker in replica.workers])
         self._watch.add("rollout load balancer", [manager.global_load_balancer for manager in managers])
         self._watch.add("reward worker", self.get_reward_handles() or [])
+        if (teachers := getattr(self, "teacher_model_manager", None)) is not None:
+            self._watch.add("teacher server", [each for of in teachers.server_handles.values() for each in of])
+            self._watch.add("teacher load balancer", list(teachers.load_balancer_handle.values()))
         if self.use_critic:
             self._watch.add("critic worker", self.critic_wg.workers)
         if self.use_reference_policy:
@@ -249,6 +252,7 @@ class _StalenessTrainer(PPOTrainer):
         # As long again: a worker that generates answers every few seconds, one that cannot answer cannot time out.
         answer_timeout_s = None if timeout_s is None else 2 * timeout_s + 60
         self._reports = WorkerReports(self.agent_loop_manager.agent_loop_workers, answer_timeout_s)
+        self._reports.depend_on(self._watch.actors())
         self.replay_buffer.connect(self._reports, self._generate)
         if self._journal is not None:
             self._reports.journal_to(self._journal)
