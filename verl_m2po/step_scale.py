@@ -99,3 +99,22 @@ def scaled_learning_rate(optimizer: Any, factor: float) -> Iterator[None]:
     finally:
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
+
+
+@contextmanager
+def scaled_by_effective_share(
+    optimizer: Any, log_weight: Tensor, base_share: float, power: float, group: dist.ProcessGroup | None = None
+) -> Iterator[dict[str, float]]:
+    """Scale an optimizer step within by `step_scale` of `effective_sample_share`; yields both by their metrics' names.
+
+    Args:
+        optimizer: As for `scaled_learning_rate`.
+        log_weight: Of the whole mini-batch on this rank, as for `effective_sample_share`.
+        base_share: As for `step_scale`.
+        power: As for `step_scale`.
+        group: As for `effective_sample_share`.
+    """
+    share = effective_sample_share(log_weight, group)
+    scale = step_scale(share, base_share, power)
+    with scaled_learning_rate(optimizer, scale):
+        yield {"sequence_effective_sample_size": share, "step_scale": scale}

@@ -30,7 +30,7 @@ from verl_m2po.losses.surrogate import detached_log_ratio
 from verl_m2po.losses.token_pass import Tokens, add_tokens, as_tokens, weigh
 from verl_m2po.mini_batch import MiniBatch, Search, training
 from verl_m2po.second_moment import TrustRegionSearch
-from verl_m2po.step_scale import effective_sample_share, scaled_learning_rate, sequence_log_weight, step_scale
+from verl_m2po.step_scale import scaled_by_effective_share, sequence_log_weight
 
 # Optional field of the data, int [batch]: optimizer updates between the weights that generated the row and the weights
 # with which its `train_mini_batch` starts.
@@ -155,10 +155,11 @@ class M2POTrainingWorker(TrainingWorker):
         def scaled_step() -> Any:
             # All ranks, because pipeline stages without responses have parameters too.
             log_weight = torch.cat(mini_batch.log_weights or [torch.zeros(0, device=self.device_name)])
-            share = effective_sample_share(log_weight, dist.group.WORLD)
-            scale = step_scale(share, settings.base_share, settings.power or 0)
-            mini_batch.metrics.update(sequence_effective_sample_size=share, step_scale=scale)
-            with scaled_learning_rate(engine.optimizer, scale):
+            power = settings.power or 0
+            with scaled_by_effective_share(
+                engine.optimizer, log_weight, settings.base_share, power, dist.group.WORLD
+            ) as metrics:
+                mini_batch.metrics.update(metrics)
                 return step()
 
         engine.optimizer_step = scaled_step

@@ -6,7 +6,7 @@ from ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 
-LOSSES = ("m2po", "grpo", "gspo")
+LOSSES = ("m2po", "grpo", "gspo", "decoupled_ppo", "vcpo")
 STEPS = 3
 # Their denominators count tokens by the sign of log r, which rounding decides where a probability has not moved.
 BY_SIGN = {
@@ -44,7 +44,9 @@ def test_metrics_of_every_update_are_verls(runs, loss):
         assert {"actor/pg_loss", "actor/grad_norm", "actor/lr"} <= shared
         assert {name for name in theirs if name.startswith("actor/")} <= mine.keys()
         for name in shared - BY_SIGN:
-            assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), (step, name)
+            # The proximal policy in the batch is the bench's, from which verl's weights have drifted by rounding.
+            least = 1e-3 if loss == "decoupled_ppo" else 1e-5
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=least), (step, name)
 
 
 def test_old_batches_are_masked_and_clipped(runs):
@@ -54,3 +56,10 @@ def test_old_batches_are_masked_and_clipped(runs):
     assert any(of_stale_steps("m2po", "actor/m2po/masked_fraction"))
     assert any(of_stale_steps("grpo", "actor/pg_clipfrac"))
     assert max(of_stale_steps("m2po", "actor/m2po/second_moment_after")) <= 0.004 * 1.001
+    assert min(of_stale_steps("vcpo", "actor/m2po/step_scale")) < 0.999
+
+
+def test_the_ratio_to_the_proximal_policy_begins_at_one_in_every_step(runs):
+    for step in runs["decoupled_ppo"][0]["metrics"]:
+        first, *others = step["actor/ppo_kl"]
+        assert abs(first) < 1e-6 and max(map(abs, others)) > 1e-4

@@ -20,7 +20,6 @@ def test_reads_the_config_of_a_run_through_verl():
     ("override", "key"),
     [
         ("actor_rollout_ref.actor.use_kl_loss=true", "actor_rollout_ref.actor.use_kl_loss=True"),
-        ("loss=decoupled_ppo", "algorithm.rollout_correction.bypass_mode=False"),
         ("staleness=bounded_async", "trainer.v1.trainer_mode=bounded_async"),
         ("actor_rollout_ref.rollout.top_p=0.9", "actor_rollout_ref.rollout.top_p=0.9"),
     ],

@@ -76,7 +76,9 @@ def _as_verl_sends_it(batch, setup):
 
     whole = [torch.cat(pair) for pair in zip(batch["prompts"], response("responses"), strict=True)]
     is_response = [torch.arange(len(row)) >= prompt for row in whole]
-    names = ("responses", "response_mask", "old_log_probs", "advantages")
+    names = ["responses", "response_mask", "rollout_log_probs", "old_log_probs", "advantages"]
+    if "rollout_is_weights" in batch:
+        names.append("rollout_is_weights")
     tensors = {
         "input_ids": nested(whole),
         "position_ids": nested(torch.arange(len(row)) for row in whole),

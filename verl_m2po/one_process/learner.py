@@ -1,5 +1,7 @@
 """Optimizer updates on one process: verl's loss and optimizer, the actor worker's statistics, a plain forward pass."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,9 +25,15 @@ from verl_m2po.losses import diagnostics
 from verl_m2po.mini_batch import MiniBatch, training
 from verl_m2po.one_process.rollouts import prompt_cache
 from verl_m2po.one_process.setup import Setup
+from verl_m2po.step_scale import scaled_by_effective_share
 from verl_m2po.worker import AGE_FIELD, Observed
 
-FIELDS = ("prompts", "responses", "attention_mask", "response_mask", "old_log_probs", "advantages", AGE_FIELD)
+FIELDS = (
+    *("prompts", "responses", "attention_mask", "response_mask"),
+    *("rollout_log_probs", "old_log_probs", "advantages", AGE_FIELD),
+)
+# Token or response weights proximal / behaviour, where the config asks for them
+WEIGHTS = "rollout_is_weights"
 
 
 class Learner:
@@ -45,6 +53,7 @@ class Learner:
         self._responses = setup.responses
         self._rows = setup.actor.ppo_mini_batch_size * setup.responses
         self._mismatch_floor: float | None = None
+        self._step_scale = setup.actor.policy_loss.step_scale
         self._optimizer = build_optimizer(model.parameters(), setup.actor.optim)
         self._schedule = _schedule(self._optimizer, setup.actor.optim)
 
@@ -52,12 +61,14 @@ class Learner:
         """All optimizer updates of one trainer step; each metric of the updates as a list, by verl's names.
 
         Args:
-            batch: The fields of `FIELDS`, [rows, ...]; the responses to a prompt follow each other.
+            batch: The fields of `FIELDS`, with or without `WEIGHTS`, [rows, ...]; the responses to a prompt follow
+                each other.
         """
+        names = (*FIELDS, WEIGHTS) if WEIGHTS in batch else FIELDS
         metrics: dict[str, list[Any]] = {}
         update = 0
         for _ in range(self._actor.ppo_epochs):
-            for mini_batch in batch.select(*FIELDS).split(self._rows):
+            for mini_batch in batch.select(*names).split(self._rows):
                 append_to_dict(metrics, self.update(mini_batch, update))
                 update += 1
         self._schedule.step()
@@ -68,12 +79,12 @@ class Learner:
         """One optimizer update on a whole mini-batch.
 
         Args:
-            data: The fields of `FIELDS`, [rows, ...].
+            data: As for `train_step`.
             updates_before: Updates of this trainer step before it, by which the rows are older.
         """
         tokens = int(data["response_mask"].sum())
         tu.assign_non_tensor(data, dp_size=1, batch_num_tokens=tokens, global_batch_size=len(data))
-        mini_batch = MiniBatch(decide_in_loss=True)
+        mini_batch = MiniBatch(decide_in_loss=True, weighs_responses=self._step_scale.is_on)
         loss_fn = Observed(
             partial(ppo_loss, config=self._actor),
             mini_batch,
@@ -85,23 +96,46 @@ class Learner:
             loss, metrics = loss_fn(model_output=self._outputs(data), data=data)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._actor.optim.clip_grad)
-        if torch.isfinite(norm):
-            self._optimizer.step()
+        with self._scaled_step(mini_batch):
+            if torch.isfinite(norm):
+                self._optimizer.step()
         named = {name: value.aggregate() if isinstance(value, Metric) else value for name, value in metrics.items()}
         if mini_batch.sums:
             whole = diagnostics.whole(diagnostics.total(mini_batch.sums), self._mismatch_floor)
             self._mismatch_floor = whole.get("mismatch_floor")
-            named |= {f"{diagnostics.PREFIX}{name}": value for name, value in whole.items()}
+            mini_batch.metrics |= whole
+        named |= {f"{diagnostics.PREFIX}{name}": value for name, value in mini_batch.metrics.items()}
         return named | {"actor/grad_norm": norm.item()}
 
-    def _outputs(self, data: TensorDict) -> dict[str, Tensor]:
-        """Log-prob of the next token at every position, as verl's engines give them, [rows x tokens]."""
-        prompt = data["prompts"].shape[1]
+    @contextmanager
+    def _scaled_step(self, mini_batch: MiniBatch) -> Iterator[None]:
+        settings = self._step_scale
+        if not settings.is_on:
+            yield
+            return
+        log_weight = torch.cat(mini_batch.log_weights)
+        with scaled_by_effective_share(self._optimizer, log_weight, settings.base_share, settings.power) as metrics:
+            mini_batch.metrics |= metrics
+            yield
+
+    @torch.no_grad()
+    def log_probs(self, batch: TensorDict) -> Tensor:
+        """Log-probs of the responses with the present weights, [rows, response]."""
+        parts = (self._responses_log_probs(rows)[0] for rows in batch.split(self._rows))
+        return torch.cat(list(parts))
+
+    def _responses_log_probs(self, data: TensorDict) -> tuple[Tensor, Tensor]:
+        """Log-probs of the response tokens, [rows, response], and the logits that they come from."""
         cache = prompt_cache(self._model, data["prompts"][:: self._responses], self._responses)
         # The last token of a response predicts nothing.
         seen = torch.cat((data["prompts"][:, -1:], data["responses"][:, :-1]), dim=1)
         logits = self._model(input_ids=seen, past_key_values=cache).logits / self._temperature
-        log_probs = logits.log_softmax(-1).gather(-1, data["responses"][..., None]).squeeze(-1)
+        return logits.log_softmax(-1).gather(-1, data["responses"][..., None]).squeeze(-1), logits
+
+    def _outputs(self, data: TensorDict) -> dict[str, Tensor]:
+        """Log-prob of the next token at every position, as verl's engines give them, [rows x tokens]."""
+        prompt = data["prompts"].shape[1]
+        log_probs, logits = self._responses_log_probs(data)
 
         def everywhere(of_response: Tensor) -> Tensor:
             return F.pad(of_response, (prompt - 1, 1)).flatten()

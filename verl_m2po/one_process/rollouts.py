@@ -3,7 +3,7 @@
 # transformers and TensorDict annotate wider, or narrower, types than they return.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase, Qwen2ForCausalLM
 from verl import DataProto
 from verl.trainer.ppo.ray_trainer import compute_advantage
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 
 from verl_m2po.one_process.setup import Setup
 from verl_m2po.tasks import arithmetic, tiny_model
@@ -139,15 +140,30 @@ def _until_end(responses: Tensor, end: int) -> Tensor:
     return ended_before == 0
 
 
-def with_advantages(groups: list[TensorDict], setup: Setup) -> DataProto:
-    """The batch of `groups` as verl's trainer hands it to the actor, advantages by verl's own function."""
+def with_advantages(
+    groups: list[TensorDict], setup: Setup, proximal_log_probs: Callable[[TensorDict], Tensor]
+) -> DataProto:
+    """The batch of `groups` as verl's trainer hands it to the actor, by verl's own functions.
+
+    Args:
+        groups: Fields as `Generator.generate` gives them.
+        setup: Which advantages, and whether there is a proximal policy.
+        proximal_log_probs: Log-probs of the responses, [rows, response], with the weights at the start of the step.
+
+    Returns:
+        The batch; its metrics, those of the rollout correction, are in `meta_info`.
+    """
     batch = torch.cat(groups)
     uids = np.repeat([str(i) for i in range(len(groups))], [len(group) for group in groups])
     data = DataProto(batch=batch, non_tensor_batch={"uid": uids.astype(object)})
     data.batch["token_level_scores"] = data.batch["token_level_rewards"] = data.batch["rm_scores"]
-    # verl's bypass mode
-    data.batch["old_log_probs"] = data.batch["rollout_log_probs"]
-    algorithm = setup.config.algorithm
+    algorithm, metrics = setup.config.algorithm, {}
+    if setup.has_proximal_policy:
+        data.batch["old_log_probs"] = proximal_log_probs(data.batch) * data.batch["response_mask"]
+        data, metrics = compute_rollout_correction_and_add_to_batch(data, algorithm.rollout_correction)
+    else:
+        data.batch["old_log_probs"] = data.batch["rollout_log_probs"]
+    data.meta_info["metrics"] = metrics
     return compute_advantage(
         data,
         adv_estimator=algorithm.adv_estimator,

@@ -49,6 +49,11 @@ class Setup:
     staleness_steps: int
 
     @property
+    def has_proximal_policy(self) -> bool:
+        """Whether verl would compute old_log_probs anew, with the weights at the start of the trainer step."""
+        return not self.config.algorithm.rollout_correction.bypass_mode
+
+    @property
     def batch_size(self) -> int:
         """Prompts per trainer step."""
         return self.config.data.train_batch_size
@@ -95,16 +100,10 @@ def _refuse(config: DictConfig) -> None:
     wanted = {
         "trainer.v1.trainer_mode": (mode, mode in MODES, f"one of {', '.join(MODES)}"),
         "trainer.total_training_steps": (steps, steps is not None and steps > 0, "a number of trainer steps"),
-        "algorithm.rollout_correction.bypass_mode": _same(config.algorithm.rollout_correction.bypass_mode, True),
         "algorithm.use_kl_in_reward": _same(config.algorithm.use_kl_in_reward, False),
         "actor_rollout_ref.actor.use_kl_loss": _same(actor.use_kl_loss, False),
         "actor_rollout_ref.actor.shuffle": _same(actor.shuffle, False),
         f"{KEY}.m2po.subtract_mismatch_floor": _same(actor.policy_loss.m2po.subtract_mismatch_floor, False),
-        f"{KEY}.step_scale.power": (
-            actor.policy_loss.step_scale.power,
-            not actor.policy_loss.step_scale.power,
-            "null or 0",
-        ),
         "actor_rollout_ref.rollout.top_p": _same(rollout.top_p, 1.0),
         "actor_rollout_ref.rollout.top_k": _same(rollout.top_k, -1),
         "critic.enable": (config.critic.enable, not config.critic.enable, "null or false"),

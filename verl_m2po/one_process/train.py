@@ -115,7 +115,7 @@ class Bench:
         """What trainer step `step` (from 1) trains on, as a DataProto; generates all that is due before it."""
         version = version_at_step(step)
         self._buffer.fill(version, lambda count: self._generator.generate(list(islice(self._order, count))))
-        return with_advantages(self._buffer.take(version), self.setup)
+        return with_advantages(self._buffer.take(version), self.setup, self.learner.log_probs)
 
     def step(self, step: int) -> dict[str, float]:
         """One trainer step (from 1); its metrics by verl's names."""
@@ -124,7 +124,7 @@ class Bench:
         generated = time.perf_counter()
         metrics: dict[str, Any] = self.learner.train_step(data.batch)
         ended = time.perf_counter()
-        metrics = reduce_metrics(metrics) | compute_data_metrics(data, use_critic=False)
+        metrics = reduce_metrics(metrics) | data.meta_info["metrics"] | compute_data_metrics(data, use_critic=False)
         metrics |= self._buffer.metrics.take(self._buffer.rule.in_flight, self._buffer.rule.ready)
         tokens = int(data.batch["attention_mask"].sum())
         return metrics | {
