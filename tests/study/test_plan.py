@@ -1,7 +1,9 @@
 """Laws of the study's queue."""
 
 from collections import Counter
+from pathlib import Path
 
+import verl_m2po
 from verl_m2po.study import plan
 
 
@@ -18,6 +20,15 @@ def test_five_seeds_on_policy_and_at_the_largest_staleness():
     seeds = Counter((job.loss, job.staleness_updates) for job in plan.jobs() if job.stage == "staleness")
     for loss in plan.METHODS:
         assert seeds[loss, 0] == seeds[loss, plan.STALEST] == len(plan.SEEDS) >= 5
+
+
+def test_every_method_is_in_the_queue_on_policy_and_at_the_largest_staleness():
+    presets = {path.stem for path in (Path(verl_m2po.__file__).parent / "config" / "loss").glob("*.yaml")}
+    jobs = [job for job in plan.jobs() if job.stage in ("staleness", "methods")]
+    seeds = Counter((job.loss, job.staleness_updates) for job in jobs)
+    for loss in presets:
+        assert seeds[loss, 0] == seeds[loss, plan.STALEST] == len(plan.SEEDS), loss
+    assert {loss for loss, _ in seeds} == presets
 
 
 def test_stopped_early_all_conditions_of_the_claim_have_as_many_seeds():

@@ -13,8 +13,8 @@ COMMON = {"config": "arithmetic_staleness", "model": {}, "versions": {"verl": "0
 PAGE = "\n".join(
     f"<!-- {name}: begin -->\n<!-- {name}: end -->"
     for name in (
-        *("provenance", "claim", "conditions", "hot", "learning rates", "thresholds", "through verl"),
-        *("claim figure", "other figures"),
+        *("provenance", "claim", "conditions", "hot", "learning rates", "thresholds", "through verl", "wall clock"),
+        *("methods", "methods figure", "claim figure", "other figures"),
     )
 )
 
@@ -71,13 +71,44 @@ def test_page_from_results(tmp_path):
 
     page = tmp_path / "results.md"
     page.write_text(PAGE)
-    assert pages.write(common, loaded, [], page) == ["claim"]
+    assert pages.write(common, loaded, [], [], page) == ["claim"]
     text = page.read_text()
     assert "| GRPO at s=256 below on-policy | 4.0 points |" in text
     assert "| of that gap recovered by M2PO | 75% [" in text
     assert "2% / 0.1% = 20 |" in text
-    assert text.count("Not run yet.") == 4
+    assert text.count("Not run yet.") == 6
     assert (tmp_path / "figures" / "results" / "claim.svg").is_file()
     written = page.read_text()
-    pages.write(common, loaded, [], page)
+    pages.write(common, loaded, [], [], page)
     assert page.read_text() == written, "writing again changes nothing"
+
+
+def test_methods_stand_in_the_order_of_their_accuracy_on_the_stalest_data(tmp_path):
+    def runs(loss, final, stage):
+        return [result(loss, age, seed, [0.3, final + age / 1e4], stage=stage) for age in (0, 256) for seed in (1, 2)]
+
+    results = [*runs("grpo", 0.4, "staleness"), *runs("rec", 0.5, "methods"), *runs("oapl", 0.3, "methods")]
+    assert studied.by_accuracy(results, 256) == ["rec", "grpo", "oapl"]
+    assert [len(studied.of_method(results, "grpo", age)) for age in (0, 16, 256)] == [2, 0, 2]
+    lines = pages.methods(results)
+    assert [line.split(" ")[1] for line in lines[2:]] == ["`rec`", "`grpo`", "`oapl`"]
+    assert lines[0].startswith("| `loss=` | on-policy | s=256 | seeds at s=256 |")
+    assert pages.methods(runs("grpo", 0.4, "staleness")) == ["Not run yet."]
+    assert pages.figures.save(results, tmp_path) == ["methods"]
+
+
+def test_seconds_to_an_accuracy_are_those_of_the_first_mean_of_four_validations_that_reaches_it():
+    def run(age, variant, accuracy, seconds):
+        steps = [5 * i for i in range(len(accuracy))]
+        curves = {"clipped": [0.0] * (len(steps) - 1), "seconds": seconds}
+        return Result("wall_clock", "grpo", age, 8, 1, variant, steps, accuracy, curves, seconds[-1])
+
+    sync = run(0, "", [0.3, 0.38, 0.42, 0.42, 0.42, 0.5], [10.0, 20.0, 30.0, 40.0, 50.0])
+    separate = run(256, "separate", [0.3, 0.38, 0.39, 0.42, 0.42, 0.42], [5.0, 10.0, 15.0, 20.0, 25.0])
+    # 0.42 at first is an outlier as long as the mean of four does not say so.
+    assert sync.first_reaching(0.41) == 20 and sync.first_reaching(0.3) == 15
+    assert sync.first_reaching(0.45) is None
+    assert sync.seconds_at(20) == 40.0
+    first, second = pages.wall_clock([separate, sync])[2:]
+    assert first.startswith("| GRPO, `sync` | 1 | 2.00 |") and "| 20 steps, 40 s, 1.00x | 25 steps, 50 s" in first
+    assert "`stale_k_separate`, s=256" in second and "| 20 steps, 20 s, 2.00x | not reached |" in second

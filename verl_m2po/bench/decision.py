@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
 from rich.console import Console
+from torch.multiprocessing.spawn import spawn
 
 from verl_m2po.bench.batches import make_batch
 from verl_m2po.bench.page import processor, replace_section
@@ -54,7 +55,7 @@ def measure(ranks: int, tokens: int, rounds: int) -> float:
     """Median seconds of a decision over `tokens` tokens that are spread over `ranks` processes."""
     with tempfile.TemporaryDirectory() as folder:
         queue = mp.get_context("spawn").SimpleQueue()
-        mp.start_processes(_rank, (ranks, tokens, rounds, folder, queue), nprocs=ranks, start_method="spawn")
+        spawn(_rank, (ranks, tokens, rounds, folder, queue), nprocs=ranks)
         times = [queue.get() for _ in range(ranks)]
     return statistics.median(max(by_rank) for by_rank in zip(*times, strict=True))
 

@@ -1,6 +1,7 @@
 """How the figures look: one colour for each method everywhere, safe for colour-blind readers."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from verl_m2po.report.groups import Group
 
@@ -32,7 +33,7 @@ PHASE_COLOURS = {
     "other": "#D9D9D9",
 }
 
-RC = {
+RC: dict[Any, Any] = {
     "figure.dpi": 110,
     "font.size": 10,
     "axes.titlesize": 11,

@@ -8,12 +8,15 @@ import typer
 from rich.console import Console
 
 from verl_m2po.study import plan
+from verl_m2po.study.plan import WALL_CLOCK
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 OUT = Path("outputs/study")
 PAGE = Path("docs/results.md")
 # Beside the page
-DATA, VERL_DATA = Path("results/one_process.json"), Path("results/verl.json")
+DATA = Path("results/one_process.json")
+# Of runs through verl, by stage, which is also their folder's name
+VERL_DATA = {stage: Path(f"results/{stage}.json") for stage in ("verl", WALL_CLOCK)}
 Folder = Annotated[Path, typer.Option(help="Folder of the runs; finished ones in it are skipped.")]
 
 
@@ -40,14 +43,15 @@ def verl(
     out: Folder = OUT,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each run.")] = 1,
     wall_clock: Annotated[
-        bool, typer.Option(help="stale_k_separate against sync, for the time to an accuracy.")
+        bool, typer.Option(help="stale_k_separate against sync instead, for the time to an accuracy.")
     ] = False,
 ) -> None:
     """The four runs that carry the claim, through verl itself, one at a time, each from its last checkpoint on."""
     from verl_m2po.study import verl_runs
 
     conditions = verl_runs.WALL_CLOCK if wall_clock else verl_runs.CLAIM
-    _finish(verl_runs.run_verl(out / "verl", Console(), conditions, range(1, seeds + 1)))
+    folder = out / (WALL_CLOCK if wall_clock else "verl")
+    _finish(verl_runs.run_verl(folder, Console(), conditions, range(1, seeds + 1), is_paced=wall_clock))
 
 
 @app.command()
@@ -60,14 +64,16 @@ def results(
     from verl_m2po.study import page as pages
     from verl_m2po.study import results as studied
 
-    data, verl_data = page.parent / DATA, page.parent / VERL_DATA
+    data = page.parent / DATA
     if collect:
         studied.write(studied.collect(plan.jobs(), out / "one_process"), data)
-        if (out / "verl").is_dir():
-            studied.write(studied.collect_verl(out / "verl"), verl_data)
     common, bench = studied.load(data)
-    through_verl = studied.load(verl_data)[1] if verl_data.exists() else []
-    pages.write(common, bench, through_verl, page)
+    through_verl = {}
+    for stage, path in VERL_DATA.items():
+        if collect and (out / stage).is_dir():
+            studied.write(studied.collect_verl(out / stage, stage), page.parent / path)
+        through_verl[stage] = studied.load(page.parent / path)[1] if (page.parent / path).exists() else []
+    pages.write(common, bench, through_verl["verl"], through_verl[WALL_CLOCK], page)
     typer.echo(f"written: {page}, {data}")
 
 

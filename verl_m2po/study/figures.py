@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from verl_m2po.report.style import COLOURS, ON_POLICY, RC
+from verl_m2po.report.style import COLOURS, ON_POLICY, OTHERS, RC
 from verl_m2po.study.plan import STALEST, THRESHOLDS
-from verl_m2po.study.results import Result, select
+from verl_m2po.study.results import Result, by_accuracy, of_method, select
 
 UPDATES_PER_STEP = 4
 NAMES = {
@@ -202,10 +202,38 @@ def by_threshold(results: Sequence[Result]) -> Figure | None:
         return figure
 
 
+def methods(results: Sequence[Result]) -> Figure | None:
+    """What every method has on-policy and what is left on the stalest data; None before the others have run."""
+    if not any(run.stage == "methods" for run in results):
+        return None
+    losses = by_accuracy(results, STALEST)[::-1]
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(7, 1.2 + 0.22 * len(losses)), layout="constrained")
+        axes = figure.subplots()
+        for height, loss in enumerate(losses):
+            colour = COLOURS.get(loss, OTHERS[1])
+            fresh, stale = ([run.final for run in of_method(results, loss, age)] for age in (0, STALEST))
+            axes.plot([min(stale), max(stale)], [height, height], color=colour, linewidth=1.8)
+            axes.plot(np.mean(stale), height, "o", color=colour, markersize=5)
+            if fresh:
+                ends = [float(np.mean(stale)), float(np.mean(fresh))]
+                axes.plot(ends, [height, height], color="#C8C8C8", linewidth=1, zorder=0)
+                axes.plot(ends[1], height, "o", color=colour, markerfacecolor="white", markersize=5)
+        axes.set_yticks(range(len(losses)), losses)
+        axes.set_ylim(-0.7, len(losses) - 0.3)
+        for label, loss in zip(axes.get_yticklabels(), losses, strict=True):
+            label.set_color(COLOURS.get(loss, OTHERS[1]))
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("final accuracy")
+        axes.set_title(f"Every method on-policy (circle) and on data {STALEST} updates old (dot)")
+        return figure
+
+
 FIGURES = {
     "claim": claim,
     "by_staleness": by_staleness,
     "by_threshold": by_threshold,
+    "methods": methods,
 }
 
 

@@ -10,12 +10,24 @@ from verl_m2po.bench.page import replace_section
 from verl_m2po.study import figures
 from verl_m2po.study.figures import NAMES
 from verl_m2po.study.plan import STALEST, THRESHOLDS, TRIAL_LEARNING_RATES
-from verl_m2po.study.results import FINAL_POINTS, SEPARATE, Interval, Result, recovered_gap, select
+from verl_m2po.study.results import (
+    FINAL_POINTS,
+    SEPARATE,
+    Interval,
+    Result,
+    by_accuracy,
+    of_method,
+    recovered_gap,
+    select,
+)
 
+# Accuracies to which the time is compared; the base model has 0.33
+TARGETS = (0.40, 0.42, 0.44)
 CAPTIONS = {
     "claim": "Accuracy, and tokens that give no gradient. Line: mean over seeds; band: lowest to highest seed.",
     "by_staleness": "Final accuracy against staleness; bars: lowest to highest seed.",
     "by_threshold": "Final accuracy against M2PO's threshold; bars: lowest to highest seed.",
+    "methods": "Final accuracy of every method on-policy (circle) and at s=256 (dot; bars: lowest to highest seed).",
 }
 
 
@@ -91,6 +103,21 @@ def claim(results: Sequence[Result]) -> list[str]:
     return _table(["", "here", "the paper's"], rows)
 
 
+def methods(results: Sequence[Result]) -> list[str]:
+    """One row for each method, the best on the stalest data first."""
+    ages = sorted({run.staleness_updates for run in results if run.stage == "methods"})
+    rows = []
+    for loss in by_accuracy(results, STALEST) if ages else ():
+        stalest = of_method(results, loss, STALEST)
+        finals = [_accuracy([run.final for run in of_method(results, loss, age)]) for age in ages]
+        left_out = _percent([run.mean(run.left_out_name) for run in stalest if run.left_out_name in run.curves])
+        rows.append([f"`{loss}`", *finals, str(len(stalest)), left_out, _collapse(stalest)])
+    names = ["on-policy" if age == 0 else f"s={age}" for age in ages]
+    at = f"at s={STALEST}"
+    header = ["`loss=`", *names, f"seeds {at}", f"clipped or masked {at}", f"collapse step {at}"]
+    return _table(header, rows) if rows else ["Not run yet."]
+
+
 def learning_rates(results: Sequence[Result]) -> list[str]:
     """What the trials of the learning rate gave."""
     rows = []
@@ -146,13 +173,45 @@ def through_verl(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def write(data: dict[str, Any], results: Sequence[Result], verl: Sequence[Result], page: Path) -> list[str]:
+def wall_clock(results: Sequence[Result]) -> list[str]:
+    """Trainer steps and seconds to each of `TARGETS`, and how many times as fast as the run in sync that is."""
+    rows = []
+    reference = {run.seed: run for run in results if run.staleness_updates == 0}
+    for run in sorted(results, key=lambda run: (run.staleness_updates, run.seed)):
+        cells = []
+        for target in TARGETS:
+            step, first = run.first_reaching(target), None
+            if run.seed in reference:
+                first = reference[run.seed].first_reaching(target)
+            if step is None:
+                cells.append("not reached")
+                continue
+            times = "" if first is None else f", {reference[run.seed].seconds_at(first) / run.seconds_at(step):.2f}x"
+            cells.append(f"{step} steps, {run.seconds_at(step):.0f} s{times}")
+        name = f"{NAMES.get(run.loss, run.loss)}, {_mode(run)}"
+        rows.append([name, str(run.seed), f"{run.seconds / run.steps[-1]:.2f}", f"{run.final:.3f}", *cells])
+    header = ["", "seed", "seconds a step", "final accuracy", *(f"to {target:.2f}" for target in TARGETS)]
+    return _table(header, rows) if rows else ["Not run yet."]
+
+
+def _mode(run: Result) -> str:
+    return f"`stale_k_separate`, s={run.staleness_updates}" if run.variant == SEPARATE else "`sync`"
+
+
+def write(
+    data: dict[str, Any],
+    results: Sequence[Result],
+    verl: Sequence[Result],
+    timed: Sequence[Result],
+    page: Path,
+) -> list[str]:
     """Bring the marked sections of `page`, and the figures beside it, up to date; names of the figures.
 
     Args:
         data: What the runs of the bench have in common.
         results: Of the bench.
         verl: Of the runs through verl.
+        timed: Of those whose time is compared.
         page: A Markdown file with all the markers.
     """
     drawn = figures.save(results, page.parent / "figures" / "results")
@@ -162,11 +221,14 @@ def write(data: dict[str, Any], results: Sequence[Result], verl: Sequence[Result
         "claim": [*claim(results), "", *conditions(results, "claim")],
         "conditions": conditions(results),
         "hot": conditions(results, "hot"),
+        "methods": methods(results),
         "learning rates": learning_rates(results),
         "thresholds": thresholds(results),
         "through verl": through_verl(verl),
+        "wall clock": wall_clock(timed),
         "claim figure": [shown[name] for name in drawn if name == "claim"],
-        "other figures": [shown[name] for name in drawn if name != "claim"],
+        "methods figure": [shown[name] for name in drawn if name == "methods"],
+        "other figures": [shown[name] for name in drawn if name not in ("claim", "methods")],
     }
     for name, lines in sections.items():
         replace_section(page, name, "\n".join(lines))

@@ -19,9 +19,18 @@ STEPS = 300
 HOT_LEARNING_RATES = (1.5e-4, 3e-4)
 HOT_SEEDS = (1, 2, 3)
 THRESHOLDS = (0.01, 0.02, 0.08, 0.16)
+# Stage of the runs through verl whose time is compared
+WALL_CLOCK = "wall_clock"
 # What the claim is about: (loss, staleness in optimizer updates); on-policy training first.
 CLAIM = (("grpo", 0), ("m2po", STALEST), ("grpo", STALEST), ("no_trust_region", STALEST))
 METHODS = ("grpo", "m2po", "no_trust_region", "gspo", "m2po_clip")
+# The other options of the Hydra group ``loss``, each as its preset has it.
+OTHER_METHODS = (
+    *("asymre", "bapo", "bapo_code", "cispo", "clipped", "decoupled_loglinear", "decoupled_ppo", "dppo", "dro"),
+    *("icepop", "max_at_k", "mix_ppg", "oapl", "opmd", "opsm", "rapid", "rec", "rec_gspo_is", "rec_gspo_no_is"),
+    *("rec_one_side_is", "rec_ring_no_is", "rec_two_side_is", "red_drop", "red_weight", "reinforce", "sapo"),
+    *("seq_mis", "tis", "topr", "vanilla", "vcpo"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,14 @@ def _claim(stage: str, steps: int) -> Iterator[Job]:
             yield Job(stage, loss, updates, seed, steps=steps)
 
 
-def _compare(losses: Iterable[str], staleness: Iterable[int], seeds: Iterable[int]) -> Iterator[Job]:
+def _compare(
+    losses: Iterable[str], staleness: Iterable[int], seeds: Iterable[int], stage: str = "staleness"
+) -> Iterator[Job]:
     """Seed by seed, as in `_claim`."""
     pairs = [(loss, updates) for updates in staleness for loss in losses]
     for seed in seeds:
         for loss, updates in pairs:
-            yield Job("staleness", loss, updates, seed)
+            yield Job(stage, loss, updates, seed)
 
 
 def _thresholds(seed: int) -> Iterator[Job]:
@@ -114,4 +125,7 @@ def jobs() -> list[Job]:
         sweeps += _thresholds(seed)
         sweeps += _compare(("grpo", "m2po", "no_trust_region"), (16,), (seed,))
     rest = [*_compare(METHODS, (STALEST, 0), SEEDS), *_compare(METHODS, (64, 16), SEEDS)]
-    return list(dict.fromkeys([*_claim("claim", CLAIM_STEPS), *trials(), *_claim("staleness", STEPS), *sweeps, *rest]))
+    others = _compare(OTHER_METHODS, (STALEST, 0), SEEDS, "methods")
+    between = _compare(OTHER_METHODS, (64, 16), FEW_SEEDS, "methods")
+    claims = [*_claim("claim", CLAIM_STEPS), *trials(), *_claim("staleness", STEPS)]
+    return list(dict.fromkeys([*claims, *sweeps, *rest, *others, *between]))

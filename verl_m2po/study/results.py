@@ -2,6 +2,7 @@
 
 # Pandas annotates wider types than it returns.
 # pyright: reportArgumentType=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import json
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ import pandas as pd
 from verl_m2po.report import metrics
 from verl_m2po.report.runs import Run, read_runs
 from verl_m2po.report.summary import collapse_step
-from verl_m2po.study.plan import Job
+from verl_m2po.study.plan import WALL_CLOCK, Job
 from verl_m2po.study.run import LOG, RECORD, is_done
 
 # Validations that make the final accuracy.
@@ -27,6 +28,8 @@ RESAMPLES = 10_000
 # Variant of a run through verl whose rollout has devices of its own.
 SEPARATE = "separate"
 MINI_BATCH_SIZE = "actor_rollout_ref.actor.ppo_mini_batch_size"
+# Curve of `WALL_CLOCK` runs: seconds of all trainer steps so far
+SECONDS = "seconds"
 # Metrics that are kept as means over the trainer steps since the validation before.
 CURVES = {
     "masked": metrics.MASKED_FRACTION,
@@ -92,6 +95,16 @@ class Result:
         """Which of the curves is the share of tokens without gradient: M2PO masks, the others clip."""
         return "clipped" if "clipped" in self.curves else "masked"
 
+    def first_reaching(self, target: float) -> int | None:
+        """Step of the first validation that brings the mean of the last `FINAL_POINTS` to `target`; None for none."""
+        means = self.series.rolling(FINAL_POINTS).mean()
+        reached = means.index[means >= target]
+        return int(reached[0]) if len(reached) else None
+
+    def seconds_at(self, step: int) -> float:
+        """Seconds of the trainer steps up to the validation at `step`, without validations. For `WALL_CLOCK` runs."""
+        return self.curves[SECONDS][self.steps.index(step) - 1]
+
     def mean(self, curve: str) -> float:
         """Mean of a curve after the ramp; NaN where the run is not that long."""
         values = [value for at, value in zip(self.steps[1:], self.curves[curve], strict=True) if at > self.ramp]
@@ -115,8 +128,18 @@ def _curves(run: Run, steps: list[int]) -> dict[str, list[float]]:
     return curves
 
 
-def _read(folder: Path, stage: str, variant: str = "", most: int | None = None) -> Result | None:
-    """What is kept of the run in `folder`, up to trainer step `most`; None before its second validation."""
+def _seconds(run: Run, steps: list[int]) -> list[float]:
+    """Seconds of the trainer steps up to each of `steps` but the first; verl's step time is without validation."""
+    return _rounded(run.series("timing_s/step").cumsum().loc[steps[1:]], 5)
+
+
+def _read(
+    folder: Path, stage: str, variant: str = "", most: int | None = None, loss: str | None = None
+) -> Result | None:
+    """What is kept of the run in `folder`, up to trainer step `most`; None before its second validation.
+
+    Its loss is `loss`, None: as its log says.
+    """
     runs, _ = read_runs([folder])
     if not runs:
         return None
@@ -126,17 +149,18 @@ def _read(folder: Path, stage: str, variant: str = "", most: int | None = None) 
     if len(accuracy) < 2:
         return None
     steps, known = accuracy.index.tolist(), run.settings
+    times = {SECONDS: _seconds(run, steps)} if stage == WALL_CLOCK else {}
     size = [int(str(known.config[key])) for key in ("data.train_batch_size", MINI_BATCH_SIZE)]
     return Result(
         stage,
-        known.loss or "unknown",
+        loss or known.loss or "unknown",
         known.staleness_updates or 0,
         size[0] // size[1],
         known.seed or 0,
         SEPARATE if (known.mode or "").endswith("_separate") else variant,
         steps,
         _rounded(accuracy, 4),
-        _curves(run, steps),
+        _curves(run, steps) | times,
         round(float(run.series("timing_s/step").loc[:most].sum()), 1),
     )
 
@@ -147,14 +171,14 @@ def collect(jobs: Iterable[Job], out: Path) -> dict[str, Any]:
     if not done:
         raise FileNotFoundError(f"no finished run of the study in {out}: run `python -m verl_m2po.study run` first")
     first = json.loads((done[0].folder(out) / RECORD).read_text())
-    results = [_read(job.folder(out), job.stage, job.variant, job.steps) for job in done]
+    results = [_read(job.folder(out), job.stage, job.variant, job.steps, job.loss) for job in done]
     common = {key: first[key] for key in ("config", "model", "versions", "machine")}
     return common | {"runs": _plain(results)}
 
 
-def collect_verl(out: Path) -> dict[str, Any]:
+def collect_verl(out: Path, stage: str = "verl") -> dict[str, Any]:
     """The runs through verl under `out`, also those that are not finished."""
-    results = [_read(path.parent, "verl") for path in sorted(out.glob(f"*/{LOG}"))]
+    results = [_read(path.parent, stage) for path in sorted(out.glob(f"*/{LOG}"))]
     return {"runs": _plain(results)}
 
 
@@ -185,6 +209,21 @@ def select(results: Sequence[Result], stage: str, loss: str, staleness_updates: 
     """The seeds of one condition."""
     wanted = (stage, loss, staleness_updates, variant)
     return [r for r in results if (r.stage, r.loss, r.staleness_updates, r.variant) == wanted]
+
+
+def of_method(results: Sequence[Result], loss: str, staleness_updates: int) -> list[Result]:
+    """The seeds of one method at one age, whichever stage they are run for."""
+    return select(results, "staleness", loss, staleness_updates) + select(results, "methods", loss, staleness_updates)
+
+
+def by_accuracy(results: Sequence[Result], staleness_updates: int) -> list[str]:
+    """The methods that have run on data of that age, the best first."""
+    finals = {
+        loss: float(np.mean([run.final for run in runs]))
+        for loss in {run.loss for run in results if run.stage in ("staleness", "methods")}
+        if (runs := of_method(results, loss, staleness_updates))
+    }
+    return sorted(finals, key=lambda loss: -finals[loss])
 
 
 @dataclass(frozen=True)
