@@ -11,7 +11,7 @@ def test_seeds_are_numbers_and_ranges(text, seeds):
     assert fault_campaign.parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("row", [0, 1, 2])
 def test_twelve_seeds_cover_targets_kinds_and_moments(row):
     seeds = range(1 + 12 * row, 13 + 12 * row)
     faults = [fault_campaign.Fault.draw(seed) for seed in seeds]

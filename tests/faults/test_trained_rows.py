@@ -1,6 +1,7 @@
 """The rule that the fault campaign checks: each way of breaking it is found."""
 
 import copy
+import dataclasses
 
 import pytest
 from trained_rows import Promise, broken, redone_steps, surviving
@@ -70,3 +71,18 @@ def test_bounded_async_skips_no_prompt():
         for group in each["groups"]:
             group[0] = ORDER[group[2] + (K + 1) * BATCH + 1]
     assert any("skipped" in problem for problem in broken(attempts, promise("bounded_async")))
+
+
+def test_a_masked_trajectory_is_there_once_in_the_groups_that_are_to_have_one_and_in_no_other():
+    attempts = copy.deepcopy(killed_twice())
+    masked = [
+        group for attempt in attempts for each in attempt for group in each.get("groups", ()) if group[2] % 3 == 0
+    ]
+    for group in masked:
+        group[3][1][1][0][1] = 0
+    prompts = frozenset(group[0] for group in masked)
+    to_mask = dataclasses.replace(promise("stale_k"), masked=prompts)
+    assert broken(attempts, to_mask) == []
+    assert "has trajectories of [5, 0] tokens" in broken(attempts, promise("stale_k"))[0]
+    masked[-1][3][1][1][0][1] = 5
+    assert any("has trajectories of [5, 5] tokens" in problem for problem in broken(attempts, to_mask))

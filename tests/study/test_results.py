@@ -14,7 +14,7 @@ PAGE = "\n".join(
     f"<!-- {name}: begin -->\n<!-- {name}: end -->"
     for name in (
         *("provenance", "claim", "conditions", "hot", "learning rates", "thresholds", "through verl", "wall clock"),
-        *("methods", "methods figure", "claim figure", "other figures"),
+        *("methods", "methods figure", "claim figure", "wall clock figure", "other figures"),
     )
 )
 
@@ -97,7 +97,7 @@ def test_methods_stand_in_the_order_of_their_accuracy_on_the_stalest_data(tmp_pa
     assert pages.figures.save(results, tmp_path) == ["methods"]
 
 
-def test_seconds_to_an_accuracy_are_those_of_the_first_mean_of_four_validations_that_reaches_it():
+def test_seconds_to_an_accuracy_are_those_of_the_first_mean_of_four_validations_that_reaches_it(tmp_path):
     def run(age, variant, accuracy, seconds):
         steps = [5 * i for i in range(len(accuracy))]
         curves = {"clipped": [0.0] * (len(steps) - 1), "seconds": seconds}
@@ -109,6 +109,9 @@ def test_seconds_to_an_accuracy_are_those_of_the_first_mean_of_four_validations_
     assert sync.first_reaching(0.41) == 20 and sync.first_reaching(0.3) == 15
     assert sync.first_reaching(0.45) is None
     assert sync.seconds_at(20) == 40.0
+    assert pages.figures.save([separate, sync], tmp_path) == ["wall_clock"]
     first, second = pages.wall_clock([separate, sync])[2:]
-    assert first.startswith("| GRPO, `sync` | 1 | 2.00 |") and "| 20 steps, 40 s, 1.00x | 25 steps, 50 s" in first
+    assert (
+        first.startswith("| GRPO, `sync` | 1 | 10 s | 2.00 s |") and "| 20 steps, 40 s, 1.00x | 25 steps, 50 s" in first
+    )
     assert "`stale_k_separate`, s=256" in second and "| 20 steps, 20 s, 2.00x | not reached |" in second

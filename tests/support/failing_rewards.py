@@ -27,13 +27,8 @@ async def compute_score(data_source: str, solution_str: str, ground_truth: str, 
     index = extra_info["index"]
     if index == HANGING:
         await asyncio.sleep(3600)
-    _calls[index] += 1
-    if fails_once(index) and _calls[index] == 1:
-        if index // EVERY % 2:
-            return math.nan
-        raise ArithmeticError("at its first response")
     if not fails(index):
-        return arithmetic.compute_score(data_source, solution_str, ground_truth, extra_info)
+        return await compute_score_failing_once(data_source, solution_str, ground_truth, extra_info)
     match index // EVERY % 5:  # of those drawn in eight steps with seed 1 each case has some
         case 1:
             return math.nan
@@ -42,3 +37,16 @@ async def compute_score(data_source: str, solution_str: str, ground_truth: str, 
         case 4:
             return None  # type: ignore[return-value]
     raise ZeroDivisionError("in the reward function")
+
+
+async def compute_score_failing_once(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None
+) -> float:
+    """Raises, or returns NaN, for the first response of some prompts, and for no whole group."""
+    index = extra_info["index"]
+    _calls[index] += 1
+    if fails_once(index) and _calls[index] == 1:
+        if index // EVERY % 2:
+            return math.nan
+        raise ArithmeticError("at its first response")
+    return arithmetic.compute_score(data_source, solution_str, ground_truth, extra_info)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Annotated
 
 import cpu_run
+import failing_rewards
 import psutil
 import torch
 import typer
@@ -56,12 +57,14 @@ class Kind:
         mode: trainer mode.
         staleness_steps: trainer steps; exact, or the bound.
         has_journal: whether what was generated outlives a crash.
+        masks: whether a trajectory of every tenth prompt fails, and is masked.
         overrides: further ones.
     """
 
     mode: str
     staleness_steps: int = STALENESS_STEPS
     has_journal: bool = False
+    masks: bool = False
     overrides: tuple[str, ...] = ()
 
 
@@ -76,6 +79,11 @@ KINDS = (
         "on_policy": Kind("stale_k", staleness_steps=0),
         "stale_k_separate_journal": Kind("stale_k_separate", has_journal=True, overrides=SEPARATE),
         "bounded_async_journal": Kind("bounded_async", has_journal=True, overrides=SEPARATE),
+    },
+    {
+        "stale_k_masked": Kind("stale_k", has_journal=True, masks=True),
+        "stale_k_separate_masked": Kind("stale_k_separate", masks=True, overrides=SEPARATE),
+        "bounded_async_masked": Kind("bounded_async", has_journal=True, masks=True, overrides=SEPARATE),
     },
 )
 
@@ -300,11 +308,21 @@ class Campaign:
             f"{mode}.ledger_path={self._ledger}",
             f"{mode}.journal={str(self.kind.has_journal).lower()}",
             f"{mode}.journal_path={self._journal}",
+            *(self._failing_rewards(mode) if self.kind.masks else ()),
             f"trainer.save_freq={SAVE_EVERY}",
             "trainer.resume_mode=auto",
             f"trainer.default_local_dir={self.folder / 'checkpoints'}",
             *self.kind.overrides,
         ]
+
+    @staticmethod
+    def _failing_rewards(mode: str) -> tuple[str, ...]:
+        function = failing_rewards.compute_score_failing_once
+        return (
+            f"reward.custom_reward_function.path={failing_rewards.__file__}",
+            f"reward.custom_reward_function.name={function.__name__}",
+            f"{mode}.on_failed_trajectory=mask",
+        )
 
     def _hit(self, attempt: Attempt, fault: Fault) -> None:
         target = TARGETS[fault.target]
@@ -388,7 +406,8 @@ class Campaign:
             tail = "\n".join(last.log.read_text(errors="replace").splitlines()[-40:])
             problems.append(f"the last attempt ended with {status}:\n{tail}")
         order = list(RandomSampler(range(PROMPTS), generator=torch.Generator().manual_seed(DATA_SEED)))
-        promise = Promise(self.kind.mode, self.kind.staleness_steps, self.steps, BATCH, RESPONSES, order)
+        masked = frozenset(filter(failing_rewards.fails_once, order)) if self.kind.masks else frozenset()
+        promise = Promise(self.kind.mode, self.kind.staleness_steps, self.steps, BATCH, RESPONSES, order, masked)
         problems += broken(self._attempts, promise)
         if self.kind.has_journal and not self._journaled:
             problems.append("there is no journal")

@@ -22,6 +22,7 @@ class Promise:
         batch_size: prompt groups per trainer step.
         responses: trajectories per group.
         order: prompt indices in the order of the data loader, at least as many as are dispatched.
+        masked: prompts of which one trajectory is masked.
     """
 
     mode: str
@@ -30,6 +31,7 @@ class Promise:
     batch_size: int
     responses: int
     order: list[int]
+    masked: frozenset[int] = frozenset()
 
 
 def surviving(attempts: list[list[Line]]) -> list[Line]:
@@ -55,7 +57,7 @@ def broken(attempts: list[list[Line]], promise: Promise) -> list[str]:
     """What the run did not keep of `promise`; empty if it kept everything."""
     lines = surviving(attempts)
     groups = [(line, group) for line in lines for group in line["groups"]]
-    found = [*_steps(lines, promise), *_once(groups, promise)]
+    found = [*_steps(lines, promise), *_once(groups, promise), *_masked(groups, promise)]
     if promise.mode == "bounded_async":
         return [*found, *_within_the_bound(groups, promise), *_nothing_skipped(groups, promise)]
     return [*found, *_exact_age(groups, promise), *_in_order(groups, promise)]
@@ -82,6 +84,15 @@ def _once(groups: list, promise: Promise) -> list[str]:
     if short := [group[1] for _, group in groups if len(group[3]) != promise.responses]:
         found.append(f"not {promise.responses} trajectories: group {short[:4]}")
     return found
+
+
+def _masked(groups: list, promise: Promise) -> list[str]:
+    found = []
+    for _, group in groups:
+        tokens = [sum(tokens for _, tokens in row[1]) for row in group[3]]
+        if tokens.count(0) != (group[0] in promise.masked):
+            found.append(f"group {group[1]} of prompt {group[0]} has trajectories of {tokens} tokens")
+    return found[:4]
 
 
 def _versions(group: list) -> set[int]:

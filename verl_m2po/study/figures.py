@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from verl_m2po.report.style import COLOURS, ON_POLICY, OTHERS, RC
-from verl_m2po.study.plan import STALEST, THRESHOLDS
-from verl_m2po.study.results import Result, by_accuracy, of_method, select
+from verl_m2po.report.style import COLOURS, LINES, ON_POLICY, OTHERS, RC
+from verl_m2po.study.plan import STALEST, THRESHOLDS, WALL_CLOCK
+from verl_m2po.study.results import FINAL_POINTS, SEPARATE, Result, by_accuracy, of_method, select
 
 UPDATES_PER_STEP = 4
 NAMES = {
@@ -229,11 +230,34 @@ def methods(results: Sequence[Result]) -> Figure | None:
         return figure
 
 
+def wall_clock(results: Sequence[Result]) -> Figure | None:
+    """Accuracy against time, on separate devices and in sync; None where the runs through verl are not there."""
+    runs = [run for run in results if run.stage == WALL_CLOCK]
+    if not runs:
+        return None
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(6.5, 3.8), layout="constrained")
+        axes = figure.subplots()
+        for run, line in zip(sorted(runs, key=lambda run: run.staleness_updates), cycle(LINES)):
+            means = run.series.rolling(FINAL_POINTS).mean().dropna()
+            colour = COLOURS[run.loss] if run.variant == SEPARATE else ON_POLICY
+            name = f"{NAMES[run.loss]}, s={run.staleness_updates}" if run.variant == SEPARATE else "on-policy, sync"
+            minutes = [run.seconds_at(step) / 60 for step in means.index]
+            axes.plot(minutes, means, color=colour, linestyle=line, linewidth=2, label=name)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("minutes of training, validation not counted")
+        axes.set_ylabel(f"accuracy, mean of {FINAL_POINTS} validations")
+        axes.set_title("Generation beside training on old data, and one after the other")
+        figure.legend(loc="outside lower center", ncols=3)
+        return figure
+
+
 FIGURES = {
     "claim": claim,
     "by_staleness": by_staleness,
     "by_threshold": by_threshold,
     "methods": methods,
+    "wall_clock": wall_clock,
 }
 
 
