@@ -31,7 +31,7 @@ JOBS ?= 2
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-results docs docs-links clean
+.PHONY: help env quickstart test test-fast recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-results docs docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -93,6 +93,9 @@ study: $(STAMP) ## Run the staleness study, or go on with it, and write docs/res
 
 study-verl: $(STAMP) ## The study's four runs through verl itself, each from its last checkpoint on
 	$(BIN)/python -m verl_m2po.study verl
+
+study-wall-clock: $(STAMP) ## Time to an accuracy in stale_k_separate against sync (about 40 minutes; wants a quiet machine)
+	$(BIN)/python -m verl_m2po.study verl --wall-clock
 
 study-results: $(STAMP) ## Bring docs/results.md and its figures up to date with what has run so far
 	$(BIN)/python -m verl_m2po.study results
