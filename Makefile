@@ -16,7 +16,7 @@ LOSS ?= m2po
 SEED ?= 1
 
 # Faults: which, and where their logs go
-SEEDS ?= 1-24
+SEEDS ?= 1-36
 FAULTS_OUT ?= outputs/faults
 
 # Study: only that many runs, the most telling ones first; empty: all
@@ -62,7 +62,7 @@ test-fast: $(STAMP) ## The tests that need no Ray (under two minutes)
 recipes: $(STAMP) ## Two real steps of every recipe on the CPU (about ten minutes)
 	$(BIN)/python -m pytest -m recipe tests/e2e/test_recipes.py
 
-faults: $(STAMP) ## Kill processes of real runs, restart, check what was trained on (SEEDS, FAULTS_OUT; about 45 minutes)
+faults: $(STAMP) ## Kill processes of real runs, restart, check what was trained on (SEEDS, FAULTS_OUT; about an hour)
 	PYTHONPATH=tests/support $(BIN)/python -m fault_campaign --seeds $(SEEDS) --out $(FAULTS_OUT)
 
 lint: $(STAMP) ## ruff
