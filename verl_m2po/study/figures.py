@@ -204,30 +204,45 @@ def by_threshold(results: Sequence[Result]) -> Figure | None:
 
 
 def methods(results: Sequence[Result]) -> Figure | None:
-    """What every method has on-policy and what is left on the stalest data; None before the others have run."""
+    """What every method has on-policy and what is left on the stalest data; None before the others have run.
+
+    What ends below the base model stands at the edge with its number.
+    """
     if not any(run.stage == "methods" for run in results):
         return None
     losses = by_accuracy(results, STALEST)[::-1]
+    base = float(np.mean([run.accuracy[0] for run in results]))
     with mpl.rc_context(RC):
         figure = Figure(figsize=(7, 1.2 + 0.22 * len(losses)), layout="constrained")
         axes = figure.subplots()
         for height, loss in enumerate(losses):
-            colour = COLOURS.get(loss, OTHERS[1])
             fresh, stale = ([run.final for run in of_method(results, loss, age)] for age in (0, STALEST))
-            axes.plot([min(stale), max(stale)], [height, height], color=colour, linewidth=1.8)
-            axes.plot(np.mean(stale), height, "o", color=colour, markersize=5)
-            if fresh:
-                ends = [float(np.mean(stale)), float(np.mean(fresh))]
-                axes.plot(ends, [height, height], color="#C8C8C8", linewidth=1, zorder=0)
-                axes.plot(ends[1], height, "o", color=colour, markerfacecolor="white", markersize=5)
+            _fresh_and_stale(axes, height, fresh, stale, COLOURS.get(loss, OTHERS[1]), base)
         axes.set_yticks(range(len(losses)), losses)
         axes.set_ylim(-0.7, len(losses) - 0.3)
+        axes.set_xlim(left=base)
         for label, loss in zip(axes.get_yticklabels(), losses, strict=True):
             label.set_color(COLOURS.get(loss, OTHERS[1]))
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("final accuracy")
-        axes.set_title(f"Every method on-policy (circle) and on data {STALEST} updates old (dot)")
+        axes.set_xlabel("final accuracy (left edge: the base model's)")
+        axes.set_title(f"Every method: on-policy (circle), s={STALEST} (dot)")
         return figure
+
+
+def _fresh_and_stale(
+    axes: Axes, height: int, fresh: Sequence[float], stale: Sequence[float], colour: str, edge: float
+) -> None:
+    """A line of the figure: a circle, a dot with a bar from the lowest to the highest seed, and what lies between."""
+    mean = float(np.mean(stale))
+    if fresh:
+        axes.plot([mean, float(np.mean(fresh))], [height, height], color="#C8C8C8", linewidth=1, zorder=0)
+        axes.plot(float(np.mean(fresh)), height, "o", color=colour, markerfacecolor="white", markersize=5)
+    if mean < edge:
+        text = f"\N{LEFTWARDS ARROW} {mean:.2f}"
+        axes.annotate(text, (edge, height), (4, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
+        return
+    axes.plot([min(stale), max(stale)], [height, height], color=colour, linewidth=1.8)
+    axes.plot(mean, height, "o", color=colour, markersize=5)
 
 
 def wall_clock(results: Sequence[Result]) -> Figure | None:
