@@ -6,6 +6,7 @@ may be applied twice.
 
 import functools
 import importlib.metadata
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -105,10 +106,49 @@ def keep_linear_weights() -> None:
     _replace(utils, "dispatch_cpu_unquantized_gemm", make)
 
 
+def _of_this_cluster(handle: str) -> str:
+    """`handle` with the process id of this node's raylet, which Ray's workers have and hand on to vLLM's processes."""
+    return handle.replace("rl-colocate-zmq-", f"rl-colocate-zmq-{os.environ.get('RAY_RAYLET_PID', '')}-", 1)
+
+
+def give_each_cluster_its_weight_sockets(vllm_rollout: ModuleType) -> None:
+    """Let two runs on one machine push their weights at the same time; this is the sending side.
+
+    Symptom: one run hangs in a weight update after ``KeyError: 'name'`` in its engine, or, silently, an engine loads
+    the weights of another run.
+    Cause: the socket is /tmp/rl-colocate-zmq-<Ray job>-replica-<i>-rank-<j>.sock (verl/workers/rollout/vllm_rollout/
+    vllm_rollout.py, 0.9.1, l.141, and utils.py, l.431), and the first job of every Ray cluster has the same number.
+    Delete when: the path names the cluster, or is drawn at random (verl issue 6233, closed too early).
+    """
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            self.zmq_handle = _of_this_cluster(self.zmq_handle)
+
+        return initialize
+
+    _replace(vllm_rollout.ServerAdapter, "__init__", make)
+
+
+def find_the_weight_sockets_of_this_cluster(utils: ModuleType) -> None:
+    """The receiving side of `give_each_cluster_its_weight_sockets`, in vLLM's workers."""
+
+    def make(original: Callable[[Any], str]) -> Callable[[Any], str]:
+        def handle(self: Any) -> str:
+            return _of_this_cluster(original(self))
+
+        return handle
+
+    _replace(utils.vLLMColocateWorkerExtension, "_get_zmq_handle", make)
+
+
 # Applied right after verl imports the module, before anybody binds the function by name.
 _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "verl.utils.distributed": name_process_group_backend_once,
     "verl.utils.fsdp_utils": copy_saved_parameters,
+    "verl.workers.rollout.vllm_rollout.vllm_rollout": give_each_cluster_its_weight_sockets,
+    "verl.workers.rollout.vllm_rollout.utils": find_the_weight_sockets_of_this_cluster,
 }
 
 
