@@ -77,7 +77,7 @@ def _as_verl_sends_it(batch, setup):
     whole = [torch.cat(pair) for pair in zip(batch["prompts"], response("responses"), strict=True)]
     is_response = [torch.arange(len(row)) >= prompt for row in whole]
     names = ["responses", "response_mask", "rollout_log_probs", "old_log_probs", "advantages"]
-    if "rollout_is_weights" in batch:
+    if "rollout_is_weights" in batch.keys():  # noqa: SIM118 (a TensorDict)
         names.append("rollout_is_weights")
     tensors = {
         "input_ids": nested(whole),

@@ -64,7 +64,7 @@ class Learner:
             batch: The fields of `FIELDS`, with or without `WEIGHTS`, [rows, ...]; the responses to a prompt follow
                 each other.
         """
-        names = (*FIELDS, WEIGHTS) if WEIGHTS in batch else FIELDS
+        names = (*FIELDS, WEIGHTS) if WEIGHTS in batch.keys() else FIELDS  # noqa: SIM118 (a TensorDict)
         metrics: dict[str, list[Any]] = {}
         update = 0
         for _ in range(self._actor.ppo_epochs):
