@@ -105,7 +105,7 @@ class M2POTrainingWorker(TrainingWorker):
     def _decide(self, data: TensorDict, policy_loss: PolicyLossConfig, mini_batch: MiniBatch) -> None:
         """Put the decision over all of `data` into `mini_batch`, or the order to make it in the one loss call."""
         settings = _deciding_settings(policy_loss)
-        if settings is None or settings.scope != "mini_batch":
+        if settings is None or not decides_over_mini_batch(policy_loss):
             return
         refuse_unsupported(self.engine_config, f"{KEY}.{policy_loss.loss_mode}.scope=mini_batch")
         group = self.engine.get_data_parallel_group()
@@ -364,6 +364,12 @@ def _observes(policy_loss: PolicyLossConfig) -> bool:
 
 def _step_scale_of(policy_loss: PolicyLossConfig) -> StepScaleConfig:
     return policy_loss.get("step_scale", None) or StepScaleConfig()
+
+
+def decides_over_mini_batch(policy_loss: PolicyLossConfig) -> bool:
+    """Whether the loss decides by a statistic of all tokens of the optimizer mini-batch."""
+    settings = _deciding_settings(policy_loss)
+    return settings is not None and settings.scope == "mini_batch"
 
 
 def _deciding_settings(policy_loss: PolicyLossConfig) -> M2POConfig | BAPOConfig | None:

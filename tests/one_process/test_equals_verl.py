@@ -6,7 +6,7 @@ from ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 
-LOSSES = ("m2po", "grpo", "gspo", "decoupled_ppo", "vcpo")
+LOSSES = ("m2po", "grpo", "gspo", "decoupled_ppo", "vcpo", "m2po_by_micro_batch")
 STEPS = 3
 # Their denominators count tokens by the sign of log r, which rounding decides where a probability has not moved.
 BY_SIGN = {
@@ -57,6 +57,14 @@ def test_old_batches_are_masked_and_clipped(runs):
     assert any(of_stale_steps("grpo", "actor/pg_clipfrac"))
     assert max(of_stale_steps("m2po", "actor/m2po/second_moment_after")) <= 0.004 * 1.001
     assert min(of_stale_steps("vcpo", "actor/m2po/step_scale")) < 0.999
+
+
+def test_micro_batches_decide_for_themselves(runs):
+    by_mini_batch, by_micro_batch = (
+        [step["actor/m2po/threshold_log_ratio"] for step in runs[loss][0]["metrics"]]
+        for loss in ("m2po", "m2po_by_micro_batch")
+    )
+    assert by_mini_batch[1] != by_micro_batch[1]
 
 
 def test_the_ratio_to_the_proximal_policy_begins_at_one_in_every_step(runs):

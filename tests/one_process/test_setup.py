@@ -16,6 +16,15 @@ def test_reads_the_config_of_a_run_through_verl():
     assert setups.read(["loss=grpo", "staleness=on_policy"]).staleness_steps == 0
 
 
+@pytest.mark.parametrize("rows", ["null", 4, 24])
+def test_micro_batches_hold_whole_prompts_and_divide_the_mini_batch(rows):
+    key = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    by_rows = "actor_rollout_ref.actor.use_dynamic_bsz=false"
+    with pytest.raises(setups.NotOnTheBench, match=r"a multiple of the 8 .* a divisor of .* 64"):
+        setups.read([by_rows, f"{key}={rows}"])
+    setups.read([by_rows, f"{key}=16"])
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [

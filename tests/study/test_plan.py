@@ -31,6 +31,11 @@ def test_every_method_is_in_the_queue_on_policy_and_at_the_largest_staleness():
     assert {loss for loss, _ in seeds} == presets
 
 
+def test_every_threshold_has_as_many_seeds_as_the_default_one():
+    seeds = Counter(job.variant for job in plan.jobs() if job.stage == "threshold")
+    assert set(seeds.values()) == {len(plan.SEEDS)} and len(seeds) == len(plan.THRESHOLDS)
+
+
 def test_stopped_early_all_conditions_of_the_claim_have_as_many_seeds():
     first = plan.jobs()[: len(plan.CLAIM) * len(plan.SEEDS)]
     for i in range(0, len(first), 4):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from verl_m2po.study import page as pages
+from verl_m2po.study import plan
 from verl_m2po.study import results as studied
 from verl_m2po.study.results import Interval, Result, recovered_gap
 
@@ -13,7 +14,17 @@ COMMON = {"config": "arithmetic_staleness", "model": {}, "versions": {"verl": "0
 PAGE = "\n".join(
     f"<!-- {name}: begin -->\n<!-- {name}: end -->"
     for name in (
-        *("provenance", "claim", "conditions", "hot", "learning rates", "thresholds", "through verl", "wall clock"),
+        *(
+            "provenance",
+            "claim",
+            "conditions",
+            "hot",
+            "learning rates",
+            "thresholds",
+            "causes",
+            "through verl",
+            "wall clock",
+        ),
         *("methods", "methods figure", "claim figure", "wall clock figure", "other figures"),
     )
 )
@@ -23,6 +34,51 @@ def result(loss, staleness, seed, accuracy, curve="clipped", share=0.01, stage="
     steps = [25 * i for i in range(len(accuracy))]
     curves = {curve: [share] * (len(steps) - 1), "second_moment": [0.02] * (len(steps) - 1)}
     return Result(stage, loss, staleness, 4, seed, "", steps, accuracy, curves, 60.0)
+
+
+def plain(*runs, machine="a machine", **common):
+    return COMMON | {"machine": machine, "runs": studied._plain(runs)} | common
+
+
+def test_merging_keeps_what_did_not_run_anew_and_names_both_machines():
+    old, again, other = (result("grpo", 256, seed, [0.3, top]) for seed, top in ((1, 0.4), (1, 0.5), (2, 0.6)))
+    merged = studied.merge(plain(again, machine="another"), plain(old, other))
+    assert [run["accuracy"][-1] for run in merged["runs"]] == [0.5, 0.6]
+    assert merged["machine"] == "a machine and another"
+    assert studied.merge(merged, merged) == merged
+    assert studied.merge(plain(again, machine="another"), merged) == merged
+    assert studied.merge({"runs": studied._plain([old])}, {"runs": studied._plain([other])}).keys() == {"runs"}
+
+
+@pytest.mark.parametrize("key", ["config", "model", "versions"])
+def test_runs_of_other_settings_are_not_put_into_one_table(key):
+    run = result("grpo", 256, 1, [0.3, 0.4])
+    with pytest.raises(ValueError, match=f"differ in '{key}': .*, and the new ones have other"):
+        studied.merge(plain(run, **{key: "other"}), plain(run))
+
+
+def test_what_earlier_results_have_in_full_is_not_in_the_queue(tmp_path):
+    whole, short = (
+        Result("methods", "rec", 256, 4, seed, "", [0, steps], [0.3, 0.4], {}, 1.0)
+        for seed, steps in ((1, 300), (2, 25))
+    )
+    data = tmp_path / "one_process.json"
+    studied.write(plain(whole, short), data)
+    jobs = [plan.Job("methods", "rec", 256, seed, steps=300) for seed in (1, 2, 3)]
+    jobs += [plan.Job("methods", "rec", 256, 1, variant="lr1"), plan.Job("methods", "rec", 0, 1)]
+    assert studied.without_known(jobs, data) == jobs[1:]
+
+
+def test_training_score_is_shown_where_it_is_kept():
+    score = {"training_score": [0.1, 0.3, 0.5], "clipped": [0.0] * 3, "second_moment": [0.0] * 3}
+    runs = [Result("verl", "grpo", 0, 8, 1, "", [0, 10, 20, 30], [0.3] * 4, score, 1.0)]
+    runs.append(result("grpo", 256, 1, [0.3] * 5, stage="verl"))
+    assert runs[0].final_score == pytest.approx(0.4) and runs[1].final_score is None
+    header, _, first, second = pages.conditions(runs, "verl")
+    assert header.startswith("|  | seeds | training score | final accuracy |")
+    assert first.startswith("| GRPO, on-policy | 1 | 0.400 | 0.300 |")
+    assert second.startswith("| GRPO, s=256 | 1 | - | 0.300 |")
+    assert "training score" not in pages.conditions([result("grpo", 0, 1, [0.3] * 5)])[0]
 
 
 def test_interval_is_students_t():
@@ -76,11 +132,24 @@ def test_page_from_results(tmp_path):
     assert "| GRPO at s=256 below on-policy | 4.0 points |" in text
     assert "| of that gap recovered by M2PO | 75% [" in text
     assert "2% / 0.1% = 20 |" in text
-    assert text.count("Not run yet.") == 6
+    assert text.count("Not run yet.") == 7
     assert (tmp_path / "figures" / "results" / "claim.svg").is_file()
     written = page.read_text()
     pages.write(common, loaded, [], [], page)
     assert page.read_text() == written, "writing again changes nothing"
+
+
+def test_causes_are_measured_against_the_gap_of_the_claim():
+    def runs(loss, age, final, stage, variant=""):
+        curves = {"masked": [0.01], "second_moment": [0.02]}
+        return [Result(stage, loss, age, 256, seed, variant, [0, 25], [final] * 2, curves, 1.0) for seed in (1, 2)]
+
+    claim = [*runs("grpo", 0, 0.6, "claim"), *runs("grpo", 256, 0.5, "claim"), *runs("m2po", 256, 0.57, "claim")]
+    assert pages.causes(claim) == ["Not run yet."]
+    more = [*runs("m2po", 256, 0.56, "causes", "micro_batch"), *runs("m2po", 64, 0.59, "causes")]
+    rows = pages.causes([*claim, *more])[2:]
+    assert [row.split(" | ")[3] for row in rows] == ["70% [70%, 70%]", "60% [60%, 60%]", "90% [90%, 90%]"]
+    assert [row.split(" | ")[0] for row in rows][::2] == ["| nothing", "| data 64 updates old"]
 
 
 def test_methods_stand_in_the_order_of_their_accuracy_on_the_stalest_data(tmp_path):

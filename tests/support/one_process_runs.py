@@ -18,6 +18,18 @@ OVERRIDES = [
 ]
 
 
+# Losses under another name, with further overrides.
+MICRO_ROWS = 4
+VARIANTS = {
+    "m2po_by_micro_batch": [
+        "loss=m2po",
+        "actor_rollout_ref.actor.policy_loss.m2po.scope=micro_batch",
+        "actor_rollout_ref.actor.use_dynamic_bsz=false",
+        f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={MICRO_ROWS}",
+    ]
+}
+
+
 def run_both(losses, model_folder, steps):
     """{loss: (bench, verl)}, each with metrics by trainer step and all parameters at the end."""
     return {loss: _run_both(loss, model_folder, steps) for loss in losses}
@@ -27,7 +39,8 @@ def _run_both(loss, model_folder, steps):
     from verl_m2po.one_process import setup as setups
     from verl_m2po.one_process.train import Bench
 
-    setup = setups.read([*OVERRIDES, f"loss={loss}"])
+    overrides = [*OVERRIDES, *VARIANTS.get(loss, [f"loss={loss}"])]
+    setup = setups.read(overrides)
     bench = Bench(setup, model_folder, digits=2)
     batches, metrics = [], []
     for step in range(1, steps + 1):
@@ -35,7 +48,7 @@ def _run_both(loss, model_folder, steps):
         batches.append(data.batch.clone())
         metrics.append(_plain(bench.learner.train_step(data.batch)))
     ours = {"metrics": metrics, "parameters": {n: p.detach() for n, p in bench.model.named_parameters()}}
-    return ours, _verl(setups.read([*OVERRIDES, f"loss={loss}"]), model_folder, batches)
+    return ours, _verl(setups.read(overrides), model_folder, batches)
 
 
 def _verl(setup, model_folder, batches):
@@ -44,7 +57,7 @@ def _verl(setup, model_folder, batches):
 
     worker = build_worker(model_folder, {}, optim=setup.actor.optim)
     worker.set_loss_fn(functools.partial(ppo_loss, config=setup.actor))
-    pack(worker, max_tokens=4096)
+    pack(worker, None if setup.actor.use_dynamic_bsz else MICRO_ROWS, max_tokens=4096)
     metrics = []
     for batch in batches:
         output = worker.train_mini_batch(_as_verl_sends_it(batch, setup))

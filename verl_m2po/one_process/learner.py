@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 from verl.utils import tensordict_utils as tu
-from verl.utils.metric import Metric
+from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import append_to_dict
 from verl.utils.torch_functional import (
     entropy_from_logits,
@@ -26,7 +26,7 @@ from verl_m2po.mini_batch import MiniBatch, training
 from verl_m2po.one_process.rollouts import prompt_cache
 from verl_m2po.one_process.setup import Setup
 from verl_m2po.step_scale import scaled_by_effective_share
-from verl_m2po.worker import AGE_FIELD, Observed
+from verl_m2po.worker import AGE_FIELD, Observed, decides_over_mini_batch
 
 FIELDS = (
     *("prompts", "responses", "attention_mask", "response_mask"),
@@ -39,7 +39,9 @@ WEIGHTS = "rollout_is_weights"
 class Learner:
     """What verl's actor worker does with a batch, for a model that fits into one process.
 
-    A mini-batch is one micro-batch, so that a loss that decides over the whole mini-batch sees all of it.
+    A mini-batch is one micro-batch, so that a loss that decides over the whole mini-batch sees all of it. Other losses
+    get micro-batches of `ppo_micro_batch_size_per_gpu` rows where the config asks for a number of rows
+    (`use_dynamic_bsz=false`).
 
     Args:
         model: The policy, trained in place.
@@ -52,6 +54,8 @@ class Learner:
         self._temperature = setup.config.actor_rollout_ref.rollout.temperature
         self._responses = setup.responses
         self._rows = setup.actor.ppo_mini_batch_size * setup.responses
+        is_one = setup.actor.use_dynamic_bsz or decides_over_mini_batch(setup.actor.policy_loss)
+        self._micro_rows = self._rows if is_one else setup.actor.ppo_micro_batch_size_per_gpu
         self._mismatch_floor: float | None = None
         self._step_scale = setup.actor.policy_loss.step_scale
         self._optimizer = build_optimizer(model.parameters(), setup.actor.optim)
@@ -82,8 +86,7 @@ class Learner:
             data: As for `train_step`.
             updates_before: Updates of this trainer step before it, by which the rows are older.
         """
-        tokens = int(data["response_mask"].sum())
-        tu.assign_non_tensor(data, dp_size=1, batch_num_tokens=tokens, global_batch_size=len(data))
+        whole = {"dp_size": 1, "batch_num_tokens": int(data["response_mask"].sum()), "global_batch_size": len(data)}
         mini_batch = MiniBatch(decide_in_loss=True, weighs_responses=self._step_scale.is_on)
         loss_fn = Observed(
             partial(ppo_loss, config=self._actor),
@@ -92,20 +95,23 @@ class Learner:
             lambda rows: _is_age_zero(rows, updates_before),
         )
         self._optimizer.zero_grad()
+        metrics: dict[str, Any] = {}
         with training(mini_batch):
-            loss, metrics = loss_fn(model_output=self._outputs(data), data=data)
-        loss.backward()
+            for micro_batch in data.split(self._micro_rows):
+                tu.assign_non_tensor(micro_batch, **whole)
+                loss, found = loss_fn(model_output=self._outputs(micro_batch), data=micro_batch)
+                loss.backward()
+                append_to_dict(metrics, found)
         norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._actor.optim.clip_grad)
         with self._scaled_step(mini_batch):
             if torch.isfinite(norm):
                 self._optimizer.step()
-        named = {name: value.aggregate() if isinstance(value, Metric) else value for name, value in metrics.items()}
         if mini_batch.sums:
-            whole = diagnostics.whole(diagnostics.total(mini_batch.sums), self._mismatch_floor)
-            self._mismatch_floor = whole.get("mismatch_floor")
-            mini_batch.metrics |= whole
-        named |= {f"{diagnostics.PREFIX}{name}": value for name, value in mini_batch.metrics.items()}
-        return named | {"actor/grad_norm": norm.item()}
+            statistics = diagnostics.whole(diagnostics.total(mini_batch.sums), self._mismatch_floor)
+            self._mismatch_floor = statistics.get("mismatch_floor")
+            mini_batch.metrics |= statistics
+        named = {f"{diagnostics.PREFIX}{name}": value for name, value in mini_batch.metrics.items()}
+        return reduce_metrics(metrics) | named | {"actor/grad_norm": norm.item()}
 
     @contextmanager
     def _scaled_step(self, mini_batch: MiniBatch) -> Iterator[None]:

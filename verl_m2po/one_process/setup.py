@@ -25,6 +25,7 @@ RECIPE = tiny_model.Recipe(
     max_steps=6000,
     evaluate_every_steps=50,
 )
+ACTOR = "actor_rollout_ref.actor"
 MODES = ("sync", "stale_k", "stale_k_separate")
 
 
@@ -97,15 +98,17 @@ def _staleness(config: DictConfig) -> tuple[int, str]:
 def _refuse(config: DictConfig) -> None:
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     mode, steps = config.trainer.v1.trainer_mode, config.trainer.total_training_steps
+    micro_rows = actor.ppo_micro_batch_size_per_gpu
     wanted = {
         "trainer.v1.trainer_mode": (mode, mode in MODES, f"one of {', '.join(MODES)}"),
         "trainer.total_training_steps": (steps, steps is not None and steps > 0, "a number of trainer steps"),
         "algorithm.use_kl_in_reward": _same(config.algorithm.use_kl_in_reward, False),
-        "actor_rollout_ref.actor.use_kl_loss": _same(actor.use_kl_loss, False),
-        "actor_rollout_ref.actor.shuffle": _same(actor.shuffle, False),
+        f"{ACTOR}.use_kl_loss": _same(actor.use_kl_loss, False),
+        f"{ACTOR}.shuffle": _same(actor.shuffle, False),
         f"{KEY}.m2po.subtract_mismatch_floor": _same(actor.policy_loss.m2po.subtract_mismatch_floor, False),
         "actor_rollout_ref.rollout.top_p": _same(rollout.top_p, 1.0),
         "actor_rollout_ref.rollout.top_k": _same(rollout.top_k, -1),
+        f"{ACTOR}.ppo_micro_batch_size_per_gpu": (micro_rows, *_micro_batches(config)),
         "critic.enable": (config.critic.enable, not config.critic.enable, "null or false"),
     }
     for key, (value, is_fine, what) in wanted.items():
@@ -114,6 +117,15 @@ def _refuse(config: DictConfig) -> None:
                 f"{key}={value} needs verl itself; in one process it must be {what}. The same overrides work with "
                 f"`python -m verl.trainer.main_ppo --config-name={CONFIG}`"
             )
+
+
+def _micro_batches(config: DictConfig) -> tuple[bool, str]:
+    """Whether micro-batches of a number of rows are what the bench can cut, and what it can."""
+    actor, responses = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
+    rows, whole = actor.ppo_micro_batch_size_per_gpu, actor.ppo_mini_batch_size * responses
+    # Prompts are computed once for all their responses.
+    is_fine = actor.use_dynamic_bsz or (bool(rows) and rows % responses == 0 and whole % rows == 0)
+    return is_fine, f"a multiple of the {responses} responses to a prompt and a divisor of the mini-batch's {whole}"
 
 
 def _same(value: Any, wanted: Any) -> tuple[Any, bool, str]:

@@ -31,11 +31,16 @@ def run(
     out: Folder = OUT,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = os.cpu_count() or 1,
     most: Annotated[int | None, typer.Option(min=1, help="Only the first of the queue; all by default.")] = None,
+    known: Annotated[
+        Path | None, typer.Option(help="JSON of earlier results: what is in it does not run. For `results --keep`.")
+    ] = None,
 ) -> None:
     """All runs on the experiment bench, the most telling ones first. Ctrl-C, and later on from there."""
+    from verl_m2po.study import results as studied
     from verl_m2po.study.run import run_jobs
 
-    _finish(run_jobs(plan.jobs()[:most], out / "one_process", workers, Console()))
+    jobs = plan.jobs()[:most]
+    _finish(run_jobs(studied.without_known(jobs, known) if known else jobs, out / "one_process", workers, Console()))
 
 
 @app.command()
@@ -59,19 +64,25 @@ def results(
     out: Folder = OUT,
     page: Annotated[Path, typer.Option(help="Its marked sections are rewritten.")] = PAGE,
     collect: Annotated[bool, typer.Option(help="Read the runs; otherwise draw from the JSON beside the page.")] = True,
+    keep: Annotated[
+        bool, typer.Option(help="Add to the JSON beside the page, whose runs stay unless they ran anew.")
+    ] = False,
 ) -> None:
     """Put what has run so far into the JSON file, the page and its figures."""
     from verl_m2po.study import page as pages
     from verl_m2po.study import results as studied
 
+    def put(new: dict, path: Path) -> None:
+        studied.write(studied.merge(new, studied.load(path)[0]) if keep and path.exists() else new, path)
+
     data = page.parent / DATA
-    if collect:
-        studied.write(studied.collect(plan.jobs(), out / "one_process"), data)
+    if collect and (not keep or (out / "one_process").is_dir()):
+        put(studied.collect(plan.jobs(), out / "one_process"), data)
     common, bench = studied.load(data)
     through_verl = {}
     for stage, path in VERL_DATA.items():
         if collect and (out / stage).is_dir():
-            studied.write(studied.collect_verl(out / stage, stage), page.parent / path)
+            put(studied.collect_verl(out / stage, stage), page.parent / path)
         through_verl[stage] = studied.load(page.parent / path)[1] if (page.parent / path).exists() else []
     pages.write(common, bench, through_verl["verl"], through_verl[WALL_CLOCK], page)
     typer.echo(f"written: {page}, {data}")

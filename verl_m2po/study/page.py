@@ -43,6 +43,12 @@ def _percent(values: Sequence[float]) -> str:
     return f"{100 * np.mean(values):.2g}%" if len(values) else "-"
 
 
+def _recovered(method: Sequence[float], grpo: Sequence[float], reference: Sequence[float]) -> str | None:
+    """`recovered_gap` in percent; None where it has no answer."""
+    gap = recovered_gap(method, grpo, reference)
+    return f"{100 * gap[0]:.0f}% [{100 * gap[1]:.0f}%, {100 * gap[2]:.0f}%]" if gap else None
+
+
 def _collapse(runs: Sequence[Result]) -> str:
     steps = [run.collapse_step for run in runs if run.collapse_step is not None]
     return f"{np.mean(steps):.0f} ({len(steps)}/{len(runs)})" if steps else "none"
@@ -60,15 +66,18 @@ def _suffix(variant: str) -> str:
 
 
 def conditions(results: Sequence[Result], stage: str = "staleness") -> list[str]:
-    """One row for each loss, staleness and variant of a stage."""
+    """One row for each loss, staleness and variant of a stage; with the training score where it is kept."""
     rows = []
+    has_scores = any(run.final_score is not None for run in results if run.stage == stage)
     for variant, age, loss in sorted({(r.variant, r.staleness_updates, r.loss) for r in results if r.stage == stage}):
         runs = select(results, stage, loss, age, variant)
         curve = runs[0].left_out_name
+        scores = [_accuracy([run.final_score for run in runs if run.final_score is not None])] if has_scores else []
         rows.append(
             [
                 f"{NAMES.get(loss, loss)}, {'on-policy' if age == 0 else f's={age}'}{_suffix(variant)}",
                 str(len(runs)),
+                *scores,
                 _accuracy([run.final for run in runs]),
                 _accuracy([run.best for run in runs]),
                 _percent([run.mean(curve) for run in runs]),
@@ -76,7 +85,8 @@ def conditions(results: Sequence[Result], stage: str = "staleness") -> list[str]
                 _collapse(runs),
             ]
         )
-    header = ["", "seeds", "final accuracy", "best", "clipped or masked", "second moment before", "collapse step"]
+    measured = ["training score", "final accuracy"] if has_scores else ["final accuracy"]
+    header = ["", "seeds", *measured, "best", "clipped or masked", "second moment before", "collapse step"]
     return _table(header, rows) if rows else ["Not run yet."]
 
 
@@ -91,8 +101,8 @@ def claim(results: Sequence[Result]) -> list[str]:
         rows.append([f"GRPO at s={STALEST} below on-policy", f"{lost:.1f} points", "2.6 to 10.6 points (Table 1)"])
     paper = {"m2po": "86% to 238% on its six models (Table 1)"}
     for loss in ("m2po", "m2po_clip", "no_trust_region", "gspo"):
-        if gap := recovered_gap([r.final for r in stale[loss]], grpo, reference):
-            share = f"{100 * gap[0]:.0f}% [{100 * gap[1]:.0f}%, {100 * gap[2]:.0f}%]"
+        share = _recovered([r.final for r in stale[loss]], grpo, reference)
+        if share:
             rows.append([f"of that gap recovered by {NAMES[loss]}", share, paper.get(loss, "-")])
     if stale["grpo"] and stale["m2po"]:
         clipped = np.mean([r.mean("clipped") for r in stale["grpo"]])
@@ -102,6 +112,28 @@ def claim(results: Sequence[Result]) -> list[str]:
         )
         rows.append(["tokens clipped by GRPO / masked by M2PO", ours, "1.22% / 0.06% = 20"])
     return _table(["", "here", "the paper's"], rows)
+
+
+def causes(results: Sequence[Result]) -> list[str]:
+    """What M2PO recovers of GRPO's gap with one thing changed, over as many trainer steps as the claim's runs."""
+    reference, grpo = ([r.final for r in select(results, "claim", "grpo", age)] for age in (0, STALEST))
+    changes = {
+        "nothing": select(results, "claim", "m2po", STALEST),
+        "threshold 0.16 for 0.04": select(results, "causes", "m2po", STALEST, "threshold0.16"),
+        "each prompt decides for itself (`scope=micro_batch`)": select(
+            results, "causes", "m2po", STALEST, "micro_batch"
+        ),
+        "data 64 updates old": select(results, "causes", "m2po", 64),
+    }
+    rows = []
+    for change, runs in changes.items():
+        if runs:
+            finals = [run.final for run in runs]
+            masked = _percent([run.mean("masked") for run in runs])
+            share = _recovered(finals, grpo, reference) or "-"
+            rows.append([change, str(len(runs)), _accuracy(finals), share, masked])
+    header = ["changed in M2PO's run at s=256", "seeds", "final accuracy", "of GRPO's gap recovered", "masked"]
+    return _table(header, rows) if len(rows) > 1 else ["Not run yet."]
 
 
 def methods(results: Sequence[Result]) -> list[str]:
@@ -228,6 +260,7 @@ def write(
         "methods": methods(results),
         "learning rates": learning_rates(results),
         "thresholds": thresholds(results),
+        "causes": causes(results),
         "through verl": through_verl(verl),
         "wall clock": wall_clock(timed),
         "claim figure": [shown[name] for name in drawn if name == "claim"],

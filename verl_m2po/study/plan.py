@@ -21,6 +21,14 @@ HOT_SEEDS = (1, 2, 3)
 THRESHOLDS = (0.01, 0.02, 0.08, 0.16)
 # Stage of the runs through verl whose time is compared
 WALL_CLOCK = "wall_clock"
+THRESHOLD = "actor_rollout_ref.actor.policy_loss.m2po.threshold"
+# One prompt with its responses decides for itself
+MICRO_BATCH = (
+    "actor_rollout_ref.actor.policy_loss.m2po.scope=micro_batch",
+    "actor_rollout_ref.actor.use_dynamic_bsz=false",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
+)
+CAUSE_SEEDS = (1, 2, 3)
 # What the claim is about: (loss, staleness in optimizer updates); on-policy training first.
 CLAIM = (("grpo", 0), ("m2po", STALEST), ("grpo", STALEST), ("no_trust_region", STALEST))
 METHODS = ("grpo", "m2po", "no_trust_region", "gspo", "m2po_clip")
@@ -106,8 +114,16 @@ def _compare(
 
 def _thresholds(seed: int) -> Iterator[Job]:
     for threshold in THRESHOLDS:
-        key = f"actor_rollout_ref.actor.policy_loss.m2po.threshold={threshold}"
-        yield Job("threshold", "m2po", STALEST, seed, (key,), f"threshold{threshold:g}")
+        override = f"{THRESHOLD}={threshold}"
+        yield Job("threshold", "m2po", STALEST, seed, (override,), f"threshold{threshold:g}")
+
+
+def _causes(seed: int) -> Iterator[Job]:
+    """Why M2PO does not recover everything: what it masks, how it decides what, or the age of the data."""
+    looser = (f"{THRESHOLD}=0.16",)
+    yield Job("causes", "m2po", STALEST, seed, looser, "threshold0.16", CLAIM_STEPS)
+    yield Job("causes", "m2po", STALEST, seed, MICRO_BATCH, "micro_batch", CLAIM_STEPS)
+    yield Job("causes", "m2po", 64, seed, steps=CLAIM_STEPS)
 
 
 def _hot(seed: int) -> Iterator[Job]:
@@ -127,5 +143,7 @@ def jobs() -> list[Job]:
     rest = [*_compare(METHODS, (STALEST, 0), SEEDS), *_compare(METHODS, (64, 16), SEEDS)]
     others = _compare(OTHER_METHODS, (STALEST, 0), SEEDS, "methods")
     between = _compare(OTHER_METHODS, (64, 16), FEW_SEEDS, "methods")
+    causes = [job for seed in CAUSE_SEEDS for job in _causes(seed)]
+    thresholds = [job for seed in SEEDS for job in _thresholds(seed)]
     claims = [*_claim("claim", CLAIM_STEPS), *trials(), *_claim("staleness", STEPS)]
-    return list(dict.fromkeys([*claims, *sweeps, *rest, *others, *between]))
+    return list(dict.fromkeys([*claims, *sweeps, *rest, *others, *causes, *thresholds, *between]))

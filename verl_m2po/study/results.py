@@ -30,6 +30,10 @@ SEPARATE = "separate"
 MINI_BATCH_SIZE = "actor_rollout_ref.actor.ppo_mini_batch_size"
 # Curve of `WALL_CLOCK` runs: seconds of all trainer steps so far
 SECONDS = "seconds"
+# Curve of the runs through verl, whose validation is coarse: share of right responses in the training batches
+SCORE = "training_score"
+# Its last means, two of ten trainer steps each
+FINAL_SCORES = 2
 # Metrics that are kept as means over the trainer steps since the validation before.
 CURVES = {
     "masked": metrics.MASKED_FRACTION,
@@ -87,6 +91,11 @@ class Result:
         return max(self.accuracy)
 
     @property
+    def final_score(self) -> float | None:
+        """Mean training score of the last 20 trainer steps; None where it is not kept."""
+        return float(np.mean(self.curves[SCORE][-FINAL_SCORES:])) if SCORE in self.curves else None
+
+    @property
     def collapse_step(self) -> int | None:
         return collapse_step(self.series)
 
@@ -115,10 +124,10 @@ def _rounded(values: Iterable[float], digits: int) -> list[float]:
     return [float(f"{value:.{digits}g}") for value in values]
 
 
-def _curves(run: Run, steps: list[int]) -> dict[str, list[float]]:
-    """Means between the validations at `steps`."""
+def _curves(run: Run, steps: list[int], wanted: dict[str, str]) -> dict[str, list[float]]:
+    """Means between the validations at `steps` of the metrics in `wanted`."""
     curves = {}
-    for name, metric in CURVES.items():
+    for name, metric in wanted.items():
         if metric in run.logged:
             series = run.series(metric).loc[steps[0] + 1 : steps[-1]]
             curves[name] = _rounded(series.groupby(pd.cut(series.index, steps, labels=False)).mean(), 4)
@@ -150,6 +159,7 @@ def _read(
         return None
     steps, known = accuracy.index.tolist(), run.settings
     times = {SECONDS: _seconds(run, steps)} if stage == WALL_CLOCK else {}
+    wanted = CURVES | ({SCORE: metrics.TRAINING_SCORE} if stage == "verl" else {})
     size = [int(str(known.config[key])) for key in ("data.train_batch_size", MINI_BATCH_SIZE)]
     return Result(
         stage,
@@ -160,7 +170,7 @@ def _read(
         SEPARATE if (known.mode or "").endswith("_separate") else variant,
         steps,
         _rounded(accuracy, 4),
-        _curves(run, steps) | times,
+        _curves(run, steps, wanted) | times,
         round(float(run.series("timing_s/step").loc[:most].sum()), 1),
     )
 
@@ -180,6 +190,43 @@ def collect_verl(out: Path, stage: str = "verl") -> dict[str, Any]:
     """The runs through verl under `out`, also those that are not finished."""
     results = [_read(path.parent, stage) for path in sorted(out.glob(f"*/{LOG}"))]
     return {"runs": _plain(results)}
+
+
+def merge(data: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """`data` with those runs of `kept` that it does not have, and the machines of both.
+
+    Args:
+        data: What `collect` returned.
+        kept: What `write` wrote earlier, of the same settings and versions.
+
+    Raises:
+        ValueError: Configuration, model or versions differ, so that the runs must not share a table.
+    """
+    for key in ("config", "model", "versions"):
+        if data.get(key) != kept.get(key):
+            raise ValueError(
+                f"the runs to keep differ in {key!r}: {kept.get(key)}, and the new ones have {data.get(key)}; run the "
+                "study anew, or in the environment of the old runs"
+            )
+    runs = {_key(Result(**run)): Result(**run) for run in [*kept["runs"], *data["runs"]]}
+    both = " and ".join(source["machine"] for source in (kept, data) if "machine" in source)
+    machine = {"machine": " and ".join(dict.fromkeys(both.split(" and ")))} if both else {}
+    return data | machine | {"runs": _plain(runs.values())}
+
+
+def without_known(jobs: Iterable[Job], path: Path) -> list[Job]:
+    """Those of `jobs` that the results in the file `path` lack, or have with another number of trainer steps.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    known = {(_key(result), result.steps[-1]) for result in load(path)[1]}
+    return [job for job in jobs if (_key(job), job.steps) not in known]
+
+
+def _key(run: Result | Job) -> tuple[str, str, int, str, int]:
+    """What makes a run one of its own."""
+    return (run.stage, run.loss, run.staleness_updates, run.variant, run.seed)
 
 
 def _plain(results: Iterable[Result | None]) -> list[dict[str, Any]]:
