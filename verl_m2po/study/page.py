@@ -9,7 +9,7 @@ import numpy as np
 from verl_m2po.bench.page import replace_section
 from verl_m2po.study import figures
 from verl_m2po.study.figures import NAMES
-from verl_m2po.study.plan import STALEST, THRESHOLDS, TRIAL_LEARNING_RATES
+from verl_m2po.study.plan import CAUSE_STALENESS, STALEST, THRESHOLDS, TRIAL_LEARNING_RATES
 from verl_m2po.study.results import (
     FINAL_POINTS,
     SEPARATE,
@@ -123,8 +123,9 @@ def causes(results: Sequence[Result]) -> list[str]:
         "each prompt decides for itself (`scope=micro_batch`)": select(
             results, "causes", "m2po", STALEST, "micro_batch"
         ),
-        "data 64 updates old": select(results, "causes", "m2po", 64),
     }
+    for age in CAUSE_STALENESS:
+        changes[f"data {age} updates old" if age else "on-policy"] = select(results, "causes", "m2po", age)
     rows = []
     for change, runs in changes.items():
         if runs:

@@ -29,6 +29,7 @@ MICRO_BATCH = (
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
 )
 CAUSE_SEEDS = (1, 2, 3)
+CAUSE_STALENESS = (64, 16, 0)
 # What the claim is about: (loss, staleness in optimizer updates); on-policy training first.
 CLAIM = (("grpo", 0), ("m2po", STALEST), ("grpo", STALEST), ("no_trust_region", STALEST))
 METHODS = ("grpo", "m2po", "no_trust_region", "gspo", "m2po_clip")
@@ -123,7 +124,8 @@ def _causes(seed: int) -> Iterator[Job]:
     looser = (f"{THRESHOLD}=0.16",)
     yield Job("causes", "m2po", STALEST, seed, looser, "threshold0.16", CLAIM_STEPS)
     yield Job("causes", "m2po", STALEST, seed, MICRO_BATCH, "micro_batch", CLAIM_STEPS)
-    yield Job("causes", "m2po", 64, seed, steps=CLAIM_STEPS)
+    for updates in CAUSE_STALENESS:
+        yield Job("causes", "m2po", updates, seed, steps=CLAIM_STEPS)
 
 
 def _hot(seed: int) -> Iterator[Job]:
