@@ -23,6 +23,9 @@ def config(mode: str = "stale_k", **changes):
             "trainer": {"v1": {"trainer_mode": mode, mode: {}, "sampler": {}}},
         }
     )
+    if mode in preflight.SEPARATE_MODES:
+        devices = {"nnodes": 1, "n_gpus_per_node": 4, "checkpoint_engine": {"backend": "nccl"}}
+        base = OmegaConf.merge(base, {"actor_rollout_ref": {"hybrid_engine": False, "rollout": devices}})
     for key, value in changes.items():
         OmegaConf.update(base, key.replace("__", "."), value, force_add=True)
     return base
@@ -77,6 +80,23 @@ def test_a_sync_step_that_contradicts_the_batch_sizes_is_refused(value, is_refus
     changes = {"trainer__v1__bounded_async__parameter_sync_step": value}
     keys = [problem.key for problem in preflight.check(config("bounded_async", **changes))]
     assert keys == ["trainer.v1.bounded_async.parameter_sync_step"] * is_refused
+
+
+@pytest.mark.parametrize("mode", preflight.SEPARATE_MODES)
+@pytest.mark.parametrize(
+    ("key", "value", "is_fatal"),
+    [
+        ("rollout__nnodes", 0, True),
+        ("rollout__n_gpus_per_node", 0, True),
+        ("rollout__checkpoint_engine__backend", "naive", True),
+        ("hybrid_engine", True, False),
+    ],
+)
+def test_a_separate_mode_without_devices_of_its_own_is_refused(mode, key, value, is_fatal):
+    changed = f"actor_rollout_ref__{key}"
+    (problem,) = preflight.check(config(mode, **{changed: value}))
+    assert (problem.key, problem.value, problem.is_fatal) == (changed.replace("__", "."), value, is_fatal)
+    assert preflight.check(config("stale_k", **{changed: value})) == []
 
 
 def test_more_rollouts_than_transfer_queue_may_hold_are_refused_before_the_ramp():

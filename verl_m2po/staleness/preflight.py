@@ -101,6 +101,7 @@ def check(config: DictConfig, available_memory_bytes: int | None = None) -> list
         *_check_failed_trajectories(config, mode, settings),
         *_check_sampling(config),
         *_check_trainer(config, mode),
+        *_check_devices(config, mode),
         *_check_memory(config, mode, settings, available_memory_bytes),
         *_check_capacity(config, settings),
     ]
@@ -255,6 +256,31 @@ def _check_trainer(config: DictConfig, mode: str) -> list[Problem]:
         key = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
         why = f"the mode {mode} needs verl_m2po.staleness.agent_loop.StalenessAgentLoopManager"
         problems.append(Problem(key, manager, why, "Remove it; custom agent loops are not affected"))
+    return problems
+
+
+def _check_devices(config: DictConfig, mode: str) -> list[Problem]:
+    """Whether a separate mode has devices that generate; verl asks in an assertion, and after Ray has started."""
+    if mode not in SEPARATE_MODES:
+        return []
+    rollout, prefix = config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
+    option = "Add staleness=bounded_async or staleness=s64_separate, with hardware=eight_gpu_separate or cpu"
+    problems = []
+    for name, why in (("nnodes", "node"), ("n_gpus_per_node", "device of such a node")):
+        value = rollout.get(name) or 0
+        if value < 1:
+            why = f"the mode {mode} generates on devices of its own, and no {why} is given to it"
+            problems.append(Problem(f"{prefix}.{name}", value, why, f"{option}, or set it to 1 or more"))
+    backend = OmegaConf.select(config, f"{prefix}.checkpoint_engine.backend")
+    if backend in (None, "naive"):
+        why = "it moves weights within one process, and the rollout has processes of its own"
+        remedy = f"{option}, or set it to nccl (gloo on the CPU)"
+        problems.append(Problem(f"{prefix}.checkpoint_engine.backend", backend, why, remedy))
+    if OmegaConf.select(config, "actor_rollout_ref.hybrid_engine") is not False:
+        why = f"verl keeps a second rollout on the training devices, which the mode {mode} never asks"
+        problems.append(
+            Problem("actor_rollout_ref.hybrid_engine", True, why, "Set it to false to have the memory", is_fatal=False)
+        )
     return problems
 
 
