@@ -47,6 +47,8 @@ def test_merging_keeps_what_did_not_run_anew_and_names_both_machines():
     assert merged["machine"] == "a machine and another"
     assert studied.merge(merged, merged) == merged
     assert studied.merge(plain(again, machine="another"), merged) == merged
+    shorter = result("grpo", 256, 2, [0.1])
+    assert studied.merge(plain(shorter), merged)["runs"] == merged["runs"], "a run that is still going"
     assert studied.merge({"runs": studied._plain([old])}, {"runs": studied._plain([other])}).keys() == {"runs"}
 
 
@@ -161,7 +163,7 @@ def test_methods_stand_in_the_order_of_their_accuracy_on_the_stalest_data(tmp_pa
     assert [len(studied.of_method(results, "grpo", age)) for age in (0, 16, 256)] == [2, 0, 2]
     lines = pages.methods(results)
     assert [line.split(" ")[1] for line in lines[2:]] == ["`rec`", "`grpo`", "`oapl`"]
-    assert lines[0].startswith("| `loss=` | on-policy | s=256 | seeds at s=256 |")
+    assert lines[0].startswith("| `loss=` | on-policy | s=256 | seeds |") and "| 2/2 |" in lines[2]
     assert pages.methods(runs("grpo", 0.4, "staleness")) == ["Not run yet."]
     assert pages.figures.save(results, tmp_path) == ["methods"]
 

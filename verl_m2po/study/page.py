@@ -23,20 +23,25 @@ from verl_m2po.study.results import (
 
 # Accuracies to which the time is compared; the base model has 0.33
 TARGETS = (0.40, 0.42, 0.44)
+# For an interval
+LEAST_SEEDS = 3
 CAPTIONS = {
     "claim": "Accuracy, and tokens that give no gradient. Line: mean over seeds; band: lowest to highest seed.",
     "by_staleness": "Final accuracy against staleness; bars: lowest to highest seed.",
     "by_threshold": "Final accuracy against M2PO's threshold; bars: lowest to highest seed.",
-    "wall_clock": "The same three runs; lines begin at the fourth validation.",
+    "wall_clock": "The same three runs by trainer step and by time; lines begin at the fourth validation.",
     "methods": "Final accuracy of every method on-policy (circle) and at s=256 (dot; bars: lowest to highest seed).",
 }
 
 
 def _accuracy(values: Sequence[float]) -> str:
+    """Mean with its interval; that of two seeds is too wide to say anything."""
     interval = Interval.of(values)
     if interval is None:
         return "-"
-    return f"{interval.mean:.3f}" if interval.seeds == 1 else f"{interval.mean:.3f} ± {interval.half_width:.3f}"
+    return (
+        f"{interval.mean:.3f}" if interval.seeds < LEAST_SEEDS else f"{interval.mean:.3f} ± {interval.half_width:.3f}"
+    )
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -145,10 +150,11 @@ def methods(results: Sequence[Result]) -> list[str]:
         stalest = of_method(results, loss, STALEST)
         finals = [_accuracy([run.final for run in of_method(results, loss, age)]) for age in ages]
         left_out = _percent([run.mean(run.left_out_name) for run in stalest if run.left_out_name in run.curves])
-        rows.append([f"`{loss}`", *finals, str(len(stalest)), left_out, _collapse(stalest)])
+        seeds = "/".join(str(len(of_method(results, loss, age))) for age in ages)
+        rows.append([f"`{loss}`", *finals, seeds, left_out, _collapse(stalest)])
     names = ["on-policy" if age == 0 else f"s={age}" for age in ages]
     at = f"at s={STALEST}"
-    header = ["`loss=`", *names, f"seeds {at}", f"clipped or masked {at}", f"collapse step {at}"]
+    header = ["`loss=`", *names, "seeds", f"clipped or masked {at}", f"collapse step {at}"]
     return _table(header, rows) if rows else ["Not run yet."]
 
 
@@ -189,8 +195,8 @@ def provenance(data: dict[str, Any], results: Sequence[Result]) -> list[str]:
         f"{results[0].updates_per_step} optimizer updates ({lengths}); {total:.1f} hours of run time in all, on "
         f"{data['machine']} shared with other work. {versions}. "
         f'"Final" is the mean of the last {FINAL_POINTS} validations (512 held-out problems, exact '
-        "probability of a right response); ± is half of a 95% interval over seeds (Student's t), brackets are 95% "
-        "bootstrap intervals over seeds."
+        f"probability of a right response); ± is half of a 95% interval over {LEAST_SEEDS} or more seeds (Student's "
+        "t), brackets are 95% bootstrap intervals over seeds."
     ]
 
 

@@ -193,7 +193,7 @@ def collect_verl(out: Path, stage: str = "verl") -> dict[str, Any]:
 
 
 def merge(data: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
-    """`data` with those runs of `kept` that it does not have, and the machines of both.
+    """`data` with those runs of `kept` that it does not have or has not got as far with, and the machines of both.
 
     Args:
         data: What `collect` returned.
@@ -208,9 +208,10 @@ def merge(data: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
                 f"the runs to keep differ in {key!r}: {kept.get(key)}, and the new ones have {data.get(key)}; run the "
                 "study anew, or in the environment of the old runs"
             )
-    runs = {_key(Result(**run)): Result(**run) for run in [*kept["runs"], *data["runs"]]}
-    both = " and ".join(source["machine"] for source in (kept, data) if "machine" in source)
-    machine = {"machine": " and ".join(dict.fromkeys(both.split(" and ")))} if both else {}
+    both = sorted((Result(**run) for run in [*kept["runs"], *data["runs"]]), key=lambda run: run.steps[-1])
+    runs = {_key(run): run for run in both}
+    machines = " and ".join(source["machine"] for source in (kept, data) if "machine" in source)
+    machine = {"machine": " and ".join(dict.fromkeys(machines.split(" and ")))} if machines else {}
     return data | machine | {"runs": _plain(runs.values())}
 
 
