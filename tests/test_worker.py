@@ -9,7 +9,9 @@ from compose import composed
 from omegaconf import OmegaConf
 from ranks import run_on_ranks
 
+from verl_m2po import worker
 from verl_m2po.losses import diagnostics, gallery
+from verl_m2po.mini_batch import MiniBatch
 from verl_m2po.staleness.preflight import has_proximal_policy
 from verl_m2po.step_scale import effective_sample_share
 
@@ -136,6 +138,26 @@ def test_mismatch_floor_is_measured_on_tokens_of_age_zero_and_added_to_the_thres
 
 def test_the_mismatch_floor_outlives_a_restart(seams):
     assert seams["floor after a restart"] == seams["floor"]["metrics"]["actor/m2po/mismatch_floor"]
+
+
+def test_an_advantage_that_is_not_a_number_is_one_error(seams):
+    assert (
+        "1 of " in seams["an advantage that is NaN"] and "algorithm.adv_estimator" in seams["an advantage that is NaN"]
+    )
+
+
+def test_past_the_ramp_no_micro_batch_is_asked_for_its_age(seams):
+    looks = seams["looked at ages"]
+    ahead, once = [2, 2, 2, 2], [ROWS]
+    assert looks[0] == [*ahead, *once, *ahead]
+    assert looks[4] == [*ahead, *once]
+
+
+def test_logits_for_distillation_pass_through_to_verls_own_function():
+    calls = []
+    observed = worker.Observed(lambda **given: calls.append(given), MiniBatch(), True, lambda _rows: None)
+    observed(student_logits="logits", data="rows")
+    assert calls == [{"student_logits": "logits", "data": "rows"}]
 
 
 def test_foreign_worker_is_refused_by_the_loss(seams):

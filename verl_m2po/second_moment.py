@@ -12,7 +12,7 @@ communication between ranks. Only tokens with (log r)^2 above the threshold can 
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -292,10 +292,11 @@ class _Units:
         return int(torch.searchsorted(running, budget, right=True))
 
 
-_units = cache(_Units)
+# With `subtract_mismatch_floor` the threshold is another one whenever the floor was measured anew.
+_units = lru_cache(maxsize=16)(_Units)
 
 
-@cache
+@lru_cache(maxsize=16)
 def largest_root(threshold: float, dtype: torch.dtype) -> float:
     """The largest number of `dtype` whose exact square is at most `threshold`."""
     if threshold == math.inf:

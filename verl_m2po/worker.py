@@ -22,6 +22,7 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
+from verl_m2po.advantages.finite import require_finite
 from verl_m2po.losses import diagnostics, opsm, token_loss
 from verl_m2po.losses.bapo import BAPOConfig, BoundsSearch
 from verl_m2po.losses.config import KEY, M2POConfig, StepScaleConfig
@@ -64,8 +65,11 @@ class M2POTrainingWorker(TrainingWorker):
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def train_mini_batch(self, data: TensorDict) -> TensorDict:
-        """As verl's; ages of rows count from its start."""
+        """As verl's; ages of rows count from its start, and advantages must be finite where a loss is observed."""
         self._updates_in_call = 0
+        policy_loss = policy_loss_config(self.loss_fn)
+        if policy_loss is not None and _observes(policy_loss):
+            require_finite(data)
         return super().train_mini_batch(data)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
@@ -78,7 +82,11 @@ class M2POTrainingWorker(TrainingWorker):
         self._decide(data, policy_loss, mini_batch)
         loss_fn = self.loss_fn
         assert loss_fn is not None
-        self.loss_fn = Observed(loss_fn, mini_batch, policy_loss.get("diagnostics", False), self._is_age_zero)
+        # Asked here, where the ages are in host memory: past the ramp of stale data no micro-batch has to be looked at.
+        is_age_zero = self._is_age_zero(data)
+        some_are_new = is_age_zero is not None and bool(is_age_zero.any())
+        ages = self._is_age_zero if some_are_new else lambda _rows: None
+        self.loss_fn = Observed(loss_fn, mini_batch, policy_loss.get("diagnostics", False), ages)
         try:
             with training(mini_batch), self._scaling_step(_step_scale_of(policy_loss), mini_batch):
                 output = super().train_batch(data)
@@ -91,7 +99,9 @@ class M2POTrainingWorker(TrainingWorker):
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """As verl's, and the mismatch floor, which rows of age zero will not come again to measure."""
         super().save_checkpoint(local_path, *args, **kwargs)
-        if self._mismatch_floor is not None and self.rank == 0:
+        # Rank 0 of a pipeline has no outputs, and so no floor.
+        writes = self.engine.is_mp_src_rank_with_outputs() and self.engine.get_data_parallel_rank() == 0
+        if self._mismatch_floor is not None and writes:
             (Path(local_path) / STATE_FILE).write_text(json.dumps({"mismatch_floor": self._mismatch_floor}))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # pyright: ignore[reportAttributeAccessIssue]
@@ -177,7 +187,7 @@ class M2POTrainingWorker(TrainingWorker):
             data: A mini-batch.
             config: verl's actor settings, to leave out what sequence masking leaves out; None: all.
         """
-        # A shallow copy: the engine writes its own keys, and entropies are not needed here.
+        # A shallow copy: the engine writes its own keys.
         data = data.copy()
         packing = {
             "use_remove_padding": self.model_config.get("use_remove_padding", False),
@@ -185,7 +195,8 @@ class M2POTrainingWorker(TrainingWorker):
             **self._packing(data),
         }
         missing = {key: value for key, value in packing.items() if key not in data.keys()}  # noqa: SIM118 (a TensorDict)
-        tu.assign_non_tensor(data, **missing, calculate_entropy=False, calculate_sum_pi_squared=False)
+        unneeded = ("calculate_entropy", "calculate_sum_pi_squared", "distillation_use_topk", "distillation_only")
+        tu.assign_non_tensor(data, **missing, **dict.fromkeys(unneeded, False))
         auto_offload_off = tu.get(data, key="disable_auto_offload", default=False)
         seen: list[Seen] = []
 
@@ -283,8 +294,16 @@ class Observed:
         self.is_age_zero = is_age_zero
 
     def __call__(
-        self, model_output: dict[str, Any], data: TensorDict, dp_group: dist.ProcessGroup | None = None
-    ) -> tuple[Tensor, dict]:
+        self,
+        model_output: dict[str, Any] | None = None,
+        data: TensorDict | None = None,
+        dp_group: dist.ProcessGroup | None = None,
+        **of_logits: Any,
+    ) -> Any:
+        if model_output is None:
+            # verl's engines also call it on logits, for top-k distillation; that is no loss yet.
+            return self.loss_fn(data=data, **of_logits)
+        assert data is not None
         before = len(self.mini_batch.sums)
         loss, metrics = self.loss_fn(model_output=model_output, data=data, dp_group=dp_group)
         with torch.no_grad():

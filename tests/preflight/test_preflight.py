@@ -70,6 +70,12 @@ def test_missing_behaviour_log_probs(config, mode):
     assert "Set actor_rollout_ref.rollout.calculate_log_probs=true" in message
 
 
+def test_a_mismatch_floor_needs_a_mode_that_knows_ages(config):
+    message = one(losses.problems(config(f"{LOSS}.subtract_mismatch_floor=true")))
+    assert f"{LOSS}.subtract_mismatch_floor=True" in message and "gives no ages" in message
+    assert list(losses.problems(config(f"{LOSS}.subtract_mismatch_floor=true", "staleness=s64"))) == []
+
+
 def test_hidden_staleness_is_refused_in_async_modes_only(config):
     bypass_off = "algorithm.rollout_correction.bypass_mode=false"
     assert list(losses.problems(config(bypass_off))) == []
@@ -90,6 +96,30 @@ def test_folder_that_is_no_model(config, tmp_path):
 def test_lengths_that_the_model_does_not_have(config):
     message = one(inputs.problems(config("data.max_prompt_length=4096", "data.max_response_length=8")))
     assert message.startswith("data.max_prompt_length + data.max_response_length=4104: the model has 4096 positions")
+
+
+def test_positions_that_the_config_overrides_count(config):
+    override = "+actor_rollout_ref.model.override_config.max_position_embeddings"
+    assert list(inputs.problems(config("data.max_response_length=30000", f"{override}=32768"))) == []
+    message = one(inputs.problems(config(f"{override}=4")))
+    assert "4 positions (max_position_embeddings in actor_rollout_ref.model.override_config)" in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "actor_rollout_ref.actor.policy_loss.loss_mode=m2po",
+        "algorithm.adv_estimator=oapl",
+        "actor_rollout_ref.actor.policy_loss.opsm.delta=0.1",
+    ],
+)
+def test_a_method_chosen_by_verls_own_key_is_checked_too(override):
+    plain = ["trainer.v1.trainer_mode=colocate_async", "algorithm.rollout_correction.bypass_mode=false"]
+    plain += ["trainer.device=cuda", "algorithm.policy_loss=null"]
+    assert not callback.uses_this_package(composed(*plain, config_name="ppo_trainer"))
+    chosen = composed(*plain, override, config_name="ppo_trainer")
+    assert callback.uses_this_package(chosen)
+    assert list(losses.problems(chosen))
 
 
 def test_another_actor_worker_under_mini_batch_scope(config, monkeypatch):

@@ -306,12 +306,31 @@ def run_seams(model_folder, rows):
         output = worker.train_mini_batch(data)
     record["metrics"] = m2po_metrics(tu.get(output, "metrics"))
     records["two mini-batches, two epochs"] = record
+    data["advantages"].values()[3] = float("nan")
+    try:
+        worker.train_mini_batch(data)
+    except ValueError as error:
+        records["an advantage that is NaN"] = str(error)
+    records["looked at ages"] = {age: _looks_at_ages(worker, rows, old_log_probs, age) for age in (0, 4)}
     masked = [row | {"response_mask": torch.zeros_like(row["response_mask"])} for row in rows]
     for name, policy_loss in {"vanilla": {}, "m2po": {"selected": "m2po"}}.items():
         worker = build_worker(model_folder, policy_loss)
         pack(worker, **two_rows)
         records[f"{name}, all masked"] = train(worker, masked, old_log_probs)
     return records
+
+
+def _looks_at_ages(worker, rows, old_log_probs, age):
+    """How often an update on `rows`, all of `age`, looks which of them are new."""
+    looks = []
+    is_age_zero = worker._is_age_zero
+    worker._updates_in_call = 0
+    worker._is_age_zero = lambda data: looks.append(len(data)) or is_age_zero(data)
+    try:
+        train(worker, [row | {"age": age} for row in rows], old_log_probs, with_age=True)
+    finally:
+        worker._is_age_zero = is_age_zero
+    return looks
 
 
 def weights(worker):

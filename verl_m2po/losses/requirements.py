@@ -29,6 +29,7 @@ OPSM_DELTA = f"{KEY}.opsm.delta"
 OPSM_BASE = f"{KEY}.opsm.base"
 STEP_SCALE = f"{KEY}.step_scale.power"
 DIAGNOSTICS = f"{KEY}.diagnostics"
+MISMATCH_FLOOR = f"{KEY}.m2po.subtract_mismatch_floor"
 STRATEGY = "actor_rollout_ref.actor.strategy"
 # verl's engines whose optimizer shows the parameter groups that its step reads.
 SCALABLE = ("fsdp", "fsdp2", "megatron")
@@ -164,9 +165,11 @@ def problems(config: DictConfig) -> Iterator[Problem]:
     Args:
         config: The composed config of a run. Methods that this package knows nothing of have no needs.
     """
-    name = _loss_name(config)
+    name = loss_name(config)
     for need in LOSS_NEEDS.get(name, ()):
         yield from _check(config, need, f"the loss {name}")
+    if name == "m2po":
+        yield from _ages(config)
     if name == "mix_ppg":
         yield from _truncation(config)
     if name == "dro":
@@ -179,8 +182,18 @@ def problems(config: DictConfig) -> Iterator[Problem]:
     yield from _ignored_weights(config, name)
 
 
-def _loss_name(config: DictConfig) -> str:
+def loss_name(config: DictConfig) -> str:
+    """The policy loss of `config`: ours by `algorithm.policy_loss`, or by verl's own key."""
     return OmegaConf.select(config, POLICY_LOSS) or OmegaConf.select(config, f"{KEY}.loss_mode") or "vanilla"
+
+
+def names_a_method(config: DictConfig) -> bool:
+    """Whether `config` chooses a loss, a mask or an estimator of this package, by whichever key."""
+    return (
+        loss_name(config) in ("opsm", *HONOUR_OPSM)
+        or OmegaConf.select(config, ESTIMATOR) in GROUP_ESTIMATORS
+        or OmegaConf.select(config, OPSM_DELTA) is not None
+    )
 
 
 def _check(config: DictConfig, need: Need, who: str) -> Iterator[Problem]:
@@ -194,6 +207,16 @@ def _check(config: DictConfig, need: Need, who: str) -> Iterator[Problem]:
 
 def _as_override(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _ages(config: DictConfig) -> Iterator[Problem]:
+    if OmegaConf.select(config, MISMATCH_FLOOR) and OmegaConf.select(config, MODE) in VERL_MODES:
+        yield Problem(
+            MISMATCH_FLOOR,
+            True,
+            f"the floor is measured on tokens of age zero, and {MODE}={OmegaConf.select(config, MODE)} gives no ages",
+            f"Set it to false, or {MODE} to stale_k, stale_k_separate or bounded_async",
+        )
 
 
 def _truncation(config: DictConfig) -> Iterator[Problem]:
@@ -266,11 +289,11 @@ def _estimator(config: DictConfig) -> Iterator[Problem]:
             f"the best of {k} needs that many responses to a prompt, and there are {responses}",
             f"Set algorithm.max_at_k.k to at most {responses}, or {RESPONSES} to more",
         )
-    if name == "oapl" and _loss_name(config) != "oapl":
+    if name == "oapl" and loss_name(config) != "oapl":
         yield Problem(
             ESTIMATOR,
             name,
-            f"the loss {_loss_name(config)} would push every response of a mixed group whose reward is below its soft "
+            f"the loss {loss_name(config)} would push every response of a mixed group whose reward is below its soft "
             "value, which lies above the mean",
             f"Set {POLICY_LOSS}=oapl, or {ESTIMATOR}=grpo",
         )

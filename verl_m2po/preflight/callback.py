@@ -61,7 +61,8 @@ class PreflightCallback(Callback):
 def uses_this_package(config: DictConfig) -> bool:
     """Return whether `config` asks for anything of ours; verl's other runs are none of our business."""
     return (
-        OmegaConf.select(config, "algorithm.policy_loss") is not None
+        OmegaConf.select(config, requirements.POLICY_LOSS) is not None
+        or requirements.names_a_method(config)
         or OmegaConf.select(config, "trainer.device") == environment.PLATFORM_NAME
         or staleness.is_chosen(config)
         or bool(OmegaConf.select(config, requirements.STEP_SCALE))

@@ -4,12 +4,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from verl_m2po.preflight.problem import Problem
 
 MODEL = "actor_rollout_ref.model.path"
+OVERRIDES = "actor_rollout_ref.model.override_config"
 # What verl's dataset and its reward loop read.
 COLUMNS = ("prompt", "data_source", "reward_model")
 
@@ -66,14 +68,23 @@ def _positions(config: DictConfig) -> Iterator[Problem]:
     lengths = [OmegaConf.select(config, f"data.{name}") for name in ("max_prompt_length", "max_response_length")]
     if not path.is_file() or None in lengths:
         return
-    positions = json.loads(path.read_text()).get("max_position_embeddings")
+    positions, where = _positions_of(config, path)
     if positions is not None and sum(lengths) > positions:
         yield Problem(
             "data.max_prompt_length + data.max_response_length",
             sum(lengths),
-            f"the model has {positions} positions (max_position_embeddings in {path})",
+            f"the model has {positions} positions (max_position_embeddings in {where})",
             "Shorten one of them, or choose another model",
         )
+
+
+def _positions_of(config: DictConfig, path: Path) -> tuple[int | None, Any]:
+    """Positions of the model and where that stands: verl lets the config override the model's own file."""
+    for key in (f"{OVERRIDES}.model_config", OVERRIDES):
+        overridden = OmegaConf.select(config, f"{key}.max_position_embeddings")
+        if overridden is not None:
+            return overridden, key
+    return json.loads(path.read_text()).get("max_position_embeddings"), path
 
 
 def _offline() -> bool:

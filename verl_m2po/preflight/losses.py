@@ -22,7 +22,7 @@ def problems(config: DictConfig) -> Iterator[Problem]:
 
 def _actor_worker(config: DictConfig) -> Iterator[Problem]:
     """What concerns the whole mini-batch needs our actor worker in verl's seam."""
-    loss = OmegaConf.select(config, requirements.POLICY_LOSS)
+    loss = requirements.loss_name(config)
     needing = {
         f"{KEY}.m2po.scope": loss == "m2po" and OmegaConf.select(config, f"{KEY}.m2po.scope") == "mini_batch",
         f"{KEY}.bapo.scope": loss == "bapo" and OmegaConf.select(config, f"{KEY}.bapo.scope") == "mini_batch",
