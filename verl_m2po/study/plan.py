@@ -28,7 +28,6 @@ MICRO_BATCH = (
     "actor_rollout_ref.actor.use_dynamic_bsz=false",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
 )
-CAUSE_SEEDS = (1, 2, 3)
 CAUSE_STALENESS = (64, 16, 0)
 # What the claim is about: (loss, staleness in optimizer updates); on-policy training first.
 CLAIM = (("grpo", 0), ("m2po", STALEST), ("grpo", STALEST), ("no_trust_region", STALEST))
@@ -145,7 +144,7 @@ def jobs() -> list[Job]:
     rest = [*_compare(METHODS, (STALEST, 0), SEEDS), *_compare(METHODS, (64, 16), SEEDS)]
     others = _compare(OTHER_METHODS, (STALEST, 0), SEEDS, "methods")
     between = _compare(OTHER_METHODS, (64, 16), FEW_SEEDS, "methods")
-    causes = [job for seed in CAUSE_SEEDS for job in _causes(seed)]
+    causes = [job for seed in SEEDS for job in _causes(seed)]
     thresholds = [job for seed in SEEDS for job in _thresholds(seed)]
     claims = [*_claim("claim", CLAIM_STEPS), *trials(), *_claim("staleness", STEPS)]
     return list(dict.fromkeys([*claims, *sweeps, *rest, *others, *causes, *thresholds, *between]))
