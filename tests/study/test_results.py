@@ -94,12 +94,35 @@ def test_interval_is_students_t():
 
 
 def test_recovered_gap():
-    share = recovered_gap([0.55, 0.55], [0.5, 0.5], [0.6, 0.6])
+    share = recovered_gap([0.55] * 3, [0.5] * 3, [0.6] * 3)
     assert share == pytest.approx((0.5, 0.5, 0.5))
-    share = recovered_gap([0.54, 0.56], [0.49, 0.51], [0.59, 0.61])
+    share = recovered_gap([0.54, 0.55, 0.56], [0.49, 0.5, 0.51], [0.59, 0.6, 0.61])
     assert share is not None and share[0] == pytest.approx(0.5) and share[1] < 0.5 < share[2]
-    assert recovered_gap([0.55], [0.5, 0.5], [0.6, 0.6]) is None, "one seed gives no interval"
-    assert recovered_gap([0.55, 0.5], [0.7, 0.7], [0.6, 0.6]) is None, "GRPO lost nothing"
+    assert recovered_gap([0.55] * 2, [0.5] * 3, [0.6] * 3) is None, "two seeds give no interval"
+    assert recovered_gap([0.55] * 3, [0.7] * 3, [0.6] * 3) is None, "GRPO lost nothing"
+    assert recovered_gap([0.55] * 3, [], []) is None
+
+
+def test_the_interval_of_a_recovered_gap_covers_it_about_as_often_as_it_says():
+    seed = 7
+    print("seed", seed)
+    generator = np.random.default_rng(seed)
+    truth, trials, covered = 0.7, 400, 0
+    for _ in range(trials):
+        draws = [generator.normal(mean, sd, 5) for mean, sd in ((0.577, 0.0018), (0.563, 0.0016), (0.583, 0.0024))]
+        share = recovered_gap(*draws)
+        assert share is not None
+        covered += share[1] <= truth <= share[2]
+    assert 0.92 <= covered / trials <= 0.99
+
+
+def test_differences_are_taken_seed_by_seed():
+    method = [result("m2po", 256, seed, [0.3, 0.4 + 0.01 * seed]) for seed in (1, 2, 3, 9)]
+    other = [result("grpo", 256, seed, [0.3, 0.38 + 0.01 * seed]) for seed in (1, 2, 3, 4)]
+    interval = studied.difference(method, other)
+    assert interval is not None and interval.seeds == 3
+    assert interval.mean == pytest.approx(0.01) and interval.half_width == pytest.approx(0, abs=1e-9)
+    assert studied.difference(method, []) is None
 
 
 def test_means_leave_the_ramp_out():
@@ -144,13 +167,14 @@ def test_page_from_results(tmp_path):
 def test_causes_are_measured_against_the_gap_of_the_claim():
     def runs(loss, age, final, stage, variant=""):
         curves = {"masked": [0.01], "second_moment": [0.02]}
-        return [Result(stage, loss, age, 256, seed, variant, [0, 25], [final] * 2, curves, 1.0) for seed in (1, 2)]
+        return [Result(stage, loss, age, 256, seed, variant, [0, 25], [final] * 2, curves, 1.0) for seed in (1, 2, 3)]
 
     claim = [*runs("grpo", 0, 0.6, "claim"), *runs("grpo", 256, 0.5, "claim"), *runs("m2po", 256, 0.57, "claim")]
     assert pages.causes(claim) == ["Not run yet."]
     more = [*runs("m2po", 256, 0.56, "causes", "micro_batch"), *runs("m2po", 64, 0.59, "causes")]
     rows = pages.causes([*claim, *more])[2:]
-    assert [row.split(" | ")[3] for row in rows] == ["70% [70%, 70%]", "60% [60%, 60%]", "90% [90%, 90%]"]
+    assert [row.split(" | ")[3] for row in rows] == ["-", "-1.00 ± 0.00", "+2.00 ± 0.00"]
+    assert [row.split(" | ")[4] for row in rows] == ["70% [70%, 70%]", "60% [60%, 60%]", "90% [90%, 90%]"]
     assert [row.split(" | ")[0] for row in rows][::2] == ["| nothing", "| data 64 updates old"]
 
 

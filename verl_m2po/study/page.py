@@ -12,10 +12,12 @@ from verl_m2po.study.figures import NAMES
 from verl_m2po.study.plan import CAUSE_STALENESS, STALEST, THRESHOLDS, TRIAL_LEARNING_RATES
 from verl_m2po.study.results import (
     FINAL_POINTS,
+    LEAST_SEEDS,
     SEPARATE,
     Interval,
     Result,
     by_accuracy,
+    difference,
     of_method,
     recovered_gap,
     select,
@@ -23,8 +25,6 @@ from verl_m2po.study.results import (
 
 # Accuracies to which the time is compared; the base model has 0.33
 TARGETS = (0.40, 0.42, 0.44)
-# For an interval
-LEAST_SEEDS = 3
 CAPTIONS = {
     "claim": "Accuracy, and tokens that give no gradient. Line: mean over seeds; band: lowest to highest seed.",
     "by_staleness": "Final accuracy against staleness; bars: lowest to highest seed.",
@@ -46,6 +46,15 @@ def _accuracy(values: Sequence[float]) -> str:
 
 def _percent(values: Sequence[float]) -> str:
     return f"{100 * np.mean(values):.2g}%" if len(values) else "-"
+
+
+def _against(runs: Sequence[Result], unchanged: Sequence[Result]) -> str:
+    """Difference to `unchanged`, in points."""
+    interval = difference(runs, unchanged)
+    if interval is None or runs is unchanged:
+        return "-"
+    width = f" ± {100 * interval.half_width:.2f}" if interval.seeds >= LEAST_SEEDS else ""
+    return f"{100 * interval.mean:+.2f}{width}"
 
 
 def _recovered(method: Sequence[float], grpo: Sequence[float], reference: Sequence[float]) -> str | None:
@@ -122,8 +131,9 @@ def claim(results: Sequence[Result]) -> list[str]:
 def causes(results: Sequence[Result]) -> list[str]:
     """What M2PO recovers of GRPO's gap with one thing changed, over as many trainer steps as the claim's runs."""
     reference, grpo = ([r.final for r in select(results, "claim", "grpo", age)] for age in (0, STALEST))
+    unchanged = select(results, "claim", "m2po", STALEST)
     changes = {
-        "nothing": select(results, "claim", "m2po", STALEST),
+        "nothing": unchanged,
         "threshold 0.16 for 0.04": select(results, "causes", "m2po", STALEST, "threshold0.16"),
         "each prompt decides for itself (`scope=micro_batch`)": select(
             results, "causes", "m2po", STALEST, "micro_batch"
@@ -137,8 +147,15 @@ def causes(results: Sequence[Result]) -> list[str]:
             finals = [run.final for run in runs]
             masked = _percent([run.mean("masked") for run in runs])
             share = _recovered(finals, grpo, reference) or "-"
-            rows.append([change, str(len(runs)), _accuracy(finals), share, masked])
-    header = ["changed in M2PO's run at s=256", "seeds", "final accuracy", "of GRPO's gap recovered", "masked"]
+            rows.append([change, str(len(runs)), _accuracy(finals), _against(runs, unchanged), share, masked])
+    header = [
+        "changed in M2PO's run at s=256",
+        "seeds",
+        "final accuracy",
+        "difference",
+        "of GRPO's gap recovered",
+        "masked",
+    ]
     return _table(header, rows) if len(rows) > 1 else ["Not run yet."]
 
 
@@ -196,7 +213,7 @@ def provenance(data: dict[str, Any], results: Sequence[Result]) -> list[str]:
         f"{data['machine']} shared with other work. {versions}. "
         f'"Final" is the mean of the last {FINAL_POINTS} validations (512 held-out problems, exact '
         f"probability of a right response); ± is half of a 95% interval over {LEAST_SEEDS} or more seeds (Student's "
-        "t), brackets are 95% bootstrap intervals over seeds."
+        "t), brackets are 95% intervals of a ratio (delta method, Student's t)."
     ]
 
 
