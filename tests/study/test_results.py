@@ -80,6 +80,8 @@ def test_training_score_is_shown_where_it_is_kept():
     assert header.startswith("|  | seeds | training score | final accuracy |")
     assert first.startswith("| GRPO, on-policy | 1 | 0.400 | 0.300 |")
     assert second.startswith("| GRPO, s=256 | 1 | - | 0.300 |")
+    assert pages.conditions(runs[:1], "verl", 0.3)[2].endswith("| 30 |")
+    assert pages.conditions(runs[:1], "verl", 0.4)[2].endswith("| 0/1 seeds |")
     assert "training score" not in pages.conditions([result("grpo", 0, 1, [0.3] * 5)])[0]
 
 

@@ -25,6 +25,8 @@ from verl_m2po.study.results import (
 
 # Accuracies to which the time is compared; the base model has 0.33
 TARGETS = (0.40, 0.42, 0.44)
+# Of the claim's runs, which begin at 0.34
+CLAIM_TARGET = 0.55
 CAPTIONS = {
     "claim": "Accuracy, and tokens that give no gradient. Line: mean over seeds; band: lowest to highest seed.",
     "by_staleness": "Final accuracy against staleness; bars: lowest to highest seed.",
@@ -79,8 +81,14 @@ def _suffix(variant: str) -> str:
     return f", learning rate {variant.removeprefix('lr')}" if variant.startswith("lr") else ""
 
 
-def conditions(results: Sequence[Result], stage: str = "staleness") -> list[str]:
-    """One row for each loss, staleness and variant of a stage; with the training score where it is kept."""
+def conditions(results: Sequence[Result], stage: str = "staleness", target: float | None = None) -> list[str]:
+    """One row for each loss, staleness and variant of a stage.
+
+    Args:
+        results: Of all stages.
+        stage: Which of them; with the training score where it is kept.
+        target: Also show the trainer steps to this accuracy; None: not.
+    """
     rows = []
     has_scores = any(run.final_score is not None for run in results if run.stage == stage)
     for variant, age, loss in sorted({(r.variant, r.staleness_updates, r.loss) for r in results if r.stage == stage}):
@@ -97,11 +105,23 @@ def conditions(results: Sequence[Result], stage: str = "staleness") -> list[str]
                 _percent([run.mean(curve) for run in runs]),
                 f"{np.mean([run.mean('second_moment') for run in runs]):.2g}",
                 _collapse(runs),
+                *([] if target is None else [_steps_to(runs, target)]),
             ]
         )
     measured = ["training score", "final accuracy"] if has_scores else ["final accuracy"]
     header = ["", "seeds", *measured, "best", "clipped or masked", "second moment before", "collapse step"]
+    header += [] if target is None else [f"trainer steps to {target:.2f}"]
     return _table(header, rows) if rows else ["Not run yet."]
+
+
+def _steps_to(runs: Sequence[Result], target: float) -> str:
+    """Trainer steps until the mean of `FINAL_POINTS` validations is there, mean over seeds if all get there."""
+    steps = [step for run in runs if (step := run.first_reaching(target)) is not None]
+    if len(steps) < len(runs):
+        return f"{len(steps)}/{len(runs)} seeds"
+    interval = Interval.of(steps)
+    assert interval is not None
+    return f"{interval.mean:.0f}" + (f" ± {interval.half_width:.0f}" if interval.seeds >= LEAST_SEEDS else "")
 
 
 def claim(results: Sequence[Result]) -> list[str]:
@@ -278,7 +298,7 @@ def write(
     shown = {name: f"![{CAPTIONS[name]}](figures/results/{name}.svg)\n\n*{CAPTIONS[name]}*\n" for name in drawn}
     sections = {
         "provenance": provenance(data, results),
-        "claim": [*claim(results), "", *conditions(results, "claim")],
+        "claim": [*claim(results), "", *conditions(results, "claim", CLAIM_TARGET)],
         "conditions": conditions(results),
         "hot": conditions(results, "hot"),
         "methods": methods(results),
