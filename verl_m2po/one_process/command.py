@@ -7,8 +7,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-MODEL_KEY = "actor_rollout_ref.model.path="
-
 
 def try_loss(
     overrides: Annotated[
@@ -37,8 +35,8 @@ def try_loss(
         setup = setups.read(overrides, config_name)
     except (setups.NotOnTheBench, HydraException, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="OVERRIDES") from error
-    own_model = any(override.startswith(MODEL_KEY) for override in overrides)
-    model = Path(setup.config.actor_rollout_ref.model.path) if own_model else setups.base_model(digits)
+    has_own = setups.names_own_model(overrides)
+    model = Path(setup.config.actor_rollout_ref.model.path) if has_own else setups.base_model(digits)
     folder = out / setup.config.trainer.experiment_name
     with Progress(
         TextColumn("{task.description}"),

@@ -179,7 +179,8 @@ def train(
     backends = [name for name in trainer.logger if name != "console"]
     logger = Tracking(trainer.project_name, trainer.experiment_name, backends, OmegaConf.to_container(config))
     bench = Bench(setup, model_folder, digits)
-    logger.log(bench.validate(), 0)
+    if trainer.val_before_train:
+        logger.log(bench.validate(), 0)
     for step in range(1, setup.steps + 1):
         metrics = bench.step(step)
         if step == setup.steps or (trainer.test_freq > 0 and step % trainer.test_freq == 0):
