@@ -162,7 +162,7 @@ def train(
     folder: Path,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Path:
-    """Run `setup` to its end and return verl's JSON-lines log, beside which config.yaml and run.json are written.
+    """Run `setup` to its end and return verl's JSON-lines log, beside which config.yaml is written.
 
     Args:
         setup: What to do.
