@@ -59,6 +59,15 @@ def test_runs_of_other_settings_are_not_put_into_one_table(key):
         studied.merge(plain(run, **{key: "other"}), plain(run))
 
 
+@pytest.mark.parametrize("key", ["config", "model", "versions", "config_files"])
+def test_runs_under_one_folder_are_of_the_same_settings(key):
+    record = {name: COMMON[name] for name in ("config", "model", "versions", "machine")}
+    assert studied._common({"old": record, "new": record | {"machine": "another", "config_files": "0"}}) == record
+    record["config_files"] = "0"
+    with pytest.raises(ValueError, match=f"old has {key} .*, and new has other"):
+        studied._common({"old": record, "new": record | {key: "other"}})
+
+
 def test_what_earlier_results_have_in_full_is_not_in_the_queue(tmp_path):
     whole, short = (
         Result("methods", "rec", 256, 4, seed, "", [0, steps], [0.3, 0.4], {}, 1.0)

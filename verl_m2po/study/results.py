@@ -17,7 +17,7 @@ from verl_m2po.report import metrics
 from verl_m2po.report.runs import Run, read_runs
 from verl_m2po.report.summary import collapse_step
 from verl_m2po.study.plan import WALL_CLOCK, Job
-from verl_m2po.study.run import LOG, RECORD, is_done
+from verl_m2po.study.run import LOG, RECORD, is_whole
 
 # Validations that make the final accuracy.
 FINAL_POINTS = 4
@@ -34,6 +34,8 @@ SECONDS = "seconds"
 SCORE = "training_score"
 # Its last means, two of ten trainer steps each
 FINAL_SCORES = 2
+# Of the records of runs that share a table
+SHARED = ("config", "model", "versions")
 # Metrics that are kept as means over the trainer steps since the validation before.
 CURVES = {
     "masked": metrics.MASKED_FRACTION,
@@ -177,13 +179,29 @@ def _read(
 
 def collect(jobs: Iterable[Job], out: Path) -> dict[str, Any]:
     """Those of `jobs` that are finished under `out` as plain data, with what they have in common."""
-    done = [job for job in jobs if is_done(job, out)]
+    done = [job for job in jobs if is_whole(job, out)]
     if not done:
         raise FileNotFoundError(f"no finished run of the study in {out}: run `python -m verl_m2po.study run` first")
-    first = json.loads((done[0].folder(out) / RECORD).read_text())
+    common = _common({str(job.folder(out)): json.loads((job.folder(out) / RECORD).read_text()) for job in done})
     results = [_read(job.folder(out), job.stage, job.variant, job.steps, job.loss) for job in done]
-    common = {key: first[key] for key in ("config", "model", "versions", "machine")}
     return common | {"runs": _plain(results)}
+
+
+def _common(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the runs, by their folders, share; of the machines the first.
+
+    Raises:
+        ValueError: Two runs were made with different versions, models or configs, and must not share a table.
+    """
+    # The first runs' records are older than the hash of the config files.
+    for key in (*SHARED, "config_files"):
+        known = [(name, record[key]) for name, record in records.items() if key in record]
+        for other, value in known:
+            name, wanted = known[0]
+            if value != wanted:
+                raise ValueError(f"{name} has {key} {wanted}, and {other} has {value}: run one of them anew")
+    first = next(iter(records.values()))
+    return {key: first[key] for key in (*SHARED, "machine")}
 
 
 def collect_verl(out: Path, stage: str = "verl") -> dict[str, Any]:
@@ -202,7 +220,7 @@ def merge(data: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: Configuration, model or versions differ, so that the runs must not share a table.
     """
-    for key in ("config", "model", "versions"):
+    for key in SHARED:
         if data.get(key) != kept.get(key):
             raise ValueError(
                 f"the runs to keep differ in {key!r}: {kept.get(key)}, and the new ones have {data.get(key)}; run the "
