@@ -1,8 +1,10 @@
 """What the study makes of its runs, on numbers that can be checked by hand."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from verl_m2po.study import page as pages
@@ -116,6 +118,21 @@ def test_means_leave_the_ramp_out():
     assert result("grpo", 16, 1, [0.3] * 5).mean("clipped") == pytest.approx(0.01)
     run = Result("staleness", "grpo", 200, 4, 1, "", [0, 25, 50, 75, 100], [0.3] * 5, {"clipped": [9, 9, 1, 3]}, 0.0)
     assert run.mean("clipped") == 2
+
+
+def test_a_stretch_without_numbers_stays_a_gap(tmp_path):
+    at = pd.RangeIndex(0, 16)
+    frame = pd.DataFrame({"actor/grad_norm": [0.0] + [1.0] * 5 + [np.nan] * 5 + [3.0] * 5}, index=at)
+    run = SimpleNamespace(logged={"actor/grad_norm"}, series=lambda name: frame[name].dropna())
+    curves = studied._curves(run, [0, 5, 10, 15], {"gradient_norm": "actor/grad_norm"})
+    assert curves["gradient_norm"] == pytest.approx([1, np.nan, 3], nan_ok=True)
+    kept = Result("staleness", "grpo", 0, 4, 1, "", [0, 5, 10, 15], [0.3] * 4, curves, 0.0)
+    assert kept.mean("gradient_norm") == 2 and np.isnan(kept.mean("clipped"))
+    path = tmp_path / "one_process.json"
+    studied.write(plain(kept), path)
+    assert "NaN" not in path.read_text()
+    _, (loaded,) = studied.load(path)
+    assert loaded.curves["gradient_norm"] == pytest.approx([1, np.nan, 3], nan_ok=True)
 
 
 def test_page_from_results(tmp_path):

@@ -117,8 +117,9 @@ class Result:
         return self.curves[SECONDS][self.steps.index(step) - 1]
 
     def mean(self, curve: str) -> float:
-        """Mean of a curve after the ramp; NaN where the run is not that long."""
-        values = [value for at, value in zip(self.steps[1:], self.curves[curve], strict=True) if at > self.ramp]
+        """Mean of a curve after the ramp, without NaN; NaN where the run is not that long or the curve not kept."""
+        known = zip(self.steps[1:], self.curves[curve], strict=True) if curve in self.curves else ()
+        values = [value for at, value in known if at > self.ramp and not np.isnan(value)]
         return float(np.mean(values)) if values else float("nan")
 
 
@@ -132,7 +133,9 @@ def _curves(run: Run, steps: list[int], wanted: dict[str, str]) -> dict[str, lis
     for name, metric in wanted.items():
         if metric in run.logged:
             series = run.series(metric).loc[steps[0] + 1 : steps[-1]]
-            curves[name] = _rounded(series.groupby(pd.cut(series.index, steps, labels=False)).mean(), 4)
+            means = series.groupby(pd.cut(series.index, steps, labels=False)).mean()
+            # A window without a number is NaN, not left out.
+            curves[name] = _rounded(means.reindex(range(len(steps) - 1)), 4)
     if "clipped" in curves:
         # What a loss that clips would have masked is 0 by definition.
         curves.pop("masked", None)
@@ -261,13 +264,38 @@ def write(data: dict[str, Any], path: Path) -> None:
     """JSON with a line for each run, so that a later run changes its own line only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     common = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in data.items() if key != "runs"]
-    runs = ",\n".join(f"  {json.dumps(run)}" for run in data["runs"])
+    runs = ",\n".join(f"  {json.dumps(_without_nan(run), allow_nan=False)}" for run in data["runs"])
     path.write_text("{\n" + ",\n".join([*common, f' "runs": [\n{runs}\n ]']) + "\n}\n")
+
+
+def _without_nan(run: dict[str, Any]) -> dict[str, Any]:
+    """A plain run with None for NaN, which JSON does not have."""
+
+    def cleaned(values: list[float]) -> list[float | None]:
+        return [None if np.isnan(value) else value for value in values]
+
+    return run | {
+        "accuracy": cleaned(run["accuracy"]),
+        "curves": {name: cleaned(values) for name, values in run["curves"].items()},
+    }
+
+
+def _with_nan(run: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_without_nan`."""
+
+    def restored(values: list[float | None]) -> list[float]:
+        return [float("nan") if value is None else value for value in values]
+
+    return run | {
+        "accuracy": restored(run["accuracy"]),
+        "curves": {name: restored(values) for name, values in run["curves"].items()},
+    }
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Result]]:
     """What `write` wrote: the common part, and the results."""
     data = json.loads(path.read_text())
+    data["runs"] = [_with_nan(run) for run in data["runs"]]
     return data, [Result(**run) for run in data["runs"]]
 
 
