@@ -120,6 +120,11 @@ def test_means_leave_the_ramp_out():
     assert run.mean("clipped") == 2
 
 
+def test_updates_of_a_trainer_step_are_those_of_all_its_epochs():
+    sizes = {"data.train_batch_size": 32, studied.MINI_BATCH_SIZE: 8, "actor_rollout_ref.actor.ppo_epochs": 3}
+    assert studied._updates_per_step(sizes) == 12
+
+
 def test_a_stretch_without_numbers_stays_a_gap(tmp_path):
     at = pd.RangeIndex(0, 16)
     frame = pd.DataFrame({"actor/grad_norm": [0.0] + [1.0] * 5 + [np.nan] * 5 + [3.0] * 5}, index=at)

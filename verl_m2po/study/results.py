@@ -5,7 +5,7 @@
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,14 @@ def _seconds(run: Run, steps: list[int]) -> list[float]:
     return _rounded(run.series("timing_s/step").cumsum().loc[steps[1:]], 5)
 
 
+def _updates_per_step(config: Mapping[str, object]) -> int:
+    batch, mini_batch, epochs = (
+        int(str(config[key]))
+        for key in ("data.train_batch_size", MINI_BATCH_SIZE, "actor_rollout_ref.actor.ppo_epochs")
+    )
+    return batch // mini_batch * epochs
+
+
 def _read(
     folder: Path, stage: str, variant: str = "", most: int | None = None, loss: str | None = None
 ) -> Result | None:
@@ -165,12 +173,11 @@ def _read(
     steps, known = accuracy.index.tolist(), run.settings
     times = {SECONDS: _seconds(run, steps)} if stage == WALL_CLOCK else {}
     wanted = CURVES | ({SCORE: metrics.TRAINING_SCORE} if stage == "verl" else {})
-    size = [int(str(known.config[key])) for key in ("data.train_batch_size", MINI_BATCH_SIZE)]
     return Result(
         stage,
         loss or known.loss or "unknown",
         known.staleness_updates or 0,
-        size[0] // size[1],
+        _updates_per_step(known.config),
         known.seed or 0,
         SEPARATE if (known.mode or "").endswith("_separate") else variant,
         steps,
