@@ -1,8 +1,10 @@
 """What the study makes of its runs, on numbers that can be checked by hand."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from verl_m2po.study import page as pages
@@ -57,6 +59,15 @@ def test_runs_of_other_settings_are_not_put_into_one_table(key):
     run = result("grpo", 256, 1, [0.3, 0.4])
     with pytest.raises(ValueError, match=f"differ in '{key}': .*, and the new ones have other"):
         studied.merge(plain(run, **{key: "other"}), plain(run))
+
+
+@pytest.mark.parametrize("key", ["config", "model", "versions", "config_files"])
+def test_runs_under_one_folder_are_of_the_same_settings(key):
+    record = {name: COMMON[name] for name in ("config", "model", "versions", "machine")}
+    assert studied._common({"old": record, "new": record | {"machine": "another", "config_files": "0"}}) == record
+    record["config_files"] = "0"
+    with pytest.raises(ValueError, match=f"old has {key} .*, and new has other"):
+        studied._common({"old": record, "new": record | {key: "other"}})
 
 
 def test_what_earlier_results_have_in_full_is_not_in_the_queue(tmp_path):
@@ -132,6 +143,26 @@ def test_means_leave_the_ramp_out():
     assert result("grpo", 16, 1, [0.3] * 5).mean("clipped") == pytest.approx(0.01)
     run = Result("staleness", "grpo", 200, 4, 1, "", [0, 25, 50, 75, 100], [0.3] * 5, {"clipped": [9, 9, 1, 3]}, 0.0)
     assert run.mean("clipped") == 2
+
+
+def test_updates_of_a_trainer_step_are_those_of_all_its_epochs():
+    sizes = {"data.train_batch_size": 32, studied.MINI_BATCH_SIZE: 8, "actor_rollout_ref.actor.ppo_epochs": 3}
+    assert studied._updates_per_step(sizes) == 12
+
+
+def test_a_stretch_without_numbers_stays_a_gap(tmp_path):
+    at = pd.RangeIndex(0, 16)
+    frame = pd.DataFrame({"actor/grad_norm": [0.0] + [1.0] * 5 + [np.nan] * 5 + [3.0] * 5}, index=at)
+    run = SimpleNamespace(logged={"actor/grad_norm"}, series=lambda name: frame[name].dropna())
+    curves = studied._curves(run, [0, 5, 10, 15], {"gradient_norm": "actor/grad_norm"})
+    assert curves["gradient_norm"] == pytest.approx([1, np.nan, 3], nan_ok=True)
+    kept = Result("staleness", "grpo", 0, 4, 1, "", [0, 5, 10, 15], [0.3] * 4, curves, 0.0)
+    assert kept.mean("gradient_norm") == 2 and np.isnan(kept.mean("clipped"))
+    path = tmp_path / "one_process.json"
+    studied.write(plain(kept), path)
+    assert "NaN" not in path.read_text()
+    _, (loaded,) = studied.load(path)
+    assert loaded.curves["gradient_norm"] == pytest.approx([1, np.nan, 3], nan_ok=True)
 
 
 def test_page_from_results(tmp_path):

@@ -7,14 +7,47 @@ import pytest
 from rich.console import Console
 
 from verl_m2po.report.runs import read_runs
+from verl_m2po.study import run as driver
 from verl_m2po.study.plan import Job
-from verl_m2po.study.run import is_done, run_jobs
-
-pytestmark = pytest.mark.slow
+from verl_m2po.study.run import config_hash, is_done, run_jobs
 
 SHORT = ("data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=2")
 
 
+@pytest.fixture
+def finished(tmp_path):
+    """A job, and the record that it left, which can be replaced."""
+    job = Job("staleness", "m2po", 8, 1, steps=2)
+    job.folder(tmp_path).mkdir(parents=True)
+    (job.folder(tmp_path) / driver.LOG).write_text('{"step": 2}\n')
+
+    def record(**changes):
+        fields = {"overrides": job.all_overrides} | driver.provenance() | changes
+        known = {key: value for key, value in fields.items() if value is not None}
+        (job.folder(tmp_path) / driver.RECORD).write_text(json.dumps(known))
+        return is_done(job, tmp_path)
+
+    return record
+
+
+def test_a_run_of_other_versions_model_or_config_is_not_finished(finished):
+    assert finished()
+    assert not finished(versions=driver.provenance()["versions"] | {"torch": "1.0"})
+    assert not finished(model=driver.provenance()["model"] | {"layers": 7})
+    assert not finished(config_files="another")
+    assert finished(config_files=None), "runs before the hash was recorded"
+
+
+def test_hash_of_the_config_files_is_that_of_what_they_set(tmp_path):
+    (tmp_path / "loss").mkdir()
+    hashes = []
+    for text in ("lr: 1\n", "# Why\nlr: 1\n", "lr: 2\n"):
+        (tmp_path / "loss" / "m2po.yaml").write_text(text)
+        hashes.append(config_hash(tmp_path))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.slow
 def test_runs_what_is_missing_and_names_what_failed(tmp_path, capsys):
     good = Job("staleness", "m2po", 8, 1, SHORT, steps=2)
     bad = Job("staleness", "m2po", 8, 2, (*SHORT, "actor_rollout_ref.rollout.top_p=0.9"), steps=2)

@@ -1,5 +1,7 @@
 """The command ``verl-m2po try``."""
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +9,26 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-MODEL_KEY = "actor_rollout_ref.model.path="
+NAME = "trainer.experiment_name="
+# In the default name already, or no setting of what is learnt
+NOT_IN_NAME = (NAME, "loss=", "staleness=", "trainer.total_training_steps=")
+# File systems take 255 bytes.
+LONGEST_NAME = 160
+
+
+def _folder_name(experiment: str, overrides: list[str]) -> str:
+    """`experiment`, and unless the user chose it, what else distinguishes the run: the overrides with short keys."""
+    if any(override.startswith(NAME) for override in overrides):
+        return experiment
+    settings = [override.lstrip("+~") for override in overrides if not override.startswith(NOT_IN_NAME)]
+    # Two parts of the key, by which data.seed and rollout.seed differ.
+    short = [
+        ".".join(key.split(".")[-2:]) + equals + value for key, equals, value in (s.partition("=") for s in settings)
+    ]
+    name = "-".join([experiment, *(re.sub(r"[^\w.=+-]+", "_", setting) for setting in short)])
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def try_loss(
@@ -37,9 +58,10 @@ def try_loss(
         setup = setups.read(overrides, config_name)
     except (setups.NotOnTheBench, HydraException, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="OVERRIDES") from error
-    own_model = any(override.startswith(MODEL_KEY) for override in overrides)
-    model = Path(setup.config.actor_rollout_ref.model.path) if own_model else setups.base_model(digits)
-    folder = out / setup.config.trainer.experiment_name
+    has_own = setups.names_own_model(overrides)
+    model = Path(setup.config.actor_rollout_ref.model.path) if has_own else setups.base_model(digits)
+    options = [f"digits={digits}"] if digits != setups.RECIPE.digits else []
+    folder = out / _folder_name(setup.config.trainer.experiment_name, [*overrides, *options])
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),

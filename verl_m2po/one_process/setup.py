@@ -1,6 +1,7 @@
 """What one run does, from the same Hydra config as a run through verl."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import ActorConfig
 
 from verl_m2po.losses.settings import KEY
+from verl_m2po.one_process.honoured import not_honoured
 from verl_m2po.staleness.units import UpdateClock
 from verl_m2po.tasks import tiny_model
 
@@ -26,6 +28,8 @@ RECIPE = tiny_model.Recipe(
     evaluate_every_steps=50,
 )
 ACTOR = "actor_rollout_ref.actor"
+MODEL = "actor_rollout_ref.model.path"
+THROUGH_VERL = f"The same overrides work with `python -m verl.trainer.main_ppo --config-name={CONFIG}`"
 MODES = ("sync", "stale_k", "stale_k_separate")
 
 
@@ -74,18 +78,34 @@ def read(overrides: list[str], config_name: str = CONFIG) -> Setup:
     """Compose `config_name` with `overrides` as ``python -m verl.trainer.main_ppo`` does.
 
     Raises:
-        NotOnTheBench: The config asks for something that is left out here; names the key.
+        NotOnTheBench: The config asks for something that is left out here; names the keys.
         hydra.errors.HydraException: The config does not compose.
     """
-    import verl  # noqa: F401  # loads the plugin, with which Hydra knows our configs
-
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose(config_name, overrides=overrides)
+    config = _compose(config_name, overrides)
     _refuse(config)
+    _refuse_ignored(config, names_own_model(overrides))
     actor: Any = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     actor.optim.total_training_steps = config.trainer.total_training_steps
     clock = UpdateClock(config.data.train_batch_size, actor.ppo_mini_batch_size, actor.ppo_epochs)
     return Setup(config, actor, clock, clock.steps(*_staleness(config)))
+
+
+def names_own_model(overrides: list[str]) -> bool:
+    """Whether the run starts from a model of the user's instead of `base_model`."""
+    return any(override.startswith(f"{MODEL}=") for override in overrides)
+
+
+def _compose(config_name: str, overrides: list[str]) -> DictConfig:
+    import verl  # noqa: F401  # loads the plugin, with which Hydra knows our configs
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose(config_name, overrides=overrides)
+
+
+@functools.cache
+def _base() -> DictConfig:
+    """What the bench does without overrides; composing takes half a second."""
+    return _compose(CONFIG, [])
 
 
 def _staleness(config: DictConfig) -> tuple[int, str]:
@@ -108,15 +128,23 @@ def _refuse(config: DictConfig) -> None:
         f"{KEY}.m2po.subtract_mismatch_floor": _same(actor.policy_loss.m2po.subtract_mismatch_floor, False),
         "actor_rollout_ref.rollout.top_p": _same(rollout.top_p, 1.0),
         "actor_rollout_ref.rollout.top_k": _same(rollout.top_k, -1),
+        "actor_rollout_ref.rollout.temperature": (rollout.temperature, rollout.temperature > 0, "above 0"),
         f"{ACTOR}.ppo_micro_batch_size_per_gpu": (micro_rows, *_micro_batches(config)),
         "critic.enable": (config.critic.enable, not config.critic.enable, "null or false"),
     }
     for key, (value, is_fine, what) in wanted.items():
         if not is_fine:
-            raise NotOnTheBench(
-                f"{key}={value} needs verl itself; in one process it must be {what}. The same overrides work with "
-                f"`python -m verl.trainer.main_ppo --config-name={CONFIG}`"
-            )
+            raise NotOnTheBench(f"{key}={value} needs verl itself; in one process it must be {what}. {THROUGH_VERL}")
+
+
+def _refuse_ignored(config: DictConfig, has_own_model: bool) -> None:
+    """What would compose and change nothing here, so that the run would not be what its overrides say."""
+    ignored = not_honoured(config, _base())
+    if has_own_model:
+        ignored.pop(MODEL, None)
+    if ignored:
+        listed = ", ".join(f"{key}={value}" for key, value in ignored.items())
+        raise NotOnTheBench(f"{listed} would change nothing in one process and needs verl itself. {THROUGH_VERL}")
 
 
 def _micro_batches(config: DictConfig) -> tuple[bool, str]:

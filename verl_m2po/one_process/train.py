@@ -16,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from verl import DataProto
 from verl.trainer.ppo.metric_utils import compute_data_metrics
 from verl.utils.metric import reduce_metrics
 from verl.utils.tracking import Tracking
@@ -87,6 +88,20 @@ def _rows(uid: str, group: TensorDict, version: int) -> tuple[Row, ...]:
     return tuple(Row(f"{uid}_{i}_0", prompt, n, ((version, n),)) for i, n in enumerate(lengths))
 
 
+def data_metrics(data: DataProto) -> dict[str, float]:
+    """verl's metrics of a batch, with the true lengths that its v1 trainer adds to it before: padding is no token.
+
+    Args:
+        data: What `with_advantages` returns.
+    """
+    batch = data.batch
+    batch["response_length"] = batch["response_mask"].sum(-1).float()
+    # Prompts are all of one length.
+    batch["prompt_length"] = torch.full_like(batch["response_length"], batch["prompts"].shape[1])
+    tokens = float((batch["prompt_length"] + batch["response_length"]).sum())
+    return compute_data_metrics(data, use_critic=False) | {"perf/total_num_tokens": tokens}
+
+
 class Bench:
     """One run: model, problems, buffer and learner.
 
@@ -124,15 +139,14 @@ class Bench:
         generated = time.perf_counter()
         metrics: dict[str, Any] = self.learner.train_step(data.batch)
         ended = time.perf_counter()
-        metrics = reduce_metrics(metrics) | data.meta_info["metrics"] | compute_data_metrics(data, use_critic=False)
+        metrics = reduce_metrics(metrics) | data.meta_info["metrics"] | data_metrics(data)
         metrics |= self._buffer.metrics.take(self._buffer.rule.in_flight, self._buffer.rule.ready)
-        tokens = int(data.batch["attention_mask"].sum())
         return metrics | {
             "training/global_step": step,
             "timing_s/gen": generated - began,
             "timing_s/update_actor": ended - generated,
             "timing_s/step": ended - began,
-            "perf/throughput": tokens / (ended - began),
+            "perf/throughput": metrics["perf/total_num_tokens"] / (ended - began),
         }
 
     def validate(self) -> dict[str, float]:
@@ -148,7 +162,7 @@ def train(
     folder: Path,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Path:
-    """Run `setup` to its end and return verl's JSON-lines log, beside which config.yaml and run.json are written.
+    """Run `setup` to its end and return verl's JSON-lines log, beside which config.yaml is written.
 
     Args:
         setup: What to do.
@@ -165,7 +179,8 @@ def train(
     backends = [name for name in trainer.logger if name != "console"]
     logger = Tracking(trainer.project_name, trainer.experiment_name, backends, OmegaConf.to_container(config))
     bench = Bench(setup, model_folder, digits)
-    logger.log(bench.validate(), 0)
+    if trainer.val_before_train:
+        logger.log(bench.validate(), 0)
     for step in range(1, setup.steps + 1):
         metrics = bench.step(step)
         if step == setup.steps or (trainer.test_freq > 0 and step % trainer.test_freq == 0):

@@ -17,7 +17,6 @@ from verl_m2po.report.style import COLOURS, LINES, ON_POLICY, OTHERS, RC
 from verl_m2po.study.plan import STALEST, THRESHOLDS, WALL_CLOCK
 from verl_m2po.study.results import FINAL_POINTS, SEPARATE, Result, by_accuracy, of_method, select
 
-UPDATES_PER_STEP = 4
 NAMES = {
     "m2po": "M2PO",
     "m2po_clip": "M2PO, authors' clip",
@@ -25,6 +24,7 @@ NAMES = {
     "no_trust_region": "no trust region",
     "gspo": "GSPO",
 }
+NUMBERS = {1: "one", 2: "two", 4: "four", 8: "eight"}
 DEFAULT_THRESHOLD = 0.04
 
 
@@ -89,10 +89,11 @@ def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
             ends[name], colours[name] = _band(axes, runs, colour, **style), colour
     last = max(run.steps[-1] for _, runs, _ in lines for run in runs)
     axes.set_xlim(0, last)
-    axes.axvspan(0, STALEST / UPDATES_PER_STEP, color="#F4F4F4", zorder=0)
+    updates = next(run.updates_per_step for _, runs, _ in lines for run in runs)
+    axes.axvspan(0, STALEST / updates, color="#F4F4F4", zorder=0)
     axes.annotate(
         "data of the\nbase model",
-        (STALEST / UPDATES_PER_STEP, axes.get_ylim()[0]),
+        (STALEST / updates, axes.get_ylim()[0]),
         xytext=(4, 6),
         textcoords="offset points",
         fontsize=8,
@@ -100,7 +101,7 @@ def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
     )
     low, high = axes.get_ylim()
     _label_ends(axes, last, ends, colours, 0.052 * (high - low))
-    axes.set_xlabel("trainer step (four optimizer updates)")
+    axes.set_xlabel(f"trainer step ({NUMBERS.get(updates, updates)} optimizer updates)")
     axes.set_ylabel("accuracy on held-out problems")
     axes.set_title(f"Accuracy on data {STALEST} updates old")
 

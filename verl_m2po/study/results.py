@@ -5,7 +5,7 @@
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from verl_m2po.report import metrics
 from verl_m2po.report.runs import Run, read_runs
 from verl_m2po.report.summary import collapse_step
 from verl_m2po.study.plan import WALL_CLOCK, Job
-from verl_m2po.study.run import LOG, RECORD, is_done
+from verl_m2po.study.run import LOG, RECORD, is_whole
 
 # Validations that make the final accuracy.
 FINAL_POINTS = 4
@@ -35,6 +35,8 @@ SECONDS = "seconds"
 SCORE = "training_score"
 # Its last means, two of ten trainer steps each
 FINAL_SCORES = 2
+# Of the records of runs that share a table
+SHARED = ("config", "model", "versions")
 # Metrics that are kept as means over the trainer steps since the validation before.
 CURVES = {
     "masked": metrics.MASKED_FRACTION,
@@ -116,8 +118,9 @@ class Result:
         return self.curves[SECONDS][self.steps.index(step) - 1]
 
     def mean(self, curve: str) -> float:
-        """Mean of a curve after the ramp; NaN where the run is not that long."""
-        values = [value for at, value in zip(self.steps[1:], self.curves[curve], strict=True) if at > self.ramp]
+        """Mean of a curve after the ramp, without NaN; NaN where the run is not that long or the curve not kept."""
+        known = zip(self.steps[1:], self.curves[curve], strict=True) if curve in self.curves else ()
+        values = [value for at, value in known if at > self.ramp and not np.isnan(value)]
         return float(np.mean(values)) if values else float("nan")
 
 
@@ -131,7 +134,9 @@ def _curves(run: Run, steps: list[int], wanted: dict[str, str]) -> dict[str, lis
     for name, metric in wanted.items():
         if metric in run.logged:
             series = run.series(metric).loc[steps[0] + 1 : steps[-1]]
-            curves[name] = _rounded(series.groupby(pd.cut(series.index, steps, labels=False)).mean(), 4)
+            means = series.groupby(pd.cut(series.index, steps, labels=False)).mean()
+            # A window without a number is NaN, not left out.
+            curves[name] = _rounded(means.reindex(range(len(steps) - 1)), 4)
     if "clipped" in curves:
         # What a loss that clips would have masked is 0 by definition.
         curves.pop("masked", None)
@@ -141,6 +146,14 @@ def _curves(run: Run, steps: list[int], wanted: dict[str, str]) -> dict[str, lis
 def _seconds(run: Run, steps: list[int]) -> list[float]:
     """Seconds of the trainer steps up to each of `steps` but the first; verl's step time is without validation."""
     return _rounded(run.series("timing_s/step").cumsum().loc[steps[1:]], 5)
+
+
+def _updates_per_step(config: Mapping[str, object]) -> int:
+    batch, mini_batch, epochs = (
+        int(str(config[key]))
+        for key in ("data.train_batch_size", MINI_BATCH_SIZE, "actor_rollout_ref.actor.ppo_epochs")
+    )
+    return batch // mini_batch * epochs
 
 
 def _read(
@@ -161,12 +174,11 @@ def _read(
     steps, known = accuracy.index.tolist(), run.settings
     times = {SECONDS: _seconds(run, steps)} if stage == WALL_CLOCK else {}
     wanted = CURVES | ({SCORE: metrics.TRAINING_SCORE} if stage == "verl" else {})
-    size = [int(str(known.config[key])) for key in ("data.train_batch_size", MINI_BATCH_SIZE)]
     return Result(
         stage,
         loss or known.loss or "unknown",
         known.staleness_updates or 0,
-        size[0] // size[1],
+        _updates_per_step(known.config),
         known.seed or 0,
         SEPARATE if (known.mode or "").endswith("_separate") else variant,
         steps,
@@ -178,13 +190,29 @@ def _read(
 
 def collect(jobs: Iterable[Job], out: Path) -> dict[str, Any]:
     """Those of `jobs` that are finished under `out` as plain data, with what they have in common."""
-    done = [job for job in jobs if is_done(job, out)]
+    done = [job for job in jobs if is_whole(job, out)]
     if not done:
         raise FileNotFoundError(f"no finished run of the study in {out}: run `python -m verl_m2po.study run` first")
-    first = json.loads((done[0].folder(out) / RECORD).read_text())
+    common = _common({str(job.folder(out)): json.loads((job.folder(out) / RECORD).read_text()) for job in done})
     results = [_read(job.folder(out), job.stage, job.variant, job.steps, job.loss) for job in done]
-    common = {key: first[key] for key in ("config", "model", "versions", "machine")}
     return common | {"runs": _plain(results)}
+
+
+def _common(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the runs, by their folders, share; of the machines the first.
+
+    Raises:
+        ValueError: Two runs were made with different versions, models or configs, and must not share a table.
+    """
+    # The first runs' records are older than the hash of the config files.
+    for key in (*SHARED, "config_files"):
+        known = [(name, record[key]) for name, record in records.items() if key in record]
+        for other, value in known:
+            name, wanted = known[0]
+            if value != wanted:
+                raise ValueError(f"{name} has {key} {wanted}, and {other} has {value}: run one of them anew")
+    first = next(iter(records.values()))
+    return {key: first[key] for key in (*SHARED, "machine")}
 
 
 def collect_verl(out: Path, stage: str = "verl") -> dict[str, Any]:
@@ -203,7 +231,7 @@ def merge(data: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: Configuration, model or versions differ, so that the runs must not share a table.
     """
-    for key in ("config", "model", "versions"):
+    for key in SHARED:
         if data.get(key) != kept.get(key):
             raise ValueError(
                 f"the runs to keep differ in {key!r}: {kept.get(key)}, and the new ones have {data.get(key)}; run the "
@@ -244,13 +272,38 @@ def write(data: dict[str, Any], path: Path) -> None:
     """JSON with a line for each run, so that a later run changes its own line only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     common = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in data.items() if key != "runs"]
-    runs = ",\n".join(f"  {json.dumps(run)}" for run in data["runs"])
+    runs = ",\n".join(f"  {json.dumps(_without_nan(run), allow_nan=False)}" for run in data["runs"])
     path.write_text("{\n" + ",\n".join([*common, f' "runs": [\n{runs}\n ]']) + "\n}\n")
+
+
+def _without_nan(run: dict[str, Any]) -> dict[str, Any]:
+    """A plain run with None for NaN, which JSON does not have."""
+
+    def cleaned(values: list[float]) -> list[float | None]:
+        return [None if np.isnan(value) else value for value in values]
+
+    return run | {
+        "accuracy": cleaned(run["accuracy"]),
+        "curves": {name: cleaned(values) for name, values in run["curves"].items()},
+    }
+
+
+def _with_nan(run: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_without_nan`."""
+
+    def restored(values: list[float | None]) -> list[float]:
+        return [float("nan") if value is None else value for value in values]
+
+    return run | {
+        "accuracy": restored(run["accuracy"]),
+        "curves": {name: restored(values) for name, values in run["curves"].items()},
+    }
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Result]]:
     """What `write` wrote: the common part, and the results."""
     data = json.loads(path.read_text())
+    data["runs"] = [_with_nan(run) for run in data["runs"]]
     return data, [Result(**run) for run in data["runs"]]
 
 

@@ -1,6 +1,8 @@
 """Runs the jobs of the study side by side, skips those that are finished, and says how long the rest will take."""
 
 import fcntl
+import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,9 +17,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+import verl_m2po.config
 from verl_m2po.bench.page import processor
 from verl_m2po.study.plan import Job
 
@@ -28,12 +32,47 @@ LOG = "attempt-1.jsonl"
 TAIL_BYTES = 16_384
 
 
-def is_done(job: Job, out: Path) -> bool:
-    """Whether the run is there, with the settings that the plan has now and at least as many trainer steps."""
+def is_whole(job: Job, out: Path) -> bool:
+    """Whether the run is there, with the overrides of `job` and at least as many trainer steps."""
     record, log = job.folder(out) / RECORD, job.folder(out) / LOG
     if not record.is_file() or not log.is_file():
         return False
     return json.loads(record.read_text())["overrides"] == job.all_overrides and last_step(log) >= job.steps
+
+
+def is_done(job: Job, out: Path) -> bool:
+    """Whether the run is there whole, and as it would be made now."""
+    if not is_whole(job, out):
+        return False
+    record = json.loads((job.folder(out) / RECORD).read_text())
+    # The hash of the config files is younger than the first runs, of which it is not known.
+    return all(record.get(key, value) == value for key, value in provenance().items())
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """What the numbers of a run depend on beside its overrides, as its record has it."""
+    from verl_m2po.one_process import setup as setups
+    from verl_m2po.one_process import train
+
+    return {
+        "config": setups.CONFIG,
+        "config_files": config_hash(Path(verl_m2po.config.__file__).parent),
+        "model": asdict(setups.RECIPE),
+        "versions": train.versions(),
+    }
+
+
+def config_hash(folder: Path) -> str:
+    """SHA-256 of what all config files below `folder` set: of what is in them without comments.
+
+    Composing all jobs for it would take minutes.
+    """
+    whole = hashlib.sha256()
+    for path in sorted(folder.rglob("*.yaml")):
+        content = yaml.safe_load(path.read_text())
+        whole.update(f"{path.relative_to(folder)}\n{json.dumps(content)}\n".encode())
+    return whole.hexdigest()
 
 
 def last_step(log: Path) -> int:
@@ -85,9 +124,7 @@ def _train(job: Job, out: Path) -> None:
     record = {
         "job": asdict(job),
         "overrides": job.all_overrides,
-        "config": setups.CONFIG,
-        "model": asdict(setups.RECIPE),
-        "versions": train.versions(),
+        **provenance(),
         "machine": processor(),
     }
     folder = job.folder(out)
