@@ -1,10 +1,11 @@
 """From paths to a report: runs, groups, table, and a line for each thing that is not there."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from verl_m2po.report import metrics
-from verl_m2po.report.groups import Group, group_runs, tasks_of
+from verl_m2po.report.groups import Group, group_runs, seeds_of_run, tasks_of
 from verl_m2po.report.runs import Run, read_runs
 from verl_m2po.report.summary import Summary, summarise
 
@@ -72,6 +73,21 @@ def _lengths(group: Group) -> list[str]:
     ]
 
 
+def _same_seed(group: Group) -> list[str]:
+    """Copies of one run are no seeds, and their deviation says nothing; the reader chooses which to leave out."""
+    by_seed = defaultdict(list)
+    for run in group.runs:
+        by_seed[seeds_of_run(run)].append(run)
+    lines = []
+    for same in by_seed.values():
+        if len(same) > 1:
+            seed = same[0].settings.seed
+            what = "no known seed" if seed is None else f"the same seed ({seed})"
+            named = f"{', '.join(run.name for run in same[:-1])} and {same[-1].name}"
+            lines.append(f"{group.label}: runs {named} have {what} and count as {len(same)} seeds")
+    return lines
+
+
 def build(paths: list[Path], target: float | None = None, metric: str | None = None, final_points: int = 1) -> Report:
     """Read the runs at `paths`. Whatever cannot be read becomes a line in `problems`; nothing is raised for it.
 
@@ -92,7 +108,7 @@ def build(paths: list[Path], target: float | None = None, metric: str | None = N
     ]
     problems += _results(groups, tasks, metric)
     for group in groups:
-        problems += _lengths(group)
+        problems += _same_seed(group) + _lengths(group)
         for run in group.runs:
             problems += _not_finite(run)
     return Report(groups, tasks, summaries, target, problems)
