@@ -141,6 +141,18 @@ def test_ages_between_the_smallest_and_the_largest_are_spread_evenly(tmp_path):
     np.testing.assert_allclose(shares.to_numpy(), [[0, 0.25, 0.25, 0.25, 0.25], [0, 0, 1, 0, 0]])
 
 
+@pytest.mark.parametrize("age", [1e15, -1e15])
+def test_an_absurd_age_is_left_out_and_named(tmp_path, age):
+    name = "training/off_policy/trajectory_staleness"
+    rows = {step: {f"{name}/min": 4, f"{name}/max": 4} for step in range(1, 4)}
+    rows[2] |= {f"{name}/min": min(4, age), f"{name}/max": max(4, age), "staleness/age_share/steps_to_1000000000000": 1}
+    report = report_of(tmp_path, rows)
+    shares, _ = figures.age_shares(report.groups[0])
+    assert shares.shape == (2, 5) and list(shares.index) == [1, 3]
+    absurd = [line for line in report.problems if "10000" in line]
+    assert len(absurd) == 2 and "1 step(s), first at 2" in absurd[0]
+
+
 def test_logged_buckets_of_ages_are_spread_over_the_ages_in_them(tmp_path):
     """to_1 is age 1 alone, to_4 is 3 and 4, to_8 is 5 to 8; a bucket without tokens is not logged."""
     name = "staleness/age_share/steps"

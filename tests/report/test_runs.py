@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from report_logs import write_config, write_log
 
 from verl_m2po.report.read import Log
-from verl_m2po.report.runs import find_sources, join_attempts, read_runs
+from verl_m2po.report.runs import find_sources, join_attempts, read_run, read_runs
 
 SummaryWriter = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
 
@@ -130,6 +130,33 @@ def test_runs_of_the_same_name_are_told_apart_and_named(tmp_path):
     runs, problems = read_runs([tmp_path])
     assert sorted(run.name for run in runs) == ["x/deep/run", "y/deep/run"]
     assert "2 runs are called run" in problems[0]
+
+
+def test_a_log_that_cannot_be_opened_is_a_line_and_costs_the_others_nothing(tmp_path):
+    for name in ("ok", "run/attempt-1", "run/attempt-3"):
+        write_log(tmp_path / f"{name}.jsonl", rows(1, 2, 1.0))
+    write_config(tmp_path, loss="gspo")
+    (tmp_path / "events").mkdir()
+    links = ("gone.jsonl", "run/attempt-2.jsonl", "run/gone.jsonl", "events/events.out.tfevents.1.x")
+    for name in links:
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    runs, problems = read_runs([tmp_path])
+    assert sorted(run.name for run in runs) == ["ok", "run"]
+    assert next(run for run in runs if run.name == "ok").settings.loss == "gspo"
+    for name in links:
+        assert f"{tmp_path / name}: not readable (No such file or directory)" in problems
+
+
+def test_a_log_or_config_that_is_deleted_between_finding_and_reading_is_a_line(tmp_path, monkeypatch):
+    write_log(tmp_path / "run/attempt-1.jsonl", rows(1, 2, 1.0))
+    monkeypatch.setattr("verl_m2po.report.settings.config_file", lambda folder: folder / "config.yaml")
+    (source,), _ = find_sources(tmp_path)
+    source.files[0].unlink()
+    problems = read_run(source).problems
+    assert [line.split("/")[-1].split(" (")[0] for line in problems] == [
+        "attempt-1.jsonl: not readable",
+        "config.yaml: not readable",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty folder", "empty file"])

@@ -2,6 +2,7 @@ import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from verl_m2po.report.build import build
 from verl_m2po.report.tables import markdown, rows, terminal
-from verl_m2po.report.write import draw, write
+from verl_m2po.report.write import PLOTS, draw, write
 
 ACC = "val-core/addition/acc/mean@1"
 EVIL = "<script>alert(1)</script>|[red]`x`"
@@ -108,6 +109,27 @@ def test_the_table_in_the_terminal_fits_80_columns_and_folds_no_number(tmp_path)
 def test_markdown_of_nothing_says_so():
     assert "Nothing to show" in markdown([], None, ["runs/x: not there"])
     assert "runs/x: not there" in markdown([], None, ["runs/x: not there"])
+
+
+@pytest.mark.parametrize("where", ["draw", "render"])
+def test_a_figure_that_fails_is_a_line_and_the_page_is_written(tmp_path, monkeypatch, where):
+    plots = [plot for plot in PLOTS if plot.name in ("accuracy", "throughput")]
+
+    def fail(*_, **__):
+        raise MemoryError("too much\nof it")
+
+    def draw_unrenderable(*arguments):
+        figure = throughput(*arguments)
+        figure.savefig = fail
+        return figure
+
+    throughput = plots[1].draw
+    plots[1] = replace(plots[1], draw=fail if where == "draw" else draw_unrenderable)
+    monkeypatch.setattr("verl_m2po.report.write.PLOTS", plots)
+    write_log(tmp_path / "x/attempt-1.jsonl", {1: {ACC: 0.5, "perf/throughput": 9.0}})
+    written = write(build([tmp_path / "x"]), tmp_path / "out")
+    assert [path.name for path in written.figures] == ["accuracy.png", "accuracy.svg"]
+    assert "no figure throughput: drawing it failed (MemoryError: too much of it)" in written.page.read_text()
 
 
 def test_a_figure_that_can_no_longer_be_drawn_is_not_left_behind(tmp_path):

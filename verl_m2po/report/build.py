@@ -49,6 +49,23 @@ def _not_finite(run: Run) -> list[str]:
     return lines
 
 
+def _absurd_ages(run: Run) -> list[str]:
+    lines = []
+    kinds = [pattern.format(kind) for pattern in metrics.AGES for kind in ("min", "mean", "max")]
+    for name in sorted(run.logged & set(kinds)):
+        age = run.series(name)
+        steps = age[~metrics.plausible_age(age)].index
+        if len(steps):
+            lines.append(
+                f"{run.name}: {name} is over {metrics.LARGEST_AGE} at {len(steps)} step(s), first at {steps[0]}; they "
+                "are not in figure age_of_data"
+            )
+    for name in sorted(run.logged):
+        if (bucket := metrics.AGE_BUCKET.match(name)) and int(bucket["end"]) > metrics.LARGEST_AGE:
+            lines.append(f"{run.name}: {name} is of ages over {metrics.LARGEST_AGE} and not in figure age_of_data")
+    return lines
+
+
 def _results(groups: list[Group], tasks: dict[str, dict[str, str]], metric: str | None) -> list[str]:
     lines = []
     if list(tasks) == [metrics.TRAINING_SCORE] and metric is None:
@@ -110,5 +127,5 @@ def build(paths: list[Path], target: float | None = None, metric: str | None = N
     for group in groups:
         problems += _same_seed(group) + _lengths(group)
         for run in group.runs:
-            problems += _not_finite(run)
+            problems += _not_finite(run) + _absurd_ages(run)
     return Report(groups, tasks, summaries, target, problems)

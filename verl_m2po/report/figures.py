@@ -307,14 +307,16 @@ def _smallest_and_largest(run: Run) -> tuple[pd.Series, pd.Series, str] | None:
         (metrics.AGE_UPDATES.format("mean"), metrics.AGE_UPDATES.format("max"), "optimizer updates, mean to largest"),
     ):
         if low in run.logged and high in run.logged:
-            aligned = run.series(low).align(run.series(high), join="inner")
-            if len(aligned[0]):
-                return (*aligned, unit)
+            youngest, oldest = run.series(low).align(run.series(high), join="inner")
+            plausible = metrics.plausible_age(youngest) & metrics.plausible_age(oldest)
+            if plausible.any():
+                return youngest[plausible], oldest[plausible], unit
     return None
 
 
 def _age_buckets(run: Run) -> pd.DataFrame | None:
-    found = {name: match for name in run.logged if (match := metrics.AGE_BUCKET.match(name))}
+    named = {name: match for name in run.logged if (match := metrics.AGE_BUCKET.match(name))}
+    found = {name: match for name, match in named.items() if int(match["end"]) <= metrics.LARGEST_AGE}
     if not found:
         return None
     ends = sorted({int(match["end"]) for match in found.values()} | {0})

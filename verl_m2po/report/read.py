@@ -128,6 +128,7 @@ def read_event_file(path: Path) -> Log:
     """Read one TensorBoard event file, as verl's `tensorboard` logger writes it.
 
     Raises:
+        OSError: the file cannot be opened.
         ModuleNotFoundError: tensorboard is not installed; the message says how to get it.
     """
     try:
@@ -136,6 +137,8 @@ def read_event_file(path: Path) -> Log:
         raise ModuleNotFoundError(
             f"{path} is a TensorBoard log; reading it needs tensorboard: pip install tensorboard"
         ) from error
+    # Raises an OSError, where tensorboard would raise errors of its own.
+    path.open("rb").close()
     log = Log(path)
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()

@@ -90,6 +90,15 @@ def _event_time(path: Path) -> tuple[int, str]:
     return (int(stamp) if stamp.isdigit() else 0, path.name)
 
 
+def _unreadable(path: Path) -> str | None:
+    """Why a file cannot be opened, such as a link to nothing; None where it can."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return f"{path}: not readable ({error.strerror or type(error).__name__})"
+    return None
+
+
 def _file_name(path: Path) -> str:
     if ATTEMPT.match(path.name) or path.stem.lower() in GENERIC_STEMS or path.name.startswith(EVENTS):
         return path.resolve().parent.name
@@ -100,14 +109,19 @@ def _in_folder(folder: Path, names: list[str]) -> tuple[list[Source], bool, list
     """The runs whose logs lie directly in `folder`, whether it is itself one run, and a line for each odd file."""
     files = [folder / name for name in sorted(names)]
     own_name = folder.resolve().name
+    reasons = {path: _unreadable(path) for path in files if path.suffix == ".jsonl" or path.name.startswith(EVENTS)}
+    unreadable = [reason for reason in reasons.values() if reason]
+    files = [path for path in files if not reasons.get(path)]
     candidates = [path for path in files if path.suffix == ".jsonl"]
     logs = [path for path in candidates if is_json_log(path)]
     odd = [path for path in candidates if path not in logs and not ATTEMPT.match(_age(path)[0])]
-    lines = [f"{folder}: left out {len(odd)} .jsonl file(s) that are not verl logs, e.g. {odd[0].name}"] if odd else []
+    lines = list(unreadable)
+    if odd:
+        lines.append(f"{folder}: left out {len(odd)} .jsonl file(s) that are not verl logs, e.g. {odd[0].name}")
     numbered = {name: paths for name, paths in _attempts(candidates).items() if ATTEMPT.match(name)}
     if numbered:
         ordered = [path for name in sorted(numbered, key=_attempt_number) for path in numbered[name]]
-        return [Source(own_name, tuple(ordered), folder)], True, []
+        return [Source(own_name, tuple(ordered), folder)], True, unreadable
     if by_name := _attempts(logs):
         # A config beside several logs belongs to none of them for certain.
         config_folder = folder if len(by_name) == 1 else None
@@ -136,7 +150,11 @@ def find_sources(path: Path) -> tuple[list[Source], list[str]]:
         return [], [f"{path}: not there"]
     sources: list[Source] = []
     problems: list[str] = []
-    for folder, subfolders, names in os.walk(path):
+
+    def cannot_enter(error: OSError) -> None:
+        problems.append(f"{error.filename}: not readable ({error.strerror or type(error).__name__})")
+
+    for folder, subfolders, names in os.walk(path, onerror=cannot_enter):
         found, is_one_run, lines = _in_folder(Path(folder), names)
         sources += found
         problems += lines

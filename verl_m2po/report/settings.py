@@ -1,6 +1,7 @@
 """What a run was: its loss, staleness and seed, from the config beside its log, else from its name."""
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,15 +63,23 @@ def flatten(tree: object, prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def config_file(folder: Path) -> Path | None:
+    """The config beside a log in `folder`, if there is one."""
+    # os.path, because Path.is_file raises where a folder may not be entered.
+    return next((folder / name for name in CONFIG_FILES if os.path.isfile(folder / name)), None)
+
+
 def read_config(folder: Path) -> tuple[dict[str, object], list[str]]:
     """The flattened config in `folder`, as data only, and a line if it could not be read; ({}, []) if there is none."""
-    path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
+    path = config_file(folder)
     if path is None:
         return {}, []
-    if path.stat().st_size > LARGEST_CONFIG_BYTES:
-        return {}, [f"{path}: larger than {LARGEST_CONFIG_BYTES} bytes, so not read as a config"]
     try:
+        if path.stat().st_size > LARGEST_CONFIG_BYTES:
+            return {}, [f"{path}: larger than {LARGEST_CONFIG_BYTES} bytes, so not read as a config"]
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return {}, [f"{path}: not readable ({error.strerror}); loss and staleness come from the name"]
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         return {}, [f"{path}: not readable as YAML ({type(error).__name__}); loss and staleness come from the name"]
     return flatten(tree), []

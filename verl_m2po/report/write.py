@@ -19,6 +19,7 @@ from verl_m2po.report.page import page
 from verl_m2po.report.style import RC
 from verl_m2po.report.tables import markdown, rows
 
+KINDS = ("png", "svg")
 PNG_DPI = 150
 
 
@@ -137,6 +138,10 @@ def _lacking(plot: Plot, groups: list[Group]) -> list[str]:
     return [f"figure {plot.name} lacks {'; '.join(names)}: no {' or '.join(plot.needs)} logged"] if names else []
 
 
+def _failed(plot: Plot, error: Exception) -> str:
+    return f"no figure {plot.name}: drawing it failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+
+
 def draw(report: Report) -> tuple[list[tuple[Plot, Figure]], list[str]]:
     """The figures that can be drawn, and a line for each that cannot or that lacks a group."""
     drawn, problems = [], []
@@ -145,6 +150,9 @@ def draw(report: Report) -> tuple[list[tuple[Plot, Figure]], list[str]]:
             drawn.append((plot, plot.draw(report.groups, report.tasks)))
         except figures.NothingToDraw as nothing:
             problems.append(f"no figure {plot.name}: {nothing} in the logs")
+            continue
+        except Exception as error:  # whatever a log holds, it must not cost the other figures
+            problems.append(_failed(plot, error))
             continue
         if plot.needs:
             problems += _lacking(plot, report.groups)
@@ -167,13 +175,17 @@ def write(report: Report, out: Path, refresh_s: float | None = None) -> Written:
     paths: list[Path] = []
     in_page = []
     for plot, figure in drawn:
-        for kind in ("png", "svg"):
-            data = _render(figure, kind)
+        try:
+            rendered = {kind: _render(figure, kind) for kind in KINDS}
+        except Exception as error:  # matplotlib finds some values impossible only now
+            problems.append(_failed(plot, error))
+            continue
+        for kind, data in rendered.items():
             paths.append(out / f"{plot.name}.{kind}")
             _replace(paths[-1], data)
-        in_page.append((plot.title, plot.caption, data))
+        in_page.append((plot.title, plot.caption, rendered["svg"]))
     for plot in PLOTS:
-        for kind in ("png", "svg"):
+        for kind in KINDS:
             if out / f"{plot.name}.{kind}" not in paths:
                 (out / f"{plot.name}.{kind}").unlink(missing_ok=True)
     _replace(out / "report.md", markdown(report.summaries, report.target, problems).encode())
