@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from report_logs import stale_run, write_config, write_log
@@ -132,6 +133,35 @@ def test_an_exact_mode_is_one_cell_in_each_column(study):
     assert unit == "weight versions"
     assert (shares.max(axis=1) == 1).all()
     assert (shares.idxmax(axis=1).loc[65:] == 64).all()
+
+
+def test_steps_that_were_not_logged_are_neither_drawn_nor_claimed(tmp_path):
+    """Age 4 at steps 1 to 3 and 50 to 52: the claim begins at 50, and no cell or line lies between."""
+    name = "training/off_policy/trajectory_staleness"
+    report = report_of(tmp_path, {s: {f"{name}/min": 4, f"{name}/max": 4} for s in (1, 2, 3, 50, 51, 52)})
+    axes = figures.age_of_data(report.groups, report.tasks).axes[0]
+    assert axes.get_title(loc="left").endswith(": all of age 4 from step 50")
+    mesh = next(drawn for drawn in axes.collections if isinstance(drawn, QuadMesh))
+    edges = mesh.get_coordinates()[0, :, 0]
+    cells = zip(edges[:-1], edges[1:], mesh.get_array().mask[0], strict=True)
+    drawn = [(left, right) for left, right, hidden in cells if not hidden]
+    assert drawn == [(s - 0.5, s + 0.5) for s in (1, 2, 3, 50, 51, 52)]
+    (line,) = axes.lines
+    assert np.isnan(line.get_ydata()[3]) and 3 < line.get_xdata()[3] < 50
+
+
+def test_a_run_of_one_step_is_seen_in_every_panel(tmp_path):
+    rows = {1: stale_run("m2po", 4, seed=1, steps=3)[1] | {ACC: 0.5, "actor/m2po/second_moment_after": 0.01}}
+    report = report_of(tmp_path, rows)
+    for draw in (
+        figures.accuracy,
+        figures.left_out_fraction,
+        figures.second_moment,
+        figures.health,
+        figures.throughput,
+    ):
+        for axes in draw(report.groups, report.tasks).axes:
+            assert not axes.get_visible() or any(line.get_marker() != "None" for line in axes.lines), axes.get_title()
 
 
 def test_ages_between_the_smallest_and_the_largest_are_spread_evenly(tmp_path):

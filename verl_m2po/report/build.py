@@ -53,9 +53,8 @@ def _absurd_ages(run: Run) -> list[str]:
     lines = []
     kinds = [pattern.format(kind) for pattern in metrics.AGES for kind in ("min", "mean", "max")]
     for name in sorted(run.logged & set(kinds)):
-        age = run.series(name)
-        steps = age[~metrics.plausible_age(age)].index
-        if len(steps):
+        steps = [step for step, plausible in metrics.plausible_age(run.series(name)).items() if not plausible]
+        if steps:
             lines.append(
                 f"{run.name}: {name} is over {metrics.LARGEST_AGE} at {len(steps)} step(s), first at {steps[0]}; they "
                 "are not in figure age_of_data"

@@ -45,6 +45,8 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 def _line(axes: Axes, seeds: Seeds, look: Look, label: str, markers: bool = False, **style) -> None:
     """Mean over seeds, a band from the lowest to the highest seed, dotted where the shortest seed has ended."""
     marker = look.marker if markers and len(seeds.mean) <= 60 else None
+    if len(seeds.mean) == 1:
+        marker = look.marker  # a line of one point would draw nothing
     style = {"color": look.colour, "linestyle": look.line, "linewidth": 1.8, **style}
     axes.plot(seeds.mean.index, seeds.mean, marker=marker, markersize=3.5, label=plain(label), **style)
     if seeds.count > 1:
@@ -368,24 +370,38 @@ def age_of_data(groups: list[Group], tasks: Tasks) -> Figure:
 
 
 def _exact_from(shares: pd.DataFrame) -> str:
-    """Says of a panel at which single age, and from which step on, all rows are; nothing where they are not."""
-    single = shares.max(axis=1).ge(1.0)
-    same = single & shares.idxmax(axis=1).eq(shares.iloc[-1].idxmax())
-    if not same.iloc[-1]:
+    """Says of a panel at which single age, and from which step on, all rows are; nothing where they are not.
+
+    A step that was not logged ends the claim: nobody knows how old its data was.
+    """
+    age = shares.iloc[-1].idxmax()
+    exact = (shares.max(axis=1).ge(1.0) & shares.idxmax(axis=1).eq(age)).to_numpy()
+    if not exact[-1]:
         return ""
-    first = same.index[len(same) - int(np.argmin(same[::-1]))] if not same.all() else same.index[0]
-    return f": all of age {shares.iloc[-1].idxmax()} from step {first}"
+    steps = shares.index.to_numpy()
+    goes_on = exact[:-1] & (np.diff(steps) == 1)
+    first = len(steps) - 1 - (int(np.argmin(goes_on[::-1])) if not goes_on.all() else len(goes_on))
+    return f": all of age {age} from step {steps[first]}"
+
+
+def _with_gaps(shares: pd.DataFrame) -> pd.DataFrame:
+    """A row of NaN in each stretch of steps that was not logged, so that nothing is drawn there."""
+    steps = shares.index.to_numpy()
+    gaps = steps[:-1][np.diff(steps) > 1] + 1
+    return shares.reindex(np.sort(np.append(steps, gaps)))
 
 
 def _heat_map(axes: Axes, shares: pd.DataFrame, colours: LinearSegmentedColormap):
+    shares = _with_gaps(shares)
     steps, ages = shares.index.to_numpy(), shares.columns.to_numpy()
     grid = np.zeros((int(ages.max() - ages.min()) + 1, len(steps)))
     grid[(ages - ages.min()).astype(int)] = shares.to_numpy().T
     rows = ages.min() + np.arange(len(grid) + 1) - 0.5
     edges = np.append(steps - 0.5, steps[-1] + 0.5)
     mesh = axes.pcolormesh(edges, rows, grid, cmap=colours, vmin=0, vmax=1, rasterized=True)
-    # A cell of one age in hundreds is thinner than a pixel.
-    axes.plot(steps, shares.to_numpy() @ ages, color="#08306B", linewidth=1.2, label="mean age")
+    # A cell of one age in hundreds is thinner than a pixel, and a line of a single step is not drawn.
+    mean = shares.to_numpy() @ ages
+    axes.plot(steps, mean, color="#08306B", linewidth=1.2, marker=".", markersize=2, label="mean age")
     room = max(1.0, 0.05 * (rows[-1] - rows[0]))
     axes.set_ylim(rows[0], rows[-1] + room)
     axes.grid(False)
