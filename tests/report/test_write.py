@@ -155,6 +155,22 @@ def test_a_metric_that_was_not_logged_is_a_line_not_an_exception(tmp_path, remov
     assert any(removed in line or "accuracy" in line for line in set(lines[1]) - set(lines[0]))
 
 
+def test_panels_of_a_strip_that_were_not_logged_are_one_line(tmp_path):
+    write_log(tmp_path / "a.jsonl", {1: {"actor/grad_norm": 0.5, "actor/ppo_kl": 0.1}})
+    write_log(tmp_path / "b.jsonl", {1: {"actor/grad_norm": 0.5}})
+    _, problems = draw(build([tmp_path]))
+    (line,) = [line for line in problems if line.startswith("figure health")]
+    assert "actor/entropy or actor/m2po/entropy_kept, " in line and "grad_norm" not in line
+    assert line.endswith("; actor/m2po/kl or actor/ppo_kl (of b)")
+
+
+def test_groups_beyond_the_heat_maps_are_named(tmp_path):
+    for run in "abcdefghijklmn":
+        write_log(tmp_path / f"{run}.jsonl", {1: {"staleness/age_updates_min": 4, "staleness/age_updates_max": 4}})
+    _, problems = draw(build([tmp_path]))
+    assert "figure age_of_data shows the first 12 groups only, not m; n" in problems
+
+
 def test_a_metric_that_is_nan_throughout_is_named(tmp_path):
     rows = {step: {ACC: 0.5, "actor/grad_norm": float("nan")} for step in range(5)}
     write_log(tmp_path / "runs/x/attempt-1.jsonl", rows)

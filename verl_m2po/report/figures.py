@@ -340,13 +340,18 @@ def _spread_evenly(low: pd.Series, high: pd.Series) -> pd.DataFrame:
     return pd.DataFrame(inside / inside.sum(axis=1, keepdims=True), index=low.index, columns=ages)
 
 
+def with_ages(groups: list[Group]) -> list[tuple[Group, tuple[pd.DataFrame, str]]]:
+    """The groups that logged ages, with what `age_shares` says of each."""
+    return [(group, shares) for group in groups if (shares := age_shares(group)) is not None]
+
+
 @_styled
 def age_of_data(groups: list[Group], tasks: Tasks) -> Figure:
     """Heat map of the age of the trained data against the step, a panel for each group.
 
     A flat line at k is the exact mode: every batch is of one age.
     """
-    found = [(group, shares) for group in groups if (shares := age_shares(group)) is not None]
+    found = with_ages(groups)
     if not found:
         raise NothingToDraw(f"no {metrics.AGE_UPDATES.format('mean')} and no {metrics.AGE_VERSIONS.format('mean')}")
     found = found[:MOST_HEAT_MAPS]

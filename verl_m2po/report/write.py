@@ -4,8 +4,10 @@
 # pyright: reportArgumentType=false
 
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -32,6 +34,7 @@ class Plot:
         title, caption: What the page says over and under it.
         draw: From groups and tasks to a Figure.
         needs: A group that logged none of these is named as missing; empty where `draw` or the table says so.
+        leaves_out: What else is not in it, one phrase each.
     """
 
     name: str
@@ -39,6 +42,25 @@ class Plot:
     caption: str
     draw: Callable[..., Figure]
     needs: tuple[str, ...] = ()
+    leaves_out: Callable[[list[Group]], list[str]] = lambda groups: []
+
+
+def _missing_panels(panels: tuple[metrics.Panel, ...], groups: list[Group]) -> list[str]:
+    """One phrase for a strip of small plots: the panels that no group logged, then those that only some lack."""
+    lacking = defaultdict(list)
+    for panel in panels:
+        names = tuple(group.label for group in groups if not metrics.first_logged(group.logged, panel.metrics))
+        if names:
+            lacking[names].append(" or ".join(panel.metrics))
+    everyone = tuple(group.label for group in groups)
+    parts = [", ".join(lacking.pop(everyone))] if everyone in lacking else []
+    parts += [f"{', '.join(logged)} (of {'; '.join(names)})" for names, logged in lacking.items()]
+    return [f"lacks panels that were not logged: {'; '.join(parts)}"] if parts else []
+
+
+def _further_heat_maps(groups: list[Group]) -> list[str]:
+    left_out = [group.label for group, _ in figures.with_ages(groups)[figures.MOST_HEAT_MAPS :]]
+    return [f"shows the first {figures.MOST_HEAT_MAPS} groups only, not {'; '.join(left_out)}"] if left_out else []
 
 
 AGES = tuple(pattern.format("mean") for pattern in (metrics.AGE_UPDATES, metrics.AGE_VERSIONS))
@@ -76,14 +98,22 @@ PLOTS = (
         "largest age, or buckets of ages, are logged, the data is drawn evenly between them.",
         figures.age_of_data,
         AGES,
+        _further_heat_maps,
     ),
     Plot(
         "buffer",
         "Staleness buffer",
         "Prompt groups held, waiting, admitted and evicted, and who waited for whom.",
         figures.buffer,
+        leaves_out=partial(_missing_panels, metrics.BUFFER),
     ),
-    Plot("health", "Health", "What moves first when a run goes wrong; a rolling median over steps.", figures.health),
+    Plot(
+        "health",
+        "Health",
+        "What moves first when a run goes wrong; a rolling median over steps.",
+        figures.health,
+        leaves_out=partial(_missing_panels, metrics.HEALTH),
+    ),
     Plot(
         "time_per_step",
         "Time per step",
@@ -156,6 +186,7 @@ def draw(report: Report) -> tuple[list[tuple[Plot, Figure]], list[str]]:
             continue
         if plot.needs:
             problems += _lacking(plot, report.groups)
+        problems += [f"figure {plot.name} {phrase}" for phrase in plot.leaves_out(report.groups)]
     return drawn, problems
 
 
