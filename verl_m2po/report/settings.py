@@ -15,12 +15,18 @@ LARGEST_CONFIG_BYTES = 5_000_000
 
 # At the end of the name or of one of its folders: "m2po-s256-seed3", "seed3/m2po-s256".
 SEED_IN_NAME = re.compile(r"(?:^|(?<=/)|[-_.])seed[-_=]?(\d+)(?=$|/)", re.IGNORECASE)
-STALENESS_IN_NAME = re.compile(r"(?:^|[-_./])(?:s|stale|staleness)[-_=]?(\d+)(?=$|[-_./])", re.IGNORECASE)
+# A bare s with a number begins no name ("s1-math"), but may be a folder of its own ("m2po/s256").
+STALENESS_IN_NAME = re.compile(
+    r"(?:(?:^|[-_./])stale(?:ness)?[-_=]?|[-_.]s[-_=]?|(?:^|/)s(?=\d+(?:$|/)))(\d+)(?=$|[-_./])", re.IGNORECASE
+)
 ON_POLICY_IN_NAME = re.compile(r"(?:^|[-_./])on[-_]?policy(?=$|[-_./])", re.IGNORECASE)
-# Longest first, so that m2po_clip is not read as m2po.
-LOSSES_IN_NAME = ("no_trust_region", "m2po_clip", "vanilla", "cispo", "m2po", "grpo", "gspo", "bapo", "topr", "oapl")
+# The options of the Hydra group `loss`, longest first, so that m2po_clip is not read as m2po.
+LOSS_OPTIONS = Path(__file__).parents[1] / "config" / "loss"
+LOSSES_IN_NAME = sorted((option.stem for option in LOSS_OPTIONS.glob("*.yaml")), key=lambda name: (-len(name), name))
 
+# The label comes first, because options of the group `loss` may share a registered loss.
 LOSS_KEYS = (
+    "algorithm.policy_loss_label",
     "algorithm.policy_loss",
     "actor_rollout_ref.actor.policy_loss.selected",
     "actor_rollout_ref.actor.policy_loss.loss_mode",
@@ -104,12 +110,19 @@ def _first(config: dict[str, object], keys: tuple[str, ...], kind: type) -> obje
     return None
 
 
+def _loss_in_name(name: str) -> str | None:
+    """The option of `loss` that the name begins with, without its folders, else one anywhere in it; the longest."""
+    plain = re.sub(r"[-./]", "_", name.lower())
+    start = re.sub(r"[-.]", "_", name.lower().rsplit("/", 1)[-1])
+    return next(
+        (loss for loss in LOSSES_IN_NAME if f"{start}_".startswith(f"{loss}_")),
+        next((loss for loss in LOSSES_IN_NAME if f"_{loss}_" in f"_{plain}_"), None),
+    )
+
+
 def _loss(config: dict[str, object], name: str) -> str | None:
     """verl's `vanilla` is PPO's clip; with group-relative advantages the field calls it GRPO."""
-    loss = _first(config, LOSS_KEYS, str)
-    if loss is None:
-        plain = re.sub(r"[-./]", "_", name.lower())
-        loss = next((known for known in LOSSES_IN_NAME if f"_{known}_" in f"_{plain}_"), None)
+    loss = _first(config, LOSS_KEYS, str) or _loss_in_name(name)
     is_grpo = loss == "vanilla" and lookup(config, "algorithm.adv_estimator") in (None, "grpo")
     return "grpo" if is_grpo else str(loss) if loss else None
 
