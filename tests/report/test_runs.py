@@ -124,6 +124,39 @@ def test_a_run_given_twice_is_read_once(tmp_path):
     assert len(runs) == 1
 
 
+def test_logs_of_one_folder_have_names_of_their_own(tmp_path):
+    """verl calls none of them so, but people do; their metrics must not end in one run."""
+    paths = [write_log(tmp_path / f"runA/{name}.jsonl", rows(1, 2, 1.0)) for name in ("log", "metrics")]
+    for named in ([tmp_path], paths):
+        runs, _ = read_runs(named)
+        assert [run.name for run in runs] == ["runA/log", "runA/metrics"]
+    write_log(tmp_path / "x/runA/log.jsonl", rows(1, 2, 1.0))
+    write_log(tmp_path / "x/runA/metrics.jsonl", rows(1, 2, 1.0))
+    runs, _ = read_runs([tmp_path])
+    assert len({run.name for run in runs}) == 4 and "x/runA/log" in {run.name for run in runs}
+
+
+def test_a_run_with_two_loggers_is_one_run_and_a_line(tmp_path):
+    """`trainer.logger=[file,tensorboard]`, with the events in a folder under the log's."""
+    write_log(tmp_path / "m2po-run/metrics.jsonl", rows(1, 2, 1.0))
+    events = tmp_path / "m2po-run/tensorboard"
+    writer = SummaryWriter(str(events))
+    writer.add_scalar("critic/score/mean", 2.0, 1)
+    writer.close()
+    (run,), problems = read_runs([tmp_path])
+    assert run.name == "m2po-run" and run.series("critic/score/mean").tolist() == [1.0, 1.0]
+    assert len(problems) == 1 and "1 folder(s) of TensorBoard events" in problems[0] and str(events) in problems[0]
+    assert len(read_runs([events])[0]) == 1
+
+
+def test_a_log_beside_the_attempts_of_another_run_is_a_line(tmp_path):
+    write_log(tmp_path / "run/attempt-1.jsonl", rows(1, 2, 1.0))
+    write_log(tmp_path / "run/other.jsonl", rows(1, 2, 2.0))
+    write_log(tmp_path / "run/new.jsonl", {})
+    (run,), problems = read_runs([tmp_path])
+    assert run.name == "run" and len(problems) == 1 and "left out other.jsonl, beside attempt-1.jsonl" in problems[0]
+
+
 def test_runs_of_the_same_name_are_told_apart_and_named(tmp_path):
     for folder in ("x/deep", "y/deep"):
         write_log(tmp_path / folder / "run/attempt-1.jsonl", rows(1, 2, 1.0))
