@@ -66,6 +66,19 @@ def test_no_two_groups_of_a_sweep_look_alike(tmp_path):
     assert len(set(look.values())) == len(look) == 12
 
 
+def test_long_names_that_are_alike_for_long_are_told_apart_in_the_legend(tmp_path):
+    start = "qwen2.5-math-7b-instruct-dapo17k-temperature1.0-lr1e-6-bs1024-mb64-n8-"
+    for end in ("alpha", "beta"):
+        write_log(tmp_path / f"{start}{end}.jsonl", {1: {ACC: 0.5}})
+    # The same at both ends, so cut to the same text, but two runs nevertheless.
+    for middle in ("one", "two"):
+        write_log(tmp_path / f"{'a' * 70}{middle}{'z' * 70}.jsonl", {1: {ACC: 0.5}})
+    report = build([tmp_path])
+    shown = [text.get_text() for text in figures.accuracy(report.groups, report.tasks).legends[0].get_texts()]
+    assert len(shown) == 4 and max(map(len, shown)) == 60
+    assert [text.rsplit("-", 1)[-1] for text in shown if "qwen" in text] == ["alpha", "beta"]
+
+
 def test_accuracy_draws_the_mean_and_the_band_of_the_seeds(study):
     axes = figures.accuracy(study.groups, study.tasks).axes[0]
     drawn = lines(axes)

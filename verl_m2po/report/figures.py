@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from verl_m2po.report import metrics
 from verl_m2po.report.groups import Group, Seeds, over_seeds, result_seeds, seeds_of
 from verl_m2po.report.runs import Run
-from verl_m2po.report.style import PHASE_COLOURS, RC, Look, is_reference, looks, plain
+from verl_m2po.report.style import PHASE_COLOURS, RC, Look, cut, is_reference, looks, plain
 from verl_m2po.report.summary import left_out_metric, training_seconds
 
 Tasks = dict[str, dict[str, str]]
@@ -42,13 +42,18 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return wrapper
 
 
+def _full(label: str) -> str:
+    """A label for a line: not cut yet, since names that are cut to the same would be one entry of the legend."""
+    return plain(label, most=len(label))
+
+
 def _line(axes: Axes, seeds: Seeds, look: Look, label: str, markers: bool = False, **style) -> None:
     """Mean over seeds, a band from the lowest to the highest seed, dotted where the shortest seed has ended."""
     marker = look.marker if markers and len(seeds.mean) <= 60 else None
     if len(seeds.mean) == 1:
         marker = look.marker  # a line of one point would draw nothing
     style = {"color": look.colour, "linestyle": look.line, "linewidth": 1.8, **style}
-    axes.plot(seeds.mean.index, seeds.mean, marker=marker, markersize=3.5, label=plain(label), **style)
+    axes.plot(seeds.mean.index, seeds.mean, marker=marker, markersize=3.5, label=_full(label), **style)
     if seeds.count > 1:
         axes.fill_between(seeds.mean.index, seeds.low, seeds.high, color=look.colour, alpha=0.15, linewidth=0)
     if len(seeds.tail):
@@ -71,6 +76,7 @@ def _legend(figure: Figure, handles: list, labels: list[str]) -> None:
     """One legend beneath the axes, so that it never lies on data."""
     if not labels:
         return
+    labels = [cut(label) for label in labels]
     columns = max(1, min(len(labels), int(figure.get_figwidth() * 12 / (max(map(len, labels)) + 8))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
@@ -250,7 +256,7 @@ def _staleness_line(axes: Axes, groups: list[Group], names: dict[str, str], x_of
             [values.mean() - values.min() for _, values in points],
             [values.max() - values.mean() for _, values in points],
         ]
-        axes.errorbar(x, mean, yerr=bars, color=look.colour, capsize=3, linewidth=1.6, label=plain(label), **style)
+        axes.errorbar(x, mean, yerr=bars, color=look.colour, capsize=3, linewidth=1.6, label=_full(label), **style)
 
 
 @_styled
