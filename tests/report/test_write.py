@@ -106,6 +106,15 @@ def test_the_table_in_the_terminal_fits_80_columns_and_folds_no_number(tmp_path)
         assert all(word in text for word in title.split()), title
 
 
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(1.0, "100%"), (0.996, "100%"), (0.0, "0%"), (0.1234, "12%"), (0.0006, "0.06%"), (1e-7, "0.00001%")],
+)
+def test_a_share_is_never_written_with_an_exponent(tmp_path, share, text):
+    report = build([write_log(tmp_path / "x.jsonl", {1: {ACC: 0.5, "actor/pg_clipfrac": share}})])
+    assert rows(report.summaries, None)[0]["clipped or masked"] == text
+
+
 def test_markdown_of_nothing_says_so():
     assert "Nothing to show" in markdown([], None, ["runs/x: not there"])
     assert "runs/x: not there" in markdown([], None, ["runs/x: not there"])
