@@ -146,6 +146,28 @@ def read_event_file(path: Path) -> Log:
         for event in events.Scalars(name):
             if 0 <= event.step < LARGEST_STEP:
                 log.rows.setdefault(int(event.step), {})[name] = float(event.value)
-    if not log.rows:
+    # tensorboard stops at the first record that it cannot read, and says nothing.
+    if (whole := _whole_bytes(path)) is not None:
+        log.problems.append(
+            f"{path}: damaged or cut after byte {whole}; the run died while writing it, or is writing it now"
+        )
+    elif not log.rows:
         log.problems.append(f"{path}: empty, no step was logged")
     return log
+
+
+def _whole_bytes(path: Path) -> int | None:
+    """Where the first record of an event file begins that does not end in the file; None where all do.
+
+    A record is its length (8 bytes, little-endian), a checksum (4), the data and another checksum (4).
+    """
+    size = path.stat().st_size
+    place = 0
+    with path.open("rb") as file:
+        while place < size:
+            file.seek(place)
+            end = place + 16 + int.from_bytes(file.read(8), "little")
+            if end > size:
+                return place
+            place = end
+    return None
