@@ -239,6 +239,19 @@ def test_time_to_accuracy_uses_training_seconds(study):
         np.testing.assert_allclose(line.get_ydata(), by_step[label].get_ydata())
 
 
+def test_the_tail_of_the_longer_seeds_is_drawn_against_time_too(tmp_path):
+    """Seeds of 4 s and 2 s a step; the slow one ends at step 20, where the mean clock is at 60 s."""
+    for seed, (steps, seconds) in enumerate([(20, 4.0), (40, 2.0)]):
+        rows = {s: {ACC: s / 100} | ({"timing_s/step": seconds} if s else {}) for s in range(0, steps + 1)}
+        write_log(tmp_path / f"m2po-s256-seed{seed}/attempt-1.jsonl", rows)
+    report = build([tmp_path])
+    complete, tail = figures.accuracy_by_time(report.groups, report.tasks).axes[0].lines
+    np.testing.assert_allclose(complete.get_xdata(), 3.0 * np.arange(21))
+    np.testing.assert_allclose(tail.get_xdata(), 60 + 2.0 * np.arange(21))
+    np.testing.assert_allclose(tail.get_ydata(), np.arange(20, 41) / 100)
+    assert any("early ended m2po-s256-seed0 (20)" in line for line in report.problems)
+
+
 @pytest.mark.parametrize("name", ["$x^$", "_hidden", "a\nb\tc", "\\frac{", "<b>&", "x" * 300, "日本"])
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_names_are_drawn_as_they_stand(tmp_path, name):

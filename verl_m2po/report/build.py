@@ -81,11 +81,15 @@ def _results(groups: list[Group], tasks: dict[str, dict[str, str]], metric: str 
 
 
 def _lengths(group: Group) -> list[str]:
-    ends = [int(run.frame.index[-1]) for run in group.runs]
-    if len(set(ends)) < 2:
+    ends = {run.name: int(run.frame.index[-1]) for run in group.runs}
+    last = max(ends.values())
+    early = [f"{name} ({end})" for name, end in ends.items() if end < last]
+    if not early:
         return []
     return [
-        f"{group.label}: its seeds end at steps {', '.join(map(str, sorted(ends)))}; lines are dotted after {min(ends)}"
+        f"{group.label}: its seeds end at steps {', '.join(map(str, sorted(ends.values())))}; early ended "
+        f"{', '.join(early)}, whose own last values are in the mean of final; lines are dotted after "
+        f"{min(ends.values())}"
     ]
 
 

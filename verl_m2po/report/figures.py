@@ -143,8 +143,23 @@ def _result_by_seconds(group: Group, names: dict[str, str]) -> Seeds:
     seeds = result_seeds(group, names)
     clocks = [training_seconds(run) for run in group.runs if run.name in names]
     clock = over_seeds(clocks).mean.reindex(seeds.mean.index).dropna()
-    kept = [series.reindex(clock.index).set_axis(clock.to_numpy()) for series in (seeds.mean, seeds.low, seeds.high)]
-    return Seeds(kept[0], kept[1], kept[2], count=seeds.count)
+    kept = [_at_seconds(series, clock) for series in (seeds.mean, seeds.low, seeds.high)]
+    tail = _at_seconds(seeds.tail, _clock_of_tail(clock, clocks)) if len(seeds.tail) else seeds.tail
+    return Seeds(kept[0], kept[1], kept[2], tail, seeds.count)
+
+
+def _at_seconds(series: pd.Series, clock: pd.Series) -> pd.Series:
+    clock = clock.reindex(clock.index.intersection(series.index))
+    return series.reindex(clock.index).set_axis(clock.to_numpy())
+
+
+def _clock_of_tail(clock: pd.Series, clocks: list[pd.Series]) -> pd.Series:
+    """Goes on from the end of `clock` by the mean seconds of the seeds that are left, so that time never runs back."""
+    if not len(clock):
+        return clock
+    seconds = pd.concat([one for one in clocks if len(one)], axis=1).sort_index().diff().mean(axis=1)
+    later = seconds[seconds.index > clock.index[-1]].cumsum() + clock.iloc[-1]
+    return pd.concat([clock.iloc[-1:], later])
 
 
 @_styled

@@ -53,8 +53,7 @@ class Seeds:
     """One metric over the seeds of a group, by step.
 
     Args:
-        steps: Trainer steps at which all seeds have a value, up to the end of the shortest; index of the rest.
-        mean, low, high: Over seeds.
+        mean, low, high: Over seeds, by trainer step; steps at which all have a value, up to the end of the shortest.
         tail: Mean over the seeds that are left, after the shortest ended; starts where `mean` ends.
         count: Seeds that logged the metric at all.
     """
