@@ -3,7 +3,7 @@ import re
 
 import pytest
 import typer
-from report_logs import stale_run, write_log
+from report_logs import stale_run, write_config, write_log
 from typer.testing import CliRunner
 
 from verl_m2po.report import command
@@ -91,6 +91,30 @@ def test_watch_reports_again_only_when_a_log_grew(app, run, tmp_path, monkeypatc
     assert code == 0
     assert output.count("report.html") == 2
     assert 'http-equiv="refresh" content="7"' in (tmp_path / "out/report.html").read_text()
+
+
+def test_watch_sees_a_config_and_survives_a_log_that_is_deleted(app, run, tmp_path, monkeypatch):
+    log = write_log(run / "attempt-1.jsonl", {1: {"critic/score/mean": 0.5}})
+    looks = iter(["config", "delete", "stop"])
+
+    def sleep(seconds):
+        action = next(looks)
+        if action == "config":
+            write_config(run, loss="gspo", staleness_updates=8)
+        if action == "delete":
+            log.unlink()
+            log.symlink_to(tmp_path / "nowhere")
+        if action == "stop":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    code, output = invoke(app, "report", run, "--out", tmp_path / "out", "--watch", "--no-figures")
+    assert code == 0 and output.count("written:") == 3
+    assert "gspo, s=8" in output and "not readable" in output
+
+
+def test_a_log_that_vanishes_while_it_is_looked_at_has_a_state(tmp_path):
+    assert command._state(tmp_path / "gone") == (str(tmp_path / "gone"),)
 
 
 def test_watch_waits_for_a_run_that_has_not_started(app, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from report_logs import stale_run, write_config, write_log
@@ -63,6 +64,19 @@ def test_no_two_groups_of_a_sweep_look_alike(tmp_path):
             write_log(tmp_path / f"{loss}-s{s}/attempt-1.jsonl", {1: {ACC: 0.5}})
     look = looks(build([tmp_path]).groups)
     assert len(set(look.values())) == len(look) == 12
+
+
+def test_long_names_that_are_alike_for_long_are_told_apart_in_the_legend(tmp_path):
+    start = "qwen2.5-math-7b-instruct-dapo17k-temperature1.0-lr1e-6-bs1024-mb64-n8-"
+    for end in ("alpha", "beta"):
+        write_log(tmp_path / f"{start}{end}.jsonl", {1: {ACC: 0.5}})
+    # The same at both ends, so cut to the same text, but two runs nevertheless.
+    for middle in ("one", "two"):
+        write_log(tmp_path / f"{'a' * 70}{middle}{'z' * 70}.jsonl", {1: {ACC: 0.5}})
+    report = build([tmp_path])
+    shown = [text.get_text() for text in figures.accuracy(report.groups, report.tasks).legends[0].get_texts()]
+    assert len(shown) == 4 and max(map(len, shown)) == 60
+    assert [text.rsplit("-", 1)[-1] for text in shown if "qwen" in text] == ["alpha", "beta"]
 
 
 def test_accuracy_draws_the_mean_and_the_band_of_the_seeds(study):
@@ -134,11 +148,52 @@ def test_an_exact_mode_is_one_cell_in_each_column(study):
     assert (shares.idxmax(axis=1).loc[65:] == 64).all()
 
 
+def test_steps_that_were_not_logged_are_neither_drawn_nor_claimed(tmp_path):
+    """Age 4 at steps 1 to 3 and 50 to 52: the claim begins at 50, and no cell or line lies between."""
+    name = "training/off_policy/trajectory_staleness"
+    report = report_of(tmp_path, {s: {f"{name}/min": 4, f"{name}/max": 4} for s in (1, 2, 3, 50, 51, 52)})
+    axes = figures.age_of_data(report.groups, report.tasks).axes[0]
+    assert axes.get_title(loc="left").endswith(": all of age 4 from step 50")
+    mesh = next(drawn for drawn in axes.collections if isinstance(drawn, QuadMesh))
+    edges = mesh.get_coordinates()[0, :, 0]
+    cells = zip(edges[:-1], edges[1:], mesh.get_array().mask[0], strict=True)
+    drawn = [(left, right) for left, right, hidden in cells if not hidden]
+    assert drawn == [(s - 0.5, s + 0.5) for s in (1, 2, 3, 50, 51, 52)]
+    (line,) = axes.lines
+    assert np.isnan(line.get_ydata()[3]) and 3 < line.get_xdata()[3] < 50
+
+
+def test_a_run_of_one_step_is_seen_in_every_panel(tmp_path):
+    rows = {1: stale_run("m2po", 4, seed=1, steps=3)[1] | {ACC: 0.5, "actor/m2po/second_moment_after": 0.01}}
+    report = report_of(tmp_path, rows)
+    for draw in (
+        figures.accuracy,
+        figures.left_out_fraction,
+        figures.second_moment,
+        figures.health,
+        figures.throughput,
+    ):
+        for axes in draw(report.groups, report.tasks).axes:
+            assert not axes.get_visible() or any(line.get_marker() != "None" for line in axes.lines), axes.get_title()
+
+
 def test_ages_between_the_smallest_and_the_largest_are_spread_evenly(tmp_path):
     name = "training/off_policy/trajectory_staleness"
     report = report_of(tmp_path, {1: {f"{name}/min": 1, f"{name}/max": 4}, 2: {f"{name}/min": 2, f"{name}/max": 2}})
     shares, _ = figures.age_shares(report.groups[0])
     np.testing.assert_allclose(shares.to_numpy(), [[0, 0.25, 0.25, 0.25, 0.25], [0, 0, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("age", [1e15, -1e15])
+def test_an_absurd_age_is_left_out_and_named(tmp_path, age):
+    name = "training/off_policy/trajectory_staleness"
+    rows = {step: {f"{name}/min": 4, f"{name}/max": 4} for step in range(1, 4)}
+    rows[2] |= {f"{name}/min": min(4, age), f"{name}/max": max(4, age), "staleness/age_share/steps_to_1000000000000": 1}
+    report = report_of(tmp_path, rows)
+    shares, _ = figures.age_shares(report.groups[0])
+    assert shares.shape == (2, 5) and list(shares.index) == [1, 3]
+    absurd = [line for line in report.problems if "10000" in line]
+    assert len(absurd) == 2 and "1 step(s), first at 2" in absurd[0]
 
 
 def test_logged_buckets_of_ages_are_spread_over_the_ages_in_them(tmp_path):
@@ -182,6 +237,19 @@ def test_time_to_accuracy_uses_training_seconds(study):
     for label, line in by_time.items():
         np.testing.assert_allclose(line.get_xdata(), 4.0 * by_step[label].get_xdata())
         np.testing.assert_allclose(line.get_ydata(), by_step[label].get_ydata())
+
+
+def test_the_tail_of_the_longer_seeds_is_drawn_against_time_too(tmp_path):
+    """Seeds of 4 s and 2 s a step; the slow one ends at step 20, where the mean clock is at 60 s."""
+    for seed, (steps, seconds) in enumerate([(20, 4.0), (40, 2.0)]):
+        rows = {s: {ACC: s / 100} | ({"timing_s/step": seconds} if s else {}) for s in range(0, steps + 1)}
+        write_log(tmp_path / f"m2po-s256-seed{seed}/attempt-1.jsonl", rows)
+    report = build([tmp_path])
+    complete, tail = figures.accuracy_by_time(report.groups, report.tasks).axes[0].lines
+    np.testing.assert_allclose(complete.get_xdata(), 3.0 * np.arange(21))
+    np.testing.assert_allclose(tail.get_xdata(), 60 + 2.0 * np.arange(21))
+    np.testing.assert_allclose(tail.get_ydata(), np.arange(20, 41) / 100)
+    assert any("early ended m2po-s256-seed0 (20)" in line for line in report.problems)
 
 
 @pytest.mark.parametrize("name", ["$x^$", "_hidden", "a\nb\tc", "\\frac{", "<b>&", "x" * 300, "日本"])

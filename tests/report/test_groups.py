@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 from report_logs import write_config, write_log
 
+from verl_m2po.report.build import build
 from verl_m2po.report.groups import group_runs, over_seeds, tasks_of
 from verl_m2po.report.runs import read_runs
 
@@ -41,6 +42,56 @@ def test_configs_that_differ_otherwise_are_apart_and_say_in_what(tmp_path):
     for n, threshold in enumerate((0.01, 0.04)):
         log(tmp_path, f"run{n}", loss="m2po", staleness_updates=4, threshold=threshold)
     assert [g.label for g in groups_in(tmp_path)] == ["m2po, s=4 (threshold=0.01)", "m2po, s=4 (threshold=0.04)"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "actor_rollout_ref__model__path",
+        "data__train_files",
+        "reward__custom_reward_function__path",
+        "actor_rollout_ref__actor__optim__lr",
+    ],
+)
+@pytest.mark.parametrize("names", [("run1", "run2"), ("m2po-s256-seed1", "m2po-s256-seed2")])
+def test_another_model_data_or_rate_is_another_experiment_whatever_the_names(tmp_path, key, names):
+    for seed, name in enumerate(names):
+        log(tmp_path, f"{seed}/{name}", loss="m2po", staleness_updates=256, seed=seed, **{key: f"value{seed}"})
+    assert [len(g.runs) for g in groups_in(tmp_path)] == [1, 1]
+
+
+def test_seeds_that_write_to_their_own_places_are_one_group(tmp_path):
+    for seed in (1, 2):
+        log(
+            tmp_path,
+            f"m2po-s256-seed{seed}",
+            data__seed=seed,
+            data__train_files="data/train.parquet",
+            trainer__default_local_dir=f"checkpoints{seed}",
+            trainer__rollout_data_dir=f"rollouts{seed}",
+            trainer__experiment_name=f"m2po-s256-seed{seed}",
+            trainer__v1__stale_k__ledger_path=f"ledger{seed}.jsonl",
+            trainer__v1__stale_k__journal_path=f"journal{seed}",
+            hydra__run__dir=f"hydra{seed}",
+        )
+    (group,) = groups_in(tmp_path)
+    assert [run.settings.seed for run in group.runs] == [1, 2]
+
+
+def test_copies_of_one_run_are_named_and_kept(tmp_path):
+    for folder in ("x", "y"):
+        log(tmp_path, f"{folder}/run", loss="m2po", staleness_updates=4, seed=1)
+    log(tmp_path, "z", loss="m2po", staleness_updates=4, seed=2)
+    report = build([tmp_path])
+    assert [len(group.runs) for group in report.groups] == [3]
+    assert "m2po, s=4: runs x/run and y/run have the same seed (1) and count as 2 seeds" in report.problems
+
+
+def test_runs_that_differ_in_another_seed_than_the_first_are_no_copies(tmp_path):
+    for seed in (1, 2):
+        log(tmp_path, f"run{seed}", loss="m2po", actor_rollout_ref__rollout__seed=seed)
+    report = build([tmp_path])
+    assert [len(group.runs) for group in report.groups] == [2] and not any("seed" in line for line in report.problems)
 
 
 def test_the_same_names_in_two_folders_are_two_groups(tmp_path):

@@ -100,5 +100,22 @@ def test_tensorboard_events_come_back_and_a_cut_file_gives_what_is_whole(tmp_pat
     writer.close()
     (path,) = tmp_path.iterdir()
     assert read_event_file(path).frame()["actor/grad_norm"].to_dict() == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3})
+    assert read_event_file(path).problems == []
     path.write_bytes(path.read_bytes()[:-5])
-    assert list(read_event_file(path).rows) == [1, 2]
+    log = read_event_file(path)
+    assert list(log.rows) == [1, 2]
+    assert len(log.problems) == 1 and "damaged or cut after byte" in log.problems[0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
+def test_an_event_file_without_a_readable_step_is_damaged_and_not_empty(tmp_path, damage):
+    writer = SummaryWriter(str(tmp_path))
+    writer.add_scalar("actor/grad_norm", 0.1, 1)
+    writer.close()
+    (path,) = tmp_path.iterdir()
+    data = path.read_bytes()
+    path.write_bytes(data[:-5] if damage == "cut" else data[:20] + b"\0\1\2" * 30 + data[20:])
+    log = read_event_file(path)
+    assert not log.rows and "damaged or cut" in log.problems[0] and "empty" not in log.problems[0]
+    path.write_bytes(b"")
+    assert "empty" in read_event_file(path).problems[0]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from report_logs import write_config, write_log
 
 from verl_m2po.report.read import Log
-from verl_m2po.report.runs import find_sources, join_attempts, read_runs
+from verl_m2po.report.runs import find_sources, join_attempts, read_run, read_runs
 
 SummaryWriter = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
 
@@ -124,12 +124,72 @@ def test_a_run_given_twice_is_read_once(tmp_path):
     assert len(runs) == 1
 
 
+def test_logs_of_one_folder_have_names_of_their_own(tmp_path):
+    """verl calls none of them so, but people do; their metrics must not end in one run."""
+    paths = [write_log(tmp_path / f"runA/{name}.jsonl", rows(1, 2, 1.0)) for name in ("log", "metrics")]
+    for named in ([tmp_path], paths):
+        runs, _ = read_runs(named)
+        assert [run.name for run in runs] == ["runA/log", "runA/metrics"]
+    write_log(tmp_path / "x/runA/log.jsonl", rows(1, 2, 1.0))
+    write_log(tmp_path / "x/runA/metrics.jsonl", rows(1, 2, 1.0))
+    runs, _ = read_runs([tmp_path])
+    assert len({run.name for run in runs}) == 4 and "x/runA/log" in {run.name for run in runs}
+
+
+def test_a_run_with_two_loggers_is_one_run_and_a_line(tmp_path):
+    """`trainer.logger=[file,tensorboard]`, with the events in a folder under the log's."""
+    write_log(tmp_path / "m2po-run/metrics.jsonl", rows(1, 2, 1.0))
+    events = tmp_path / "m2po-run/tensorboard"
+    writer = SummaryWriter(str(events))
+    writer.add_scalar("critic/score/mean", 2.0, 1)
+    writer.close()
+    (run,), problems = read_runs([tmp_path])
+    assert run.name == "m2po-run" and run.series("critic/score/mean").tolist() == [1.0, 1.0]
+    assert len(problems) == 1 and "1 folder(s) of TensorBoard events" in problems[0] and str(events) in problems[0]
+    assert len(read_runs([events])[0]) == 1
+
+
+def test_a_log_beside_the_attempts_of_another_run_is_a_line(tmp_path):
+    write_log(tmp_path / "run/attempt-1.jsonl", rows(1, 2, 1.0))
+    write_log(tmp_path / "run/other.jsonl", rows(1, 2, 2.0))
+    write_log(tmp_path / "run/new.jsonl", {})
+    (run,), problems = read_runs([tmp_path])
+    assert run.name == "run" and len(problems) == 1 and "left out other.jsonl, beside attempt-1.jsonl" in problems[0]
+
+
 def test_runs_of_the_same_name_are_told_apart_and_named(tmp_path):
     for folder in ("x/deep", "y/deep"):
         write_log(tmp_path / folder / "run/attempt-1.jsonl", rows(1, 2, 1.0))
     runs, problems = read_runs([tmp_path])
     assert sorted(run.name for run in runs) == ["x/deep/run", "y/deep/run"]
     assert "2 runs are called run" in problems[0]
+
+
+def test_a_log_that_cannot_be_opened_is_a_line_and_costs_the_others_nothing(tmp_path):
+    for name in ("ok", "run/attempt-1", "run/attempt-3"):
+        write_log(tmp_path / f"{name}.jsonl", rows(1, 2, 1.0))
+    write_config(tmp_path, loss="gspo")
+    (tmp_path / "events").mkdir()
+    links = ("gone.jsonl", "run/attempt-2.jsonl", "run/gone.jsonl", "events/events.out.tfevents.1.x")
+    for name in links:
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    runs, problems = read_runs([tmp_path])
+    assert sorted(run.name for run in runs) == ["ok", "run"]
+    assert next(run for run in runs if run.name == "ok").settings.loss == "gspo"
+    for name in links:
+        assert f"{tmp_path / name}: not readable (No such file or directory)" in problems
+
+
+def test_a_log_or_config_that_is_deleted_between_finding_and_reading_is_a_line(tmp_path, monkeypatch):
+    write_log(tmp_path / "run/attempt-1.jsonl", rows(1, 2, 1.0))
+    monkeypatch.setattr("verl_m2po.report.settings.config_file", lambda folder: folder / "config.yaml")
+    (source,), _ = find_sources(tmp_path)
+    source.files[0].unlink()
+    problems = read_run(source).problems
+    assert [line.split("/")[-1].split(" (")[0] for line in problems] == [
+        "attempt-1.jsonl: not readable",
+        "config.yaml: not readable",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty folder", "empty file"])

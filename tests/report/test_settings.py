@@ -15,6 +15,13 @@ from verl_m2po.report.settings import read_config, settings
         ("seed3/m2po-s4", "m2po-s4", "m2po", 4, 3),
         ("my experiment", "my experiment", None, None, None),
         ("seed7", "seed7", None, None, 7),
+        ("rec_gspo_is-s256-seed1", "rec_gspo_is-s256", "rec_gspo_is", 256, 1),
+        ("bapo_code-s16", "bapo_code-s16", "bapo_code", 16, None),
+        ("rec-vs-no_trust_region", "rec-vs-no_trust_region", "rec", None, None),
+        ("old/opsm-s8-seed2", "old/opsm-s8", "opsm", 8, 2),
+        ("qwen-m2po_clip-s4", "qwen-m2po_clip-s4", "m2po_clip", 4, None),
+        ("s1-math-grpo", "s1-math-grpo", "grpo", None, None),
+        ("m2po/s256/seed1", "m2po/s256", "m2po", 256, 1),
     ],
 )
 def test_a_name_says_what_the_run_was(name, base_name, loss, staleness_updates, seed):
@@ -46,6 +53,13 @@ def test_verls_unresolved_hydra_config_is_understood(tmp_path):
 def test_the_config_wins_over_the_name():
     known = settings("grpo-s4", {"loss": "m2po", "staleness_updates": 256})
     assert (known.loss, known.staleness_updates) == ("m2po", 256)
+
+
+def test_options_that_share_a_registered_loss_are_told_apart_by_their_label():
+    config = {"algorithm.policy_loss": "rec", "algorithm.policy_loss_label": "rec_gspo_is"}
+    assert settings("run", config).loss == "rec_gspo_is"
+    unlabelled = {"algorithm.policy_loss": "m2po", "algorithm.policy_loss_label": "${oc.select:algorithm.policy_loss}"}
+    assert settings("run", unlabelled).loss == "m2po"
 
 
 def test_verls_sync_mode_is_on_policy():

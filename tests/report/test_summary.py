@@ -120,3 +120,12 @@ def test_a_loss_that_does_not_mask_is_shown_by_its_clip_fraction(tmp_path):
     (run,), _ = read_runs([write_log(tmp_path / "run.jsonl", {1: both})])
     assert left_out_metric(Group("g", (run,), loss="grpo"), run) == "actor/pg_clipfrac"
     assert left_out_metric(Group("m", (run,), loss="m2po"), run) == "actor/m2po/masked_fraction"
+
+
+@pytest.mark.parametrize(
+    ("loss", "logged"), [("no_trust_region", "actor/m2po/masked_fraction"), ("m2po", "actor/pg_clipfrac")]
+)
+def test_a_loss_that_logs_only_the_other_share_is_shown_by_that(tmp_path, loss, logged):
+    write_log(tmp_path / f"{loss}-s4.jsonl", {1: {ACC: 0.5, logged: 0.25}})
+    (summary,) = build([tmp_path]).summaries
+    assert summary.left_out.mean == 0.25

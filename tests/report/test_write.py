@@ -2,6 +2,7 @@ import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from verl_m2po.report.build import build
 from verl_m2po.report.tables import markdown, rows, terminal
-from verl_m2po.report.write import draw, write
+from verl_m2po.report.write import PLOTS, draw, write
 
 ACC = "val-core/addition/acc/mean@1"
 EVIL = "<script>alert(1)</script>|[red]`x`"
@@ -105,9 +106,39 @@ def test_the_table_in_the_terminal_fits_80_columns_and_folds_no_number(tmp_path)
         assert all(word in text for word in title.split()), title
 
 
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(1.0, "100%"), (0.996, "100%"), (0.0, "0%"), (0.1234, "12%"), (0.0006, "0.06%"), (1e-7, "0.00001%")],
+)
+def test_a_share_is_never_written_with_an_exponent(tmp_path, share, text):
+    report = build([write_log(tmp_path / "x.jsonl", {1: {ACC: 0.5, "actor/pg_clipfrac": share}})])
+    assert rows(report.summaries, None)[0]["clipped or masked"] == text
+
+
 def test_markdown_of_nothing_says_so():
     assert "Nothing to show" in markdown([], None, ["runs/x: not there"])
     assert "runs/x: not there" in markdown([], None, ["runs/x: not there"])
+
+
+@pytest.mark.parametrize("where", ["draw", "render"])
+def test_a_figure_that_fails_is_a_line_and_the_page_is_written(tmp_path, monkeypatch, where):
+    plots = [plot for plot in PLOTS if plot.name in ("accuracy", "throughput")]
+
+    def fail(*_, **__):
+        raise MemoryError("too much\nof it")
+
+    def draw_unrenderable(*arguments):
+        figure = throughput(*arguments)
+        figure.savefig = fail
+        return figure
+
+    throughput = plots[1].draw
+    plots[1] = replace(plots[1], draw=fail if where == "draw" else draw_unrenderable)
+    monkeypatch.setattr("verl_m2po.report.write.PLOTS", plots)
+    write_log(tmp_path / "x/attempt-1.jsonl", {1: {ACC: 0.5, "perf/throughput": 9.0}})
+    written = write(build([tmp_path / "x"]), tmp_path / "out")
+    assert [path.name for path in written.figures] == ["accuracy.png", "accuracy.svg"]
+    assert "no figure throughput: drawing it failed (MemoryError: too much of it)" in written.page.read_text()
 
 
 def test_a_figure_that_can_no_longer_be_drawn_is_not_left_behind(tmp_path):
@@ -131,6 +162,22 @@ def test_a_metric_that_was_not_logged_is_a_line_not_an_exception(tmp_path, remov
         for report in (build([write_log(full, rows)]), build([write_log(less, kept)]))
     ]
     assert any(removed in line or "accuracy" in line for line in set(lines[1]) - set(lines[0]))
+
+
+def test_panels_of_a_strip_that_were_not_logged_are_one_line(tmp_path):
+    write_log(tmp_path / "a.jsonl", {1: {"actor/grad_norm": 0.5, "actor/ppo_kl": 0.1}})
+    write_log(tmp_path / "b.jsonl", {1: {"actor/grad_norm": 0.5}})
+    _, problems = draw(build([tmp_path]))
+    (line,) = [line for line in problems if line.startswith("figure health")]
+    assert "actor/entropy or actor/m2po/entropy_kept, " in line and "grad_norm" not in line
+    assert line.endswith("; actor/m2po/kl or actor/ppo_kl (of b)")
+
+
+def test_groups_beyond_the_heat_maps_are_named(tmp_path):
+    for run in "abcdefghijklmn":
+        write_log(tmp_path / f"{run}.jsonl", {1: {"staleness/age_updates_min": 4, "staleness/age_updates_max": 4}})
+    _, problems = draw(build([tmp_path]))
+    assert "figure age_of_data shows the first 12 groups only, not m; n" in problems
 
 
 def test_a_metric_that_is_nan_throughout_is_named(tmp_path):

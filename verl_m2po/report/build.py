@@ -1,10 +1,11 @@
 """From paths to a report: runs, groups, table, and a line for each thing that is not there."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from verl_m2po.report import metrics
-from verl_m2po.report.groups import Group, group_runs, tasks_of
+from verl_m2po.report.groups import Group, group_runs, seeds_of_run, tasks_of
 from verl_m2po.report.runs import Run, read_runs
 from verl_m2po.report.summary import Summary, summarise
 
@@ -48,6 +49,22 @@ def _not_finite(run: Run) -> list[str]:
     return lines
 
 
+def _absurd_ages(run: Run) -> list[str]:
+    lines = []
+    kinds = [pattern.format(kind) for pattern in metrics.AGES for kind in ("min", "mean", "max")]
+    for name in sorted(run.logged & set(kinds)):
+        steps = [step for step, plausible in metrics.plausible_age(run.series(name)).items() if not plausible]
+        if steps:
+            lines.append(
+                f"{run.name}: {name} is over {metrics.LARGEST_AGE} at {len(steps)} step(s), first at {steps[0]}; they "
+                "are not in figure age_of_data"
+            )
+    for name in sorted(run.logged):
+        if (bucket := metrics.AGE_BUCKET.match(name)) and int(bucket["end"]) > metrics.LARGEST_AGE:
+            lines.append(f"{run.name}: {name} is of ages over {metrics.LARGEST_AGE} and not in figure age_of_data")
+    return lines
+
+
 def _results(groups: list[Group], tasks: dict[str, dict[str, str]], metric: str | None) -> list[str]:
     lines = []
     if list(tasks) == [metrics.TRAINING_SCORE] and metric is None:
@@ -64,12 +81,31 @@ def _results(groups: list[Group], tasks: dict[str, dict[str, str]], metric: str 
 
 
 def _lengths(group: Group) -> list[str]:
-    ends = [int(run.frame.index[-1]) for run in group.runs]
-    if len(set(ends)) < 2:
+    ends = {run.name: int(run.frame.index[-1]) for run in group.runs}
+    last = max(ends.values())
+    early = [f"{name} ({end})" for name, end in ends.items() if end < last]
+    if not early:
         return []
     return [
-        f"{group.label}: its seeds end at steps {', '.join(map(str, sorted(ends)))}; lines are dotted after {min(ends)}"
+        f"{group.label}: its seeds end at steps {', '.join(map(str, sorted(ends.values())))}; early ended "
+        f"{', '.join(early)}, whose own last values are in the mean of final; lines are dotted after "
+        f"{min(ends.values())}"
     ]
+
+
+def _same_seed(group: Group) -> list[str]:
+    """Copies of one run are no seeds, and their deviation says nothing; the reader chooses which to leave out."""
+    by_seed = defaultdict(list)
+    for run in group.runs:
+        by_seed[seeds_of_run(run)].append(run)
+    lines = []
+    for same in by_seed.values():
+        if len(same) > 1:
+            seed = same[0].settings.seed
+            what = "no known seed" if seed is None else f"the same seed ({seed})"
+            named = f"{', '.join(run.name for run in same[:-1])} and {same[-1].name}"
+            lines.append(f"{group.label}: runs {named} have {what} and count as {len(same)} seeds")
+    return lines
 
 
 def build(paths: list[Path], target: float | None = None, metric: str | None = None, final_points: int = 1) -> Report:
@@ -92,7 +128,7 @@ def build(paths: list[Path], target: float | None = None, metric: str | None = N
     ]
     problems += _results(groups, tasks, metric)
     for group in groups:
-        problems += _lengths(group)
+        problems += _same_seed(group) + _lengths(group)
         for run in group.runs:
-            problems += _not_finite(run)
+            problems += _not_finite(run) + _absurd_ages(run)
     return Report(groups, tasks, summaries, target, problems)

@@ -29,11 +29,22 @@ def _target(value: float | None) -> float | None:
 
 
 def _signature(paths: list[Path]) -> tuple:
-    """Changes whenever a log changes."""
+    """Changes whenever a log changes, or the config beside it."""
     from verl_m2po.report.runs import find_sources
+    from verl_m2po.report.settings import config_file
 
-    files = [file for path in paths for source in find_sources(path)[0] for file in source.files]
-    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists())
+    sources = [source for path in paths for source in find_sources(path)[0]]
+    configs = [config_file(source.folder) for source in sources if source.folder]
+    files = [*(file for source in sources for file in source.files), *filter(None, configs)]
+    return tuple(_state(file) for file in files)
+
+
+def _state(file: Path) -> tuple:
+    try:
+        found = file.stat()
+    except OSError:  # deleted since it was found
+        return (str(file),)
+    return (str(file), found.st_size, found.st_mtime_ns)
 
 
 def write_report(

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from verl_m2po.report import metrics
 from verl_m2po.report.groups import Group, Seeds, over_seeds, result_seeds, seeds_of
 from verl_m2po.report.runs import Run
-from verl_m2po.report.style import PHASE_COLOURS, RC, Look, is_reference, looks, plain
+from verl_m2po.report.style import PHASE_COLOURS, RC, Look, cut, is_reference, looks, plain
 from verl_m2po.report.summary import left_out_metric, training_seconds
 
 Tasks = dict[str, dict[str, str]]
@@ -42,11 +42,18 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return wrapper
 
 
+def _full(label: str) -> str:
+    """A label for a line: not cut yet, since names that are cut to the same would be one entry of the legend."""
+    return plain(label, most=len(label))
+
+
 def _line(axes: Axes, seeds: Seeds, look: Look, label: str, markers: bool = False, **style) -> None:
     """Mean over seeds, a band from the lowest to the highest seed, dotted where the shortest seed has ended."""
     marker = look.marker if markers and len(seeds.mean) <= 60 else None
+    if len(seeds.mean) == 1:
+        marker = look.marker  # a line of one point would draw nothing
     style = {"color": look.colour, "linestyle": look.line, "linewidth": 1.8, **style}
-    axes.plot(seeds.mean.index, seeds.mean, marker=marker, markersize=3.5, label=plain(label), **style)
+    axes.plot(seeds.mean.index, seeds.mean, marker=marker, markersize=3.5, label=_full(label), **style)
     if seeds.count > 1:
         axes.fill_between(seeds.mean.index, seeds.low, seeds.high, color=look.colour, alpha=0.15, linewidth=0)
     if len(seeds.tail):
@@ -69,6 +76,7 @@ def _legend(figure: Figure, handles: list, labels: list[str]) -> None:
     """One legend beneath the axes, so that it never lies on data."""
     if not labels:
         return
+    labels = [cut(label) for label in labels]
     columns = max(1, min(len(labels), int(figure.get_figwidth() * 12 / (max(map(len, labels)) + 8))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
@@ -135,8 +143,23 @@ def _result_by_seconds(group: Group, names: dict[str, str]) -> Seeds:
     seeds = result_seeds(group, names)
     clocks = [training_seconds(run) for run in group.runs if run.name in names]
     clock = over_seeds(clocks).mean.reindex(seeds.mean.index).dropna()
-    kept = [series.reindex(clock.index).set_axis(clock.to_numpy()) for series in (seeds.mean, seeds.low, seeds.high)]
-    return Seeds(kept[0], kept[1], kept[2], count=seeds.count)
+    kept = [_at_seconds(series, clock) for series in (seeds.mean, seeds.low, seeds.high)]
+    tail = _at_seconds(seeds.tail, _clock_of_tail(clock, clocks)) if len(seeds.tail) else seeds.tail
+    return Seeds(kept[0], kept[1], kept[2], tail, seeds.count)
+
+
+def _at_seconds(series: pd.Series, clock: pd.Series) -> pd.Series:
+    clock = clock.reindex(clock.index.intersection(series.index))
+    return series.reindex(clock.index).set_axis(clock.to_numpy())
+
+
+def _clock_of_tail(clock: pd.Series, clocks: list[pd.Series]) -> pd.Series:
+    """Goes on from the end of `clock` by the mean seconds of the seeds that are left, so that time never runs back."""
+    if not len(clock):
+        return clock
+    seconds = pd.concat([one for one in clocks if len(one)], axis=1).sort_index().diff().mean(axis=1)
+    later = seconds[seconds.index > clock.index[-1]].cumsum() + clock.iloc[-1]
+    return pd.concat([clock.iloc[-1:], later])
 
 
 @_styled
@@ -248,7 +271,7 @@ def _staleness_line(axes: Axes, groups: list[Group], names: dict[str, str], x_of
             [values.mean() - values.min() for _, values in points],
             [values.max() - values.mean() for _, values in points],
         ]
-        axes.errorbar(x, mean, yerr=bars, color=look.colour, capsize=3, linewidth=1.6, label=plain(label), **style)
+        axes.errorbar(x, mean, yerr=bars, color=look.colour, capsize=3, linewidth=1.6, label=_full(label), **style)
 
 
 @_styled
@@ -307,14 +330,16 @@ def _smallest_and_largest(run: Run) -> tuple[pd.Series, pd.Series, str] | None:
         (metrics.AGE_UPDATES.format("mean"), metrics.AGE_UPDATES.format("max"), "optimizer updates, mean to largest"),
     ):
         if low in run.logged and high in run.logged:
-            aligned = run.series(low).align(run.series(high), join="inner")
-            if len(aligned[0]):
-                return (*aligned, unit)
+            youngest, oldest = run.series(low).align(run.series(high), join="inner")
+            plausible = metrics.plausible_age(youngest) & metrics.plausible_age(oldest)
+            if plausible.any():
+                return youngest[plausible], oldest[plausible], unit
     return None
 
 
 def _age_buckets(run: Run) -> pd.DataFrame | None:
-    found = {name: match for name in run.logged if (match := metrics.AGE_BUCKET.match(name))}
+    named = {name: match for name in run.logged if (match := metrics.AGE_BUCKET.match(name))}
+    found = {name: match for name, match in named.items() if int(match["end"]) <= metrics.LARGEST_AGE}
     if not found:
         return None
     ends = sorted({int(match["end"]) for match in found.values()} | {0})
@@ -336,13 +361,18 @@ def _spread_evenly(low: pd.Series, high: pd.Series) -> pd.DataFrame:
     return pd.DataFrame(inside / inside.sum(axis=1, keepdims=True), index=low.index, columns=ages)
 
 
+def with_ages(groups: list[Group]) -> list[tuple[Group, tuple[pd.DataFrame, str]]]:
+    """The groups that logged ages, with what `age_shares` says of each."""
+    return [(group, shares) for group in groups if (shares := age_shares(group)) is not None]
+
+
 @_styled
 def age_of_data(groups: list[Group], tasks: Tasks) -> Figure:
     """Heat map of the age of the trained data against the step, a panel for each group.
 
     A flat line at k is the exact mode: every batch is of one age.
     """
-    found = [(group, shares) for group in groups if (shares := age_shares(group)) is not None]
+    found = with_ages(groups)
     if not found:
         raise NothingToDraw(f"no {metrics.AGE_UPDATES.format('mean')} and no {metrics.AGE_VERSIONS.format('mean')}")
     found = found[:MOST_HEAT_MAPS]
@@ -366,24 +396,38 @@ def age_of_data(groups: list[Group], tasks: Tasks) -> Figure:
 
 
 def _exact_from(shares: pd.DataFrame) -> str:
-    """Says of a panel at which single age, and from which step on, all rows are; nothing where they are not."""
-    single = shares.max(axis=1).ge(1.0)
-    same = single & shares.idxmax(axis=1).eq(shares.iloc[-1].idxmax())
-    if not same.iloc[-1]:
+    """Says of a panel at which single age, and from which step on, all rows are; nothing where they are not.
+
+    A step that was not logged ends the claim: nobody knows how old its data was.
+    """
+    age = shares.iloc[-1].idxmax()
+    exact = (shares.max(axis=1).ge(1.0) & shares.idxmax(axis=1).eq(age)).to_numpy()
+    if not exact[-1]:
         return ""
-    first = same.index[len(same) - int(np.argmin(same[::-1]))] if not same.all() else same.index[0]
-    return f": all of age {shares.iloc[-1].idxmax()} from step {first}"
+    steps = shares.index.to_numpy()
+    goes_on = exact[:-1] & (np.diff(steps) == 1)
+    first = len(steps) - 1 - (int(np.argmin(goes_on[::-1])) if not goes_on.all() else len(goes_on))
+    return f": all of age {age} from step {steps[first]}"
+
+
+def _with_gaps(shares: pd.DataFrame) -> pd.DataFrame:
+    """A row of NaN in each stretch of steps that was not logged, so that nothing is drawn there."""
+    steps = shares.index.to_numpy()
+    gaps = steps[:-1][np.diff(steps) > 1] + 1
+    return shares.reindex(np.sort(np.append(steps, gaps)))
 
 
 def _heat_map(axes: Axes, shares: pd.DataFrame, colours: LinearSegmentedColormap):
+    shares = _with_gaps(shares)
     steps, ages = shares.index.to_numpy(), shares.columns.to_numpy()
     grid = np.zeros((int(ages.max() - ages.min()) + 1, len(steps)))
     grid[(ages - ages.min()).astype(int)] = shares.to_numpy().T
     rows = ages.min() + np.arange(len(grid) + 1) - 0.5
     edges = np.append(steps - 0.5, steps[-1] + 0.5)
     mesh = axes.pcolormesh(edges, rows, grid, cmap=colours, vmin=0, vmax=1, rasterized=True)
-    # A cell of one age in hundreds is thinner than a pixel.
-    axes.plot(steps, shares.to_numpy() @ ages, color="#08306B", linewidth=1.2, label="mean age")
+    # A cell of one age in hundreds is thinner than a pixel, and a line of a single step is not drawn.
+    mean = shares.to_numpy() @ ages
+    axes.plot(steps, mean, color="#08306B", linewidth=1.2, marker=".", markersize=2, label="mean age")
     room = max(1.0, 0.05 * (rows[-1] - rows[0]))
     axes.set_ylim(rows[0], rows[-1] + room)
     axes.grid(False)

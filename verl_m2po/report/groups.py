@@ -10,10 +10,17 @@ import pandas as pd
 from verl_m2po.report import metrics
 from verl_m2po.report.runs import Run
 
-# Config keys in which runs of one method differ: seeds, names, places, and how long and how often.
+# Config keys that do not make another experiment: seeds and names, where a run writes, and how long and how often.
+# Places are named one by one, because a path that a run reads (model, data, reward function) is what it was.
+SEED_KEY = re.compile(r"(^|[._])seed$")
 NOT_THE_METHOD = re.compile(
-    r"(^|[._])(seed|experiment_name|project_name|[a-z_]*(dir|path|files?)|resume_[a-z_]+|total_training_steps|total_epochs"
-    r"|save_freq|test_freq|logger)$"
+    SEED_KEY.pattern
+    + r"|(^|[._])(experiment_name|project_name|resume_[a-z_]+|total_training_steps|total_epochs|save_freq|test_freq"
+    r"|logger)$"
+    r"|(^|\.)(default_local_dir|default_hdfs_dir|rollout_data_dir|validation_data_dir|output_dir|log_dir|dump_dir"
+    r"|_temp_dir|ledger_path|journal_path|save_path|timeline_json_file|ssd_offload\.path|VERL_FILE_LOGGER_PATH"
+    r"|TENSORBOARD_DIR)$"
+    r"|^hydra\."
 )
 
 
@@ -46,8 +53,7 @@ class Seeds:
     """One metric over the seeds of a group, by step.
 
     Args:
-        steps: Trainer steps at which all seeds have a value, up to the end of the shortest; index of the rest.
-        mean, low, high: Over seeds.
+        mean, low, high: Over seeds, by trainer step; steps at which all have a value, up to the end of the shortest.
         tail: Mean over the seeds that are left, after the shortest ended; starts where `mean` ends.
         count: Seeds that logged the metric at all.
     """
@@ -91,9 +97,16 @@ def _fingerprint(config: dict[str, object]) -> str:
 
 def _key(run: Run) -> tuple:
     known = run.settings
-    if known.config and known.base_name == run.name:
-        return ("config", _fingerprint(known.config))
-    return ("name", known.base_name, known.loss, known.staleness_updates)
+    fingerprint = _fingerprint(known.config) if known.config else None
+    # A name without a seed, such as a date, need not be the same for all seeds: there the config alone decides.
+    by_config = known.config and known.base_name == run.name
+    return (None if by_config else known.base_name, known.loss, known.staleness_updates, fingerprint)
+
+
+def seeds_of_run(run: Run) -> tuple:
+    """All that is known of a run's seeds; runs of one group in which it is equal may be copies of each other."""
+    config = run.settings.config
+    return (run.settings.seed, *((key, str(config[key])) for key in sorted(config) if SEED_KEY.search(key)))
 
 
 def _label(run: Run) -> str:

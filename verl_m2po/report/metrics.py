@@ -6,6 +6,8 @@ Where several names are given, the first one that a run logged is shown.
 import re
 from dataclasses import dataclass
 
+import pandas as pd
+
 # verl/trainer/ppo/v1/trainer_base.py `_val_metrics_update`; the source itself may contain slashes ("openai/gsm8k").
 VALIDATION = re.compile(r"^val-core/(?P<source>.+)/(?P<variable>[^/]+)/mean@(?P<samples>\d+)$")
 TRAINING_SCORE = "critic/score/mean"
@@ -21,6 +23,10 @@ AGE_UPDATES = "staleness/age_updates_{}"
 AGE_VERSIONS = "training/off_policy/trajectory_staleness/{}"
 # Counted from the oldest weights that a trajectory was generated with, not from the freshest.
 WORST_AGE_VERSIONS = "training/off_policy/trajectory_staleness_worst/{}"
+
+AGES = (AGE_UPDATES, AGE_VERSIONS, WORST_AGE_VERSIONS)
+# In versions, updates or steps: far beyond any run's, and as many rows of a heat map as fit into memory.
+LARGEST_AGE = 10_000
 
 STEP_SECONDS = ("timing_s/step", "perf/time_per_step")
 THROUGHPUT = "perf/throughput"
@@ -82,6 +88,11 @@ BUFFER = (
     Panel("trainer idle (s per step)", ("staleness/trainer_idle_s",)),
     Panel("generator idle (s per step)", ("staleness/generator_idle_s",)),
 )
+
+
+def plausible_age(age: pd.Series) -> pd.Series:
+    """Which ages are within `LARGEST_AGE`; NaN is."""
+    return ~(age.abs() > LARGEST_AGE)
 
 
 def first_logged(logged: set[str], names: tuple[str, ...]) -> str | None:

@@ -128,6 +128,7 @@ def read_event_file(path: Path) -> Log:
     """Read one TensorBoard event file, as verl's `tensorboard` logger writes it.
 
     Raises:
+        OSError: the file cannot be opened.
         ModuleNotFoundError: tensorboard is not installed; the message says how to get it.
     """
     try:
@@ -136,6 +137,8 @@ def read_event_file(path: Path) -> Log:
         raise ModuleNotFoundError(
             f"{path} is a TensorBoard log; reading it needs tensorboard: pip install tensorboard"
         ) from error
+    # Raises an OSError, where tensorboard would raise errors of its own.
+    path.open("rb").close()
     log = Log(path)
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
@@ -143,6 +146,28 @@ def read_event_file(path: Path) -> Log:
         for event in events.Scalars(name):
             if 0 <= event.step < LARGEST_STEP:
                 log.rows.setdefault(int(event.step), {})[name] = float(event.value)
-    if not log.rows:
+    # tensorboard stops at the first record that it cannot read, and says nothing.
+    if (whole := _whole_bytes(path)) is not None:
+        log.problems.append(
+            f"{path}: damaged or cut after byte {whole}; the run died while writing it, or is writing it now"
+        )
+    elif not log.rows:
         log.problems.append(f"{path}: empty, no step was logged")
     return log
+
+
+def _whole_bytes(path: Path) -> int | None:
+    """Where the first record of an event file begins that does not end in the file; None where all do.
+
+    A record is its length (8 bytes, little-endian), a checksum (4), the data and another checksum (4).
+    """
+    size = path.stat().st_size
+    place = 0
+    with path.open("rb") as file:
+        while place < size:
+            file.seek(place)
+            end = place + 16 + int.from_bytes(file.read(8), "little")
+            if end > size:
+                return place
+            place = end
+    return None

@@ -6,7 +6,7 @@
 import itertools
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,29 +90,66 @@ def _event_time(path: Path) -> tuple[int, str]:
     return (int(stamp) if stamp.isdigit() else 0, path.name)
 
 
+def _unreadable(path: Path) -> str | None:
+    """Why a file cannot be opened, such as a link to nothing; None where it can."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return f"{path}: not readable ({error.strerror or type(error).__name__})"
+    return None
+
+
+def _is_log(path: Path) -> bool:
+    """False too for a file that is deleted at this moment."""
+    try:
+        return is_json_log(path)
+    except OSError:
+        return False
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def _file_name(path: Path) -> str:
     if ATTEMPT.match(path.name) or path.stem.lower() in GENERIC_STEMS or path.name.startswith(EVENTS):
         return path.resolve().parent.name
     return path.stem
 
 
+def _name_among(log: str, folder: Path) -> str:
+    """What a log is called that shares its folder with others, so that the folder's name alone is not enough."""
+    stem = Path(log).stem
+    return f"{folder.resolve().name}/{stem}" if stem.lower() in GENERIC_STEMS else stem
+
+
 def _in_folder(folder: Path, names: list[str]) -> tuple[list[Source], bool, list[str]]:
     """The runs whose logs lie directly in `folder`, whether it is itself one run, and a line for each odd file."""
     files = [folder / name for name in sorted(names)]
     own_name = folder.resolve().name
+    reasons = {path: _unreadable(path) for path in files if path.suffix == ".jsonl" or path.name.startswith(EVENTS)}
+    unreadable = [reason for reason in reasons.values() if reason]
+    files = [path for path in files if not reasons.get(path)]
     candidates = [path for path in files if path.suffix == ".jsonl"]
-    logs = [path for path in candidates if is_json_log(path)]
+    logs = [path for path in candidates if _is_log(path)]
     odd = [path for path in candidates if path not in logs and not ATTEMPT.match(_age(path)[0])]
-    lines = [f"{folder}: left out {len(odd)} .jsonl file(s) that are not verl logs, e.g. {odd[0].name}"] if odd else []
+    lines = list(unreadable)
+    if odd:
+        lines.append(f"{folder}: left out {len(odd)} .jsonl file(s) that are not verl logs, e.g. {odd[0].name}")
     numbered = {name: paths for name, paths in _attempts(candidates).items() if ATTEMPT.match(name)}
     if numbered:
         ordered = [path for name in sorted(numbered, key=_attempt_number) for path in numbered[name]]
-        return [Source(own_name, tuple(ordered), folder)], True, []
+        # An empty file may be anything that is about to be written.
+        others = [path.name for path in logs if path not in ordered and _size(path)]
+        if others:
+            unreadable.append(f"{folder}: left out {', '.join(others)}, beside {ordered[0].name} of another run")
+        return [Source(own_name, tuple(ordered), folder)], True, unreadable
     if by_name := _attempts(logs):
-        # A config beside several logs belongs to none of them for certain.
-        config_folder = folder if len(by_name) == 1 else None
-        runs = [Source(_file_name(folder / name), paths, config_folder) for name, paths in by_name.items()]
-        return runs, False, lines
+        if len(by_name) > 1:
+            # A config beside several logs belongs to none of them for certain.
+            return [Source(_name_among(name, folder), paths, None) for name, paths in by_name.items()], False, lines
+        ((name, paths),) = by_name.items()
+        return [Source(_file_name(folder / name), paths, folder)], False, lines
     events = [path for path in files if path.name.startswith(EVENTS) and path.suffix != LAYOUT_SUFFIX]
     events = sorted(events, key=_event_time)
     if events:
@@ -125,7 +162,7 @@ def find_sources(path: Path) -> tuple[list[Source], list[str]]:
 
     A folder with ``attempt-1.jsonl``, ``attempt-2.jsonl`` ... or with TensorBoard event files is one run. Any other
     ``.jsonl`` log is a run of its own, with the ``<name>.attempt-1.jsonl`` ... that came before it. Folders are
-    searched to any depth.
+    searched to any depth; event files under a folder with a ``.jsonl`` log are taken for the same run's other logger.
     """
     if path.is_file():
         name, number = _age(path)
@@ -136,11 +173,29 @@ def find_sources(path: Path) -> tuple[list[Source], list[str]]:
         return [], [f"{path}: not there"]
     sources: list[Source] = []
     problems: list[str] = []
-    for folder, subfolders, names in os.walk(path):
+
+    def cannot_enter(error: OSError) -> None:
+        problems.append(f"{error.filename}: not readable ({error.strerror or type(error).__name__})")
+
+    with_log: set[Path] = set()
+    events_under: dict[Path, list[Path]] = defaultdict(list)
+    for folder, subfolders, names in os.walk(path, onerror=cannot_enter):
         found, is_one_run, lines = _in_folder(Path(folder), names)
+        owner = next((parent for parent in Path(folder).parents if parent in with_log), None)
+        if found and EVENTS in found[0].files[0].name:
+            if owner:
+                events_under[owner].append(Path(folder))
+                found = []
+        elif found:
+            with_log.add(Path(folder))
         sources += found
         problems += lines
         subfolders[:] = [] if is_one_run else sorted(name for name in subfolders if not SKIPPED_FOLDER.match(name))
+    problems += [
+        f"{owner}: left out {len(folders)} folder(s) of TensorBoard events under it, e.g. {folders[0]}, because it has "
+        "a .jsonl log; give them as paths to read them"
+        for owner, folders in events_under.items()
+    ]
     if not sources:
         problems.append(f"{path}: no .jsonl log and no TensorBoard events in it")
     return sources, problems
@@ -211,6 +266,13 @@ def read_run(source: Source) -> Run:
     )
 
 
+def _place(run: Run, with_file: bool) -> tuple[str, ...]:
+    """The path whose ends a run may be called by: its folder, and the log's own name where that tells more."""
+    stem = Path(_age(run.path)[0]).stem
+    folder = run.path.resolve().parent.parts
+    return (*folder, stem) if with_file or run.name.split("/")[-1] == stem else folder
+
+
 def _unique_names(runs: list[Run]) -> tuple[list[Run], list[str]]:
     """Tell runs of the same name apart by the shortest end of their paths that differs."""
     problems = []
@@ -218,15 +280,17 @@ def _unique_names(runs: list[Run]) -> tuple[list[Run], list[str]]:
         if count == 1:
             continue
         same = [run for run in runs if run.name == name]
-        folders = {id(run): run.path.resolve().parent.parts for run in same}
+        in_one_folder = len({run.path.resolve().parent for run in same}) < count
+        places = {id(run): _place(run, in_one_folder) for run in same}
         ends: dict[int, str] = {}
-        for depth in range(1, max(len(parts) for parts in folders.values()) + 1):
-            ends = {key: "/".join(parts[-depth:]) for key, parts in folders.items()}
-            if len(set(ends.values())) == count:
+        for depth in range(1, max(len(parts) for parts in places.values()) + 1):
+            ends = {key: "/".join(parts[-depth:]) for key, parts in places.items()}
+            # Deep enough to hold the name too.
+            if len(set(ends.values())) == count and all(f"/{name}/" in f"/{end}/" for end in ends.values()):
                 break
         for run in same:
             end = ends[id(run)]
-            run.name = end if f"/{end}".endswith(f"/{name}") else f"{end}/{name}"
+            run.name = end if len(set(ends.values())) == count else str(run.path)
             run.settings = settings(run.name, run.settings.config)
         problems.append(f"{count} runs are called {name}: shown as {', '.join(run.name for run in same)}")
     return runs, problems

@@ -1,6 +1,7 @@
 """What a run was: its loss, staleness and seed, from the config beside its log, else from its name."""
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,18 @@ LARGEST_CONFIG_BYTES = 5_000_000
 
 # At the end of the name or of one of its folders: "m2po-s256-seed3", "seed3/m2po-s256".
 SEED_IN_NAME = re.compile(r"(?:^|(?<=/)|[-_.])seed[-_=]?(\d+)(?=$|/)", re.IGNORECASE)
-STALENESS_IN_NAME = re.compile(r"(?:^|[-_./])(?:s|stale|staleness)[-_=]?(\d+)(?=$|[-_./])", re.IGNORECASE)
+# A bare s with a number begins no name ("s1-math"), but may be a folder of its own ("m2po/s256").
+STALENESS_IN_NAME = re.compile(
+    r"(?:(?:^|[-_./])stale(?:ness)?[-_=]?|[-_.]s[-_=]?|(?:^|/)s(?=\d+(?:$|/)))(\d+)(?=$|[-_./])", re.IGNORECASE
+)
 ON_POLICY_IN_NAME = re.compile(r"(?:^|[-_./])on[-_]?policy(?=$|[-_./])", re.IGNORECASE)
-# Longest first, so that m2po_clip is not read as m2po.
-LOSSES_IN_NAME = ("no_trust_region", "m2po_clip", "vanilla", "cispo", "m2po", "grpo", "gspo", "bapo", "topr", "oapl")
+# The options of the Hydra group `loss`, longest first, so that m2po_clip is not read as m2po.
+LOSS_OPTIONS = Path(__file__).parents[1] / "config" / "loss"
+LOSSES_IN_NAME = sorted((option.stem for option in LOSS_OPTIONS.glob("*.yaml")), key=lambda name: (-len(name), name))
 
+# The label comes first, because options of the group `loss` may share a registered loss.
 LOSS_KEYS = (
+    "algorithm.policy_loss_label",
     "algorithm.policy_loss",
     "actor_rollout_ref.actor.policy_loss.selected",
     "actor_rollout_ref.actor.policy_loss.loss_mode",
@@ -62,15 +69,23 @@ def flatten(tree: object, prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def config_file(folder: Path) -> Path | None:
+    """The config beside a log in `folder`, if there is one."""
+    # os.path, because Path.is_file raises where a folder may not be entered.
+    return next((folder / name for name in CONFIG_FILES if os.path.isfile(folder / name)), None)
+
+
 def read_config(folder: Path) -> tuple[dict[str, object], list[str]]:
     """The flattened config in `folder`, as data only, and a line if it could not be read; ({}, []) if there is none."""
-    path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
+    path = config_file(folder)
     if path is None:
         return {}, []
-    if path.stat().st_size > LARGEST_CONFIG_BYTES:
-        return {}, [f"{path}: larger than {LARGEST_CONFIG_BYTES} bytes, so not read as a config"]
     try:
+        if path.stat().st_size > LARGEST_CONFIG_BYTES:
+            return {}, [f"{path}: larger than {LARGEST_CONFIG_BYTES} bytes, so not read as a config"]
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return {}, [f"{path}: not readable ({error.strerror}); loss and staleness come from the name"]
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         return {}, [f"{path}: not readable as YAML ({type(error).__name__}); loss and staleness come from the name"]
     return flatten(tree), []
@@ -95,12 +110,19 @@ def _first(config: dict[str, object], keys: tuple[str, ...], kind: type) -> obje
     return None
 
 
+def _loss_in_name(name: str) -> str | None:
+    """The option of `loss` that the name begins with, without its folders, else one anywhere in it; the longest."""
+    plain = re.sub(r"[-./]", "_", name.lower())
+    start = re.sub(r"[-.]", "_", name.lower().rsplit("/", 1)[-1])
+    return next(
+        (loss for loss in LOSSES_IN_NAME if f"{start}_".startswith(f"{loss}_")),
+        next((loss for loss in LOSSES_IN_NAME if f"_{loss}_" in f"_{plain}_"), None),
+    )
+
+
 def _loss(config: dict[str, object], name: str) -> str | None:
     """verl's `vanilla` is PPO's clip; with group-relative advantages the field calls it GRPO."""
-    loss = _first(config, LOSS_KEYS, str)
-    if loss is None:
-        plain = re.sub(r"[-./]", "_", name.lower())
-        loss = next((known for known in LOSSES_IN_NAME if f"_{known}_" in f"_{plain}_"), None)
+    loss = _first(config, LOSS_KEYS, str) or _loss_in_name(name)
     is_grpo = loss == "vanilla" and lookup(config, "algorithm.adv_estimator") in (None, "grpo")
     return "grpo" if is_grpo else str(loss) if loss else None
 

@@ -87,9 +87,16 @@ def looks(groups: list[Group]) -> dict[str, Look]:
     return chosen
 
 
+def cut(text: str, most: int = 60) -> str:
+    """At most that many characters, without the middle: names of runs differ at their ends as often as before."""
+    if len(text) <= most:
+        return text
+    head = (most - 3) // 2
+    return f"{text[:head]}...{text[head + 3 - most :]}"
+
+
 def plain(text: str, most: int = 60) -> str:
     """Text that matplotlib draws as it stands: no math, no control characters, not hidden from the legend."""
     shown = "".join(c if c.isprintable() else "?" for c in text)
-    shown = shown if len(shown) <= most else shown[: most - 3] + "..."
-    shown = shown.replace("$", r"\$")
+    shown = cut(shown, most).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown

@@ -84,8 +84,9 @@ def collapse_step(result: pd.Series) -> int | None:
     values = result.to_numpy()
     floor = min(0.0, values.min())
     best_so_far = np.maximum.accumulate(values)
+    # The first value is its own best and never below, so that argmin finds the last one that is not.
     below = values < floor + 0.5 * (best_so_far - floor)
-    trailing = len(values) if below.all() else int(np.argmin(below[::-1]))
+    trailing = int(np.argmin(below[::-1]))
     return int(result.index[-trailing]) if trailing >= COLLAPSE_POINTS else None
 
 
@@ -106,11 +107,12 @@ def first_reaching(result: pd.Series, target: float) -> int | None:
 def left_out_metric(group: Group, run: Run) -> str | None:
     """The share of tokens without gradient: masked by M2PO's trust region, clipped by any other loss.
 
-    Statistics of the trust region may be logged for every loss; for one that is known not to mask, the clip counts.
+    Statistics of the trust region may be logged for every loss; for one that is known not to mask, the clip counts. A
+    loss that logs only one of the two is shown by that one.
     """
     masks = group.loss is None or group.loss.startswith("m2po")
-    names = (metrics.MASKED_FRACTION, metrics.CLIP_FRACTION) if masks else (metrics.CLIP_FRACTION,)
-    return metrics.first_logged(run.logged, names)
+    names = (metrics.MASKED_FRACTION, metrics.CLIP_FRACTION)
+    return metrics.first_logged(run.logged, names if masks else names[::-1])
 
 
 def _left_out(group: Group) -> Spread | None:

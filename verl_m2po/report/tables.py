@@ -1,5 +1,6 @@
 """The table, for the terminal and as Markdown."""
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Group as RenderGroup
 from rich.table import Table
@@ -18,7 +19,11 @@ def _share(spread: Spread | None) -> str:
 
 
 def _percent(spread: Spread | None) -> str:
-    return "-" if spread is None else f"{100 * spread.mean:.2g}%"
+    """Two digits that count, never with an exponent."""
+    if spread is None:
+        return "-"
+    digits = np.format_float_positional(100 * spread.mean, precision=2, unique=False, fractional=False, trim="-")
+    return f"{digits}%"
 
 
 def _whole(spread: Spread | None) -> str:

@@ -4,8 +4,10 @@
 # pyright: reportArgumentType=false
 
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from verl_m2po.report.page import page
 from verl_m2po.report.style import RC
 from verl_m2po.report.tables import markdown, rows
 
+KINDS = ("png", "svg")
 PNG_DPI = 150
 
 
@@ -31,6 +34,7 @@ class Plot:
         title, caption: What the page says over and under it.
         draw: From groups and tasks to a Figure.
         needs: A group that logged none of these is named as missing; empty where `draw` or the table says so.
+        leaves_out: What else is not in it, one phrase each.
     """
 
     name: str
@@ -38,6 +42,25 @@ class Plot:
     caption: str
     draw: Callable[..., Figure]
     needs: tuple[str, ...] = ()
+    leaves_out: Callable[[list[Group]], list[str]] = lambda groups: []
+
+
+def _missing_panels(panels: tuple[metrics.Panel, ...], groups: list[Group]) -> list[str]:
+    """One phrase for a strip of small plots: the panels that no group logged, then those that only some lack."""
+    lacking = defaultdict(list)
+    for panel in panels:
+        names = tuple(group.label for group in groups if not metrics.first_logged(group.logged, panel.metrics))
+        if names:
+            lacking[names].append(" or ".join(panel.metrics))
+    everyone = tuple(group.label for group in groups)
+    parts = [", ".join(lacking.pop(everyone))] if everyone in lacking else []
+    parts += [f"{', '.join(logged)} (of {'; '.join(names)})" for names, logged in lacking.items()]
+    return [f"lacks panels that were not logged: {'; '.join(parts)}"] if parts else []
+
+
+def _further_heat_maps(groups: list[Group]) -> list[str]:
+    left_out = [group.label for group, _ in figures.with_ages(groups)[figures.MOST_HEAT_MAPS :]]
+    return [f"shows the first {figures.MOST_HEAT_MAPS} groups only, not {'; '.join(left_out)}"] if left_out else []
 
 
 AGES = tuple(pattern.format("mean") for pattern in (metrics.AGE_UPDATES, metrics.AGE_VERSIONS))
@@ -75,14 +98,22 @@ PLOTS = (
         "largest age, or buckets of ages, are logged, the data is drawn evenly between them.",
         figures.age_of_data,
         AGES,
+        _further_heat_maps,
     ),
     Plot(
         "buffer",
         "Staleness buffer",
         "Prompt groups held, waiting, admitted and evicted, and who waited for whom.",
         figures.buffer,
+        leaves_out=partial(_missing_panels, metrics.BUFFER),
     ),
-    Plot("health", "Health", "What moves first when a run goes wrong; a rolling median over steps.", figures.health),
+    Plot(
+        "health",
+        "Health",
+        "What moves first when a run goes wrong; a rolling median over steps.",
+        figures.health,
+        leaves_out=partial(_missing_panels, metrics.HEALTH),
+    ),
     Plot(
         "time_per_step",
         "Time per step",
@@ -137,6 +168,10 @@ def _lacking(plot: Plot, groups: list[Group]) -> list[str]:
     return [f"figure {plot.name} lacks {'; '.join(names)}: no {' or '.join(plot.needs)} logged"] if names else []
 
 
+def _failed(plot: Plot, error: Exception) -> str:
+    return f"no figure {plot.name}: drawing it failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+
+
 def draw(report: Report) -> tuple[list[tuple[Plot, Figure]], list[str]]:
     """The figures that can be drawn, and a line for each that cannot or that lacks a group."""
     drawn, problems = [], []
@@ -146,8 +181,12 @@ def draw(report: Report) -> tuple[list[tuple[Plot, Figure]], list[str]]:
         except figures.NothingToDraw as nothing:
             problems.append(f"no figure {plot.name}: {nothing} in the logs")
             continue
+        except Exception as error:  # whatever a log holds, it must not cost the other figures
+            problems.append(_failed(plot, error))
+            continue
         if plot.needs:
             problems += _lacking(plot, report.groups)
+        problems += [f"figure {plot.name} {phrase}" for phrase in plot.leaves_out(report.groups)]
     return drawn, problems
 
 
@@ -167,13 +206,17 @@ def write(report: Report, out: Path, refresh_s: float | None = None) -> Written:
     paths: list[Path] = []
     in_page = []
     for plot, figure in drawn:
-        for kind in ("png", "svg"):
-            data = _render(figure, kind)
+        try:
+            rendered = {kind: _render(figure, kind) for kind in KINDS}
+        except Exception as error:  # matplotlib finds some values impossible only now
+            problems.append(_failed(plot, error))
+            continue
+        for kind, data in rendered.items():
             paths.append(out / f"{plot.name}.{kind}")
             _replace(paths[-1], data)
-        in_page.append((plot.title, plot.caption, data))
+        in_page.append((plot.title, plot.caption, rendered["svg"]))
     for plot in PLOTS:
-        for kind in ("png", "svg"):
+        for kind in KINDS:
             if out / f"{plot.name}.{kind}" not in paths:
                 (out / f"{plot.name}.{kind}").unlink(missing_ok=True)
     _replace(out / "report.md", markdown(report.summaries, report.target, problems).encode())
