@@ -29,6 +29,7 @@ from verl_m2po.staleness.journal import FinishedGroup, JournalError, RowsWriter
 from verl_m2po.staleness.liveness import RunActors
 from verl_m2po.staleness.masking import StoredRow, row_key, stand_in
 from verl_m2po.staleness.records import GroupReport, Row
+from verl_m2po.staleness.reports import answer_timeout_s, wait_for_all
 from verl_m2po.staleness.store import LOT_FIELD
 
 logger = logging.getLogger(__name__)
@@ -325,12 +326,19 @@ class StalenessAgentLoopManager(AgentLoopManagerTQ):
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = ray.remote(StalenessAgentLoopWorker)
         self._next_worker = 0
+        section = self.config.trainer.v1[self.config.trainer.v1.trainer_mode]
+        self.answer_timeout_s = answer_timeout_s(section.get("generation_timeout_s"))
 
     def generate_sequences(self, prompts: TensorDict) -> None:
-        """Start generating `prompts`; returns when the workers have accepted them."""
+        """Start generating `prompts`; returns when the workers have accepted them.
+
+        Raises:
+            RuntimeError: a worker is blocked.
+        """
         workers = self.agent_loop_workers
         chunks = prompts.chunk(len(workers))
         first, self._next_worker = self._next_worker, (self._next_worker + len(chunks)) % len(workers)
-        ray.get(
-            [workers[(first + i) % len(workers)].generate_sequences.remote(chunk) for i, chunk in enumerate(chunks)]
-        )
+        accepted = [
+            workers[(first + i) % len(workers)].generate_sequences.remote(chunk) for i, chunk in enumerate(chunks)
+        ]
+        wait_for_all(accepted, self.answer_timeout_s)

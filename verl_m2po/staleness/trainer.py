@@ -169,6 +169,8 @@ class _StalenessTrainer(PPOTrainer):
         # Where the driver could not, since this process is on another machine.
         logs.keep_earlier(logs.path_of(self.config))
         with self._watch.guard():
+            # Without a limit: a worker that still imports is not blocked, however short generation_timeout_s is.
+            ray.get([worker.__ray_ready__.remote() for worker in agent_loop_manager.agent_loop_workers])
             try:
                 super().fit(agent_loop_manager)
             except StopRequested as stop:
@@ -248,10 +250,8 @@ class _StalenessTrainer(PPOTrainer):
 
     def _reissue_inflight_prompts(self, partition_id: str = "train") -> int:
         # verl calls this once, when the agent loop workers are there and before the first step.
-        timeout_s = load_mode_config(self.config, self.trainer_mode).generation_timeout_s
-        # As long again: a worker that generates answers every few seconds, one that cannot answer cannot time out.
-        answer_timeout_s = None if timeout_s is None else 2 * timeout_s + 60
-        self._reports = WorkerReports(self.agent_loop_manager.agent_loop_workers, answer_timeout_s)
+        manager = self.agent_loop_manager
+        self._reports = WorkerReports(manager.agent_loop_workers, manager.answer_timeout_s)
         self._reports.depend_on(self._watch.actors())
         self.replay_buffer.connect(self._reports, self._generate)
         if self._journal is not None:
