@@ -345,6 +345,18 @@ def test_a_generation_that_never_ends_is_cancelled_at_its_server():
     assert worker.server.aborted == ["the request"]
 
 
+def test_servers_that_cannot_cancel_a_request_hinder_neither_the_cancellation_nor_other_aborts():
+    """As verl's for SGLang and TensorRT-LLM, whose handles raise AttributeError for a method that is not there."""
+    worker = Worker(2, timeout_s=0.05)
+    worker.server = SimpleNamespace()
+    report = worker.run("hangs")
+    assert report.error == "TimeoutError: no answer within generation_timeout_s=0.05"
+    sessions = [Session(server=worker.server, server_request_id="r") for _ in range(2)]
+    worker._running["u"] = SimpleNamespace(sessions=sessions)
+    asyncio.run(worker.abort_groups(["u"]))
+    assert all(of.is_aborted for of in sessions)
+
+
 @pytest.mark.parametrize("masks", [False, True])
 def test_an_aborted_group_says_so(masks):
     report = Worker(2, masks=masks, failing=()).run("waits for the abort", abort=True)
