@@ -6,6 +6,7 @@ import contextvars
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from verl_m2po.staleness.agent_loop import StalenessAgentLoopWorker, check_output, spans_of
 from verl_m2po.staleness.client import GenerationAborted, Session, SpanRecordingClient, current_session
-from verl_m2po.staleness.journal import RowsWriter, decode, read_frames
+from verl_m2po.staleness.journal import JournalError, RowsWriter, decode, read_frames
 from verl_m2po.staleness.liveness import RunActors
 from verl_m2po.staleness.store import LOT_FIELD
 
@@ -200,7 +201,8 @@ class Worker(StalenessAgentLoopWorker):
         self, sessions: int, timeout_s: float | None = None, masks: bool = False, failing=(1,), outputs: int = 1
     ) -> None:
         rollout = SimpleNamespace(n=sessions, calculate_log_probs=True, response_length=99)
-        self.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
+        trainer = SimpleNamespace(v1=SimpleNamespace(trainer_mode="stale_k"))
+        self.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout), trainer=trainer)
         self._generation_timeout_s, self._masks_failures = timeout_s, masks
         self._running, self._reports, self._has_report = {}, [], asyncio.Event()
         self._run_actors = RunActors()
@@ -423,6 +425,29 @@ def test_the_journal_has_a_group_as_it_is_trained(tmp_path):
     (finished,) = map(decode, read_frames(tmp_path / "rows"))
     assert finished.rows == report.rows and finished.newest_version == 5
     assert [packed["packed_mask"].any().item() for packed in finished.packed] == [True, False, True]
+
+
+def cyclic() -> list:
+    value = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "value", [np.datetime64("2026-01-01"), np.bytes_(b"x"), cyclic()], ids=["date", "bytes", "cycle"]
+)
+def test_whatever_the_journal_cannot_store_reaches_the_trainer_as_its_error(tmp_path, value):
+    worker = Worker(2)
+    worker._journal = RowsWriter(tmp_path / "rows", fsync=False)
+    scored = worker._compute_score
+
+    async def score(outputs, kwargs):
+        await scored(outputs, kwargs)
+        outputs[0].extra_fields["mine"] = value
+
+    worker._compute_score = score
+    with pytest.raises(JournalError, match=r"cannot store group u: \w+Error.*trainer.v1.stale_k.journal=false"):
+        worker.run("answers")
 
 
 def test_copies_that_cannot_be_stored_fail_their_group():

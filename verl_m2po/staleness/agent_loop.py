@@ -179,13 +179,19 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         self._has_report.set()
 
     async def _write_to_journal(self, journal: RowsWriter, group: _RunningGroup) -> None:
-        """Before the report: what is trained is in the journal."""
-        rows, packed = zip(*group.stored_rows(), strict=True)
-        finished = FinishedGroup(group.uid, rows, packed)
+        """Before the report: what is trained is in the journal. An error goes to the trainer with the next reports."""
         try:
-            await asyncio.to_thread(journal.append, finished)
+            rows, packed = zip(*group.stored_rows(), strict=True)
+            await asyncio.to_thread(journal.append, FinishedGroup(group.uid, rows, packed))
         except JournalError as error:
             self._journal_error = error
+        except Exception as error:
+            # An agent loop may return anything. Without its report the trainer would wait for this group for ever.
+            logger.exception("a prompt group could not be written to the journal")
+            self._journal_error = JournalError(
+                f"the journal cannot store group {group.uid}: {_first_line(error)}. Let the agent loop and the reward "
+                f"function return plain values, or set trainer.v1.{self.config.trainer.v1.trainer_mode}.journal=false"
+            )
 
     def _can_be_masked(self, group: _RunningGroup) -> bool:
         """Whether some trajectory is there and the others failed.
