@@ -427,6 +427,34 @@ def test_the_journal_has_a_group_as_it_is_trained(tmp_path):
     assert [packed["packed_mask"].any().item() for packed in finished.packed] == [True, False, True]
 
 
+def test_a_group_that_raises_as_a_whole_is_not_kept_for_what_it_had_stored():
+    """Which trajectories are missing is unknown then, so no copies could stand in for them."""
+    worker = Worker(3, masks=True)
+    generate = worker._generate_group
+
+    async def raises(group, *args):
+        await generate(group, *args)
+        group.failed = {}
+        raise OSError("anything but a session's own error")
+
+    worker._generate_group = raises
+    report = worker.run("fails")
+    assert report.error == "OSError: anything but a session's own error" and report.masked_errors == ()
+
+
+def test_an_error_that_cannot_be_settled_does_not_hide_the_others():
+    worker = Worker(4, masks=True, failing=(1, 2))
+
+    async def settle(error):
+        if "answer 1" in str(error):
+            raise OSError("while settling")
+        return error
+
+    worker._run_actors.settle = settle
+    report = worker.run("fails")
+    assert report.error is None and report.masked_errors == ("OSError: while settling", "ValueError: no answer 2")
+
+
 def cyclic() -> list:
     value = []
     value.append(value)

@@ -196,9 +196,10 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
     def _can_be_masked(self, group: _RunningGroup) -> bool:
         """Whether some trajectory is there and the others failed.
 
-        What was aborted is no longer wanted, and what is lost with a process ends the run: neither is a failure.
+        What was aborted is no longer wanted, and what is lost with a process ends the run: neither is a failure. Where
+        the group as a whole raised, nobody knows which trajectories are missing.
         """
-        return bool(group.stored) and not any(
+        return bool(group.stored and group.failed) and not any(
             isinstance(error, GenerationAborted) or self._run_actors.is_death(error) for error in group.failed.values()
         )
 
@@ -230,7 +231,8 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         ]
         results = await asyncio.gather(*map(asyncio.create_task, sessions), return_exceptions=True)
         errors = {i: result for i, result in enumerate(results) if isinstance(result, BaseException)}
-        settled = await asyncio.gather(*map(self._run_actors.settle, errors.values()))
+        # An error of settling one stands for it: the others are still known.
+        settled = await asyncio.gather(*map(self._run_actors.settle, errors.values()), return_exceptions=True)
         group.failed = dict(zip(errors, settled, strict=True))
 
     async def _mask_failed(self, group: _RunningGroup) -> Exception | None:
