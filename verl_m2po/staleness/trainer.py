@@ -366,6 +366,8 @@ class _StalenessTrainer(PPOTrainer):
         have been generated since.
         """
         logger.warning("%s", stop)
+        if self._saved_step == self.global_steps:
+            return  # only the push of its weights was still to come
         if self._begun_step == self.global_steps:
             logger.warning(
                 "trainer step %d is lost: it waits for rollouts that only its own weights can generate. The last "
