@@ -263,3 +263,10 @@ def test_a_step_is_lost_only_if_it_was_not_saved(trainer, caplog, begun, saved, 
     trainer._leave_step(StopRequested("the run was asked to end"))
     assert ("lost" in caplog.text) == bool(words) and all(word in caplog.text for word in words)
     assert trainer._checkpoints.steps() == []
+
+
+def test_a_training_set_smaller_than_a_batch_is_refused_with_a_remedy(trainer, monkeypatch):
+    monkeypatch.setattr(PPOTrainer, "_init_dataloader", lambda self: None)
+    trainer.train_dataset = range(7)
+    with pytest.raises(ValueError, match=r"7 prompts, fewer than data.train_batch_size=8\. Lower it.*data.train_files"):
+        trainer._init_dataloader()

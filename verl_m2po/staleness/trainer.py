@@ -217,7 +217,11 @@ class _StalenessTrainer(PPOTrainer):
         super()._init_dataloader()
         prompts, batch = len(self.train_dataset), self.config.data.train_batch_size
         if prompts < batch:
-            raise ValueError(f"the training set has {prompts} prompts, fewer than data.train_batch_size={batch}")
+            raise ValueError(
+                f"the training set has {prompts} prompts, fewer than data.train_batch_size={batch}. Lower it, with "
+                "actor_rollout_ref.actor.ppo_mini_batch_size, or give data.train_files more prompts; those longer than "
+                "data.max_prompt_length are left out where data.filter_overlong_prompts=true"
+            )
         rule, clock = self.replay_buffer.rule, preflight.make_clock(self.config)
         require_sound(
             preflight.check_run_length(rule.staleness_steps, clock, self.trainer_mode, self.total_training_steps)
