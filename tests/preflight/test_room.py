@@ -34,6 +34,14 @@ def test_verls_limit_stays_where_it_is_enough(overrides):
     assert OmegaConf.select(after_start(*overrides), room.CAPACITY) == 100_000
 
 
+@pytest.mark.parametrize("save_freq", [-1, 2])
+def test_a_journal_lifts_the_limit_for_what_a_restart_puts_back(save_freq):
+    """At any depth: what is put back grows with the steps since the checkpoint."""
+    journalled = (STALE[0], "trainer.v1.stale_k.journal=true", f"trainer.save_freq={save_freq}")
+    assert OmegaConf.select(after_start(*journalled), room.CAPACITY) is None
+    assert OmegaConf.select(after_start(*journalled, f"{room.CAPACITY}=5"), room.CAPACITY) == 5
+
+
 def test_the_users_own_limit_stays_and_is_refused():
     config = after_start(*STALE, f"{room.CAPACITY}=5")
     assert OmegaConf.select(config, room.CAPACITY) == 5

@@ -6,6 +6,7 @@ import contextvars
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from verl_m2po.staleness.agent_loop import StalenessAgentLoopWorker, check_output, spans_of
 from verl_m2po.staleness.client import GenerationAborted, Session, SpanRecordingClient, current_session
-from verl_m2po.staleness.journal import RowsWriter, decode, read_frames
+from verl_m2po.staleness.journal import JournalError, RowsWriter, decode, read_frames
 from verl_m2po.staleness.liveness import RunActors
 from verl_m2po.staleness.store import LOT_FIELD
 
@@ -200,7 +201,8 @@ class Worker(StalenessAgentLoopWorker):
         self, sessions: int, timeout_s: float | None = None, masks: bool = False, failing=(1,), outputs: int = 1
     ) -> None:
         rollout = SimpleNamespace(n=sessions, calculate_log_probs=True, response_length=99)
-        self.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
+        trainer = SimpleNamespace(v1=SimpleNamespace(trainer_mode="stale_k"))
+        self.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout), trainer=trainer)
         self._generation_timeout_s, self._masks_failures = timeout_s, masks
         self._running, self._reports, self._has_report = {}, [], asyncio.Event()
         self._run_actors = RunActors()
@@ -345,6 +347,18 @@ def test_a_generation_that_never_ends_is_cancelled_at_its_server():
     assert worker.server.aborted == ["the request"]
 
 
+def test_servers_that_cannot_cancel_a_request_hinder_neither_the_cancellation_nor_other_aborts():
+    """As verl's for SGLang and TensorRT-LLM, whose handles raise AttributeError for a method that is not there."""
+    worker = Worker(2, timeout_s=0.05)
+    worker.server = SimpleNamespace()
+    report = worker.run("hangs")
+    assert report.error == "TimeoutError: no answer within generation_timeout_s=0.05"
+    sessions = [Session(server=worker.server, server_request_id="r") for _ in range(2)]
+    worker._running["u"] = SimpleNamespace(sessions=sessions)
+    asyncio.run(worker.abort_groups(["u"]))
+    assert all(of.is_aborted for of in sessions)
+
+
 @pytest.mark.parametrize("masks", [False, True])
 def test_an_aborted_group_says_so(masks):
     report = Worker(2, masks=masks, failing=()).run("waits for the abort", abort=True)
@@ -411,6 +425,57 @@ def test_the_journal_has_a_group_as_it_is_trained(tmp_path):
     (finished,) = map(decode, read_frames(tmp_path / "rows"))
     assert finished.rows == report.rows and finished.newest_version == 5
     assert [packed["packed_mask"].any().item() for packed in finished.packed] == [True, False, True]
+
+
+def test_a_group_that_raises_as_a_whole_is_not_kept_for_what_it_had_stored():
+    """Which trajectories are missing is unknown then, so no copies could stand in for them."""
+    worker = Worker(3, masks=True)
+    generate = worker._generate_group
+
+    async def raises(group, *args):
+        await generate(group, *args)
+        group.failed = {}
+        raise OSError("anything but a session's own error")
+
+    worker._generate_group = raises
+    report = worker.run("fails")
+    assert report.error == "OSError: anything but a session's own error" and report.masked_errors == ()
+
+
+def test_an_error_that_cannot_be_settled_does_not_hide_the_others():
+    worker = Worker(4, masks=True, failing=(1, 2))
+
+    async def settle(error):
+        if "answer 1" in str(error):
+            raise OSError("while settling")
+        return error
+
+    worker._run_actors.settle = settle
+    report = worker.run("fails")
+    assert report.error is None and report.masked_errors == ("OSError: while settling", "ValueError: no answer 2")
+
+
+def cyclic() -> list:
+    value = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "value", [np.datetime64("2026-01-01"), np.bytes_(b"x"), cyclic()], ids=["date", "bytes", "cycle"]
+)
+def test_whatever_the_journal_cannot_store_reaches_the_trainer_as_its_error(tmp_path, value):
+    worker = Worker(2)
+    worker._journal = RowsWriter(tmp_path / "rows", fsync=False)
+    scored = worker._compute_score
+
+    async def score(outputs, kwargs):
+        await scored(outputs, kwargs)
+        outputs[0].extra_fields["mine"] = value
+
+    worker._compute_score = score
+    with pytest.raises(JournalError, match=r"cannot store group u: \w+Error.*trainer.v1.stale_k.journal=false"):
+        worker.run("answers")
 
 
 def test_copies_that_cannot_be_stored_fail_their_group():

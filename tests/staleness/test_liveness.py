@@ -12,8 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
+from verl_m2po.staleness.agent_loop import StalenessAgentLoopManager
+from verl_m2po.staleness.journal import Journal
 from verl_m2po.staleness.liveness import RunActors, Watch, WorkerDied
-from verl_m2po.staleness.reports import WorkerReports
+from verl_m2po.staleness.reports import WorkerReports, answer_timeout_s
 
 pytestmark = pytest.mark.ray
 
@@ -211,6 +213,11 @@ def worker(cluster):
             await asyncio.sleep(0.1)
             return ["a report"]
 
+        async def accept(self, *_) -> None:
+            pass
+
+        depend_on = journal_to = generate_sequences = accept
+
         async def block(self) -> None:
             time.sleep(3600)
 
@@ -230,6 +237,39 @@ def test_a_blocked_agent_loop_worker_is_an_error_after_its_time(cluster, worker)
     with pytest.raises(RuntimeError, match="worker 1 of 2 has not answered for 1 s"):
         for _ in range(100):
             reports.wait(timeout_s=0.2)
+
+
+class Prompts(list):
+    """What a manager does with a TensorDict."""
+
+    def chunk(self, parts: int) -> list:
+        return self[:parts]
+
+
+@pytest.mark.parametrize("question", ["generate_sequences", "depend_on", "journal_to"])
+def test_whatever_a_blocked_worker_is_asked_the_trainer_does_not_wait_for_ever(cluster, worker, tmp_path, question):
+    fine, blocked = worker(), worker()
+    manager = object.__new__(StalenessAgentLoopManager)
+    manager.agent_loop_workers, manager._next_worker, manager.answer_timeout_s = [fine, blocked], 0, 1.0
+    reports, journal = WorkerReports([fine, blocked], answer_timeout_s=1.0), Journal(tmp_path, False, {})
+    journal.start(None)
+    ask = {
+        "generate_sequences": lambda: manager.generate_sequences(Prompts("ab")),
+        "depend_on": lambda: reports.depend_on([]),
+        "journal_to": lambda: reports.journal_to(journal),
+    }[question]
+    for index in range(2):
+        journal.rows_path(index).touch()
+    cluster.get([each.__ray_ready__.remote() for each in (fine, blocked)])
+    ask()
+    blocked.block.remote()
+    with pytest.raises(RuntimeError, match=r"1 of 2 agent loop workers have not answered for 1 s.*asyncio.to_thread"):
+        ask()
+
+
+@pytest.mark.parametrize(("generation_s", "answer_s"), [(None, None), (3600.0, 7260.0)])
+def test_no_limit_on_a_generation_is_none_on_an_answer(generation_s, answer_s):
+    assert answer_timeout_s(generation_s) == answer_s
 
 
 def test_a_dead_agent_loop_worker_is_an_error(cluster, worker):

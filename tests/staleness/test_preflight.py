@@ -113,6 +113,29 @@ def test_more_rollouts_than_transfer_queue_may_hold_are_refused_before_the_ramp(
         assert preflight.check(config(**changes)) == []
 
 
+@pytest.mark.parametrize(
+    ("save_freq", "total_steps", "replayed"), [(20, 500, 20), (-1, 500, 500), (-1, None, 0), (0, 7, 7)]
+)
+def test_with_a_journal_a_restart_needs_room_for_the_steps_since_the_checkpoint(save_freq, total_steps, replayed):
+    """Of the memory only what checkpoints bound: nobody is refused for a crash at the end of a run that writes none."""
+    changes = {
+        "trainer__v1__stale_k__staleness_updates": 8,
+        "trainer__save_freq": save_freq,
+        "trainer__total_training_steps": total_steps,
+    }
+    without, with_journal = config(**changes), config(**changes, trainer__v1__stale_k__journal=True)
+    assert preflight.buffer_rows(without, 2) == 4 * 256 * 9
+    assert preflight.buffer_rows(with_journal, 2) == (4 + replayed) * 256 * 9
+    batch_bytes = preflight.estimate_buffer_bytes(without, 2) / 3
+    assert preflight.estimate_buffer_bytes(with_journal, 2) == batch_bytes * (3 + max(0, save_freq))
+    OmegaConf.update(with_journal, "transfer_queue.backend.SimpleStorage.total_storage_size", 1, force_add=True)
+    (problem,) = preflight.check(with_journal)
+    assert (f"after a crash up to {replayed} more from the journal" in problem.why) == (replayed > 0)
+    too_little = 2 * preflight.estimate_buffer_bytes(with_journal, 2) - 2
+    (problem, _) = preflight.check(with_journal, available_memory_bytes=too_little)
+    assert ("trainer.save_freq" in problem.remedy) == (save_freq > 0)
+
+
 def test_temperature_and_raw_log_probs_do_not_match():
     changes = {
         "actor_rollout_ref__rollout__temperature": 0.6,

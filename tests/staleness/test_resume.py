@@ -12,6 +12,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl_m2po.staleness import random_states, resume
 from verl_m2po.staleness.checkpoint import CheckpointError, Checkpoints, flaws
 from verl_m2po.staleness.rules import BoundedAsync
+from verl_m2po.staleness.shutdown import StopRequested
 from verl_m2po.staleness.trainer import PPOTrainerBoundedAsync
 
 
@@ -253,3 +254,19 @@ def test_when_verls_half_fails_nothing_has_changed(trainer, tmp_path, monkeypatc
         trainer._save_checkpoint()
     assert OmegaConf.to_container(trainer.config) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_2", "latest_checkpointed_iteration.txt"]
+
+
+@pytest.mark.parametrize(("begun", "saved", "words"), [(4, 4, []), (4, 2, ["step 4 is lost", "that of step 2"])])
+def test_a_step_is_lost_only_if_it_was_not_saved(trainer, caplog, begun, saved, words):
+    """Asked to end after the updates of step 4, in the wait before its weights are pushed."""
+    trainer.global_steps, trainer._begun_step, trainer._saved_step = 4, begun, saved
+    trainer._leave_step(StopRequested("the run was asked to end"))
+    assert ("lost" in caplog.text) == bool(words) and all(word in caplog.text for word in words)
+    assert trainer._checkpoints.steps() == []
+
+
+def test_a_training_set_smaller_than_a_batch_is_refused_with_a_remedy(trainer, monkeypatch):
+    monkeypatch.setattr(PPOTrainer, "_init_dataloader", lambda self: None)
+    trainer.train_dataset = range(7)
+    with pytest.raises(ValueError, match=r"7 prompts, fewer than data.train_batch_size=8\. Lower it.*data.train_files"):
+        trainer._init_dataloader()

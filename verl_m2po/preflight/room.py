@@ -16,7 +16,9 @@ CAPACITY = "transfer_queue.backend.SimpleStorage.total_storage_size"
 def make_room(config: DictConfig) -> None:
     """Lift verl's limit on TransferQueue's entries in `config`, in place, where the staleness needs more of them.
 
-    A limit that stands on the command line stays, and is refused by the preflight if it is too small.
+    With a journal always: a restart puts back at once what was generated since the last checkpoint, and how long a run
+    without checkpoints is, the data set may decide. A limit that stands on the command line stays, and is refused by
+    the preflight if it is too small.
 
     Args:
         config: The composed config of a run, with Hydra's own section.
@@ -27,11 +29,12 @@ def make_room(config: DictConfig) -> None:
     mode = config.trainer.v1.trainer_mode
     try:
         steps = preflight.make_clock(config).steps(load_mode_config(config, mode).staleness_updates)
+        needs_room = preflight.keeps_a_journal(config) or preflight.buffer_rows(config, steps) > (capacity or 0)
     except ValueError:
         return  # reported by the preflight
-    if capacity is not None and preflight.buffer_rows(config, steps) > capacity:
+    if capacity is not None and needs_room:
         logger.warning(
-            "trainer_mode=%s sets %s=null: %s entries are too few for the rollouts", mode, CAPACITY, capacity
+            "trainer_mode=%s sets %s=null: %s entries may be too few for the rollouts", mode, CAPACITY, capacity
         )
         OmegaConf.update(config, CAPACITY, None)
 

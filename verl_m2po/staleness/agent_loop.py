@@ -29,6 +29,7 @@ from verl_m2po.staleness.journal import FinishedGroup, JournalError, RowsWriter
 from verl_m2po.staleness.liveness import RunActors
 from verl_m2po.staleness.masking import StoredRow, row_key, stand_in
 from verl_m2po.staleness.records import GroupReport, Row
+from verl_m2po.staleness.reports import answer_timeout_s, wait_for_all
 from verl_m2po.staleness.store import LOT_FIELD
 
 logger = logging.getLogger(__name__)
@@ -178,20 +179,27 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         self._has_report.set()
 
     async def _write_to_journal(self, journal: RowsWriter, group: _RunningGroup) -> None:
-        """Before the report: what is trained is in the journal."""
-        rows, packed = zip(*group.stored_rows(), strict=True)
-        finished = FinishedGroup(group.uid, rows, packed)
+        """Before the report: what is trained is in the journal. An error goes to the trainer with the next reports."""
         try:
-            await asyncio.to_thread(journal.append, finished)
+            rows, packed = zip(*group.stored_rows(), strict=True)
+            await asyncio.to_thread(journal.append, FinishedGroup(group.uid, rows, packed))
         except JournalError as error:
             self._journal_error = error
+        except Exception as error:
+            # An agent loop may return anything. Without its report the trainer would wait for this group for ever.
+            logger.exception("a prompt group could not be written to the journal")
+            self._journal_error = JournalError(
+                f"the journal cannot store group {group.uid}: {_first_line(error)}. Let the agent loop and the reward "
+                f"function return plain values, or set trainer.v1.{self.config.trainer.v1.trainer_mode}.journal=false"
+            )
 
     def _can_be_masked(self, group: _RunningGroup) -> bool:
         """Whether some trajectory is there and the others failed.
 
-        What was aborted is no longer wanted, and what is lost with a process ends the run: neither is a failure.
+        What was aborted is no longer wanted, and what is lost with a process ends the run: neither is a failure. Where
+        the group as a whole raised, nobody knows which trajectories are missing.
         """
-        return bool(group.stored) and not any(
+        return bool(group.stored and group.failed) and not any(
             isinstance(error, GenerationAborted) or self._run_actors.is_death(error) for error in group.failed.values()
         )
 
@@ -223,7 +231,8 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         ]
         results = await asyncio.gather(*map(asyncio.create_task, sessions), return_exceptions=True)
         errors = {i: result for i, result in enumerate(results) if isinstance(result, BaseException)}
-        settled = await asyncio.gather(*map(self._run_actors.settle, errors.values()))
+        # An error of settling one stands for it: the others are still known.
+        settled = await asyncio.gather(*map(self._run_actors.settle, errors.values()), return_exceptions=True)
         group.failed = dict(zip(errors, settled, strict=True))
 
     async def _mask_failed(self, group: _RunningGroup) -> Exception | None:
@@ -325,12 +334,19 @@ class StalenessAgentLoopManager(AgentLoopManagerTQ):
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = ray.remote(StalenessAgentLoopWorker)
         self._next_worker = 0
+        section = self.config.trainer.v1[self.config.trainer.v1.trainer_mode]
+        self.answer_timeout_s = answer_timeout_s(section.get("generation_timeout_s"))
 
     def generate_sequences(self, prompts: TensorDict) -> None:
-        """Start generating `prompts`; returns when the workers have accepted them."""
+        """Start generating `prompts`; returns when the workers have accepted them.
+
+        Raises:
+            RuntimeError: a worker is blocked.
+        """
         workers = self.agent_loop_workers
         chunks = prompts.chunk(len(workers))
         first, self._next_worker = self._next_worker, (self._next_worker + len(chunks)) % len(workers)
-        ray.get(
-            [workers[(first + i) % len(workers)].generate_sequences.remote(chunk) for i, chunk in enumerate(chunks)]
-        )
+        accepted = [
+            workers[(first + i) % len(workers)].generate_sequences.remote(chunk) for i, chunk in enumerate(chunks)
+        ]
+        wait_for_all(accepted, self.answer_timeout_s)

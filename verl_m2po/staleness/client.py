@@ -51,10 +51,14 @@ class Session:
         return sum(tokens for _, tokens in self.spans)
 
     def abort(self) -> None:
-        """Stop generating: the request that is running is cancelled at its server, and none follows."""
+        """Stop generating: the request that is running is cancelled at its server, and none follows.
+
+        Only verl's vLLM server can cancel one request. Elsewhere it goes on to its end, and its answer is not used.
+        """
         self.is_aborted = True
-        if self.server is not None and self.server_request_id is not None:
-            self.server.abort_request.remote(self.server_request_id, reset_prefix_cache=False)
+        cancel = getattr(self.server, "abort_request", None)
+        if cancel is not None and self.server_request_id is not None:
+            cancel.remote(self.server_request_id, reset_prefix_cache=False)
 
 
 current_session: contextvars.ContextVar[Session | None] = contextvars.ContextVar("current_session", default=None)

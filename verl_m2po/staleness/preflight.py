@@ -43,13 +43,37 @@ def make_clock(config: DictConfig) -> UpdateClock:
     return UpdateClock(config.data.train_batch_size, actor.ppo_mini_batch_size, actor.get("ppo_epochs", 1))
 
 
+def keeps_a_journal(config: DictConfig) -> bool:
+    """Whether a restart takes rollouts back from a journal."""
+    mode = config.trainer.v1.trainer_mode
+    return load_mode_config(config, mode).journal
+
+
+def _steps_between_checkpoints(config: DictConfig) -> int:
+    """0 where the run writes none of its own accord."""
+    return max(0, config.trainer.get("save_freq") or 0)
+
+
+def _replayed_batches(config: DictConfig) -> int:
+    """Batches that a journal puts back at once, beyond those that waited at the checkpoint: one a step since then.
+
+    A run without checkpoints begins again, with all of its steps.
+    """
+    if not keeps_a_journal(config):
+        return 0
+    return _steps_between_checkpoints(config) or config.trainer.get("total_training_steps") or 0
+
+
 def estimate_buffer_bytes(config: DictConfig, staleness_steps: int) -> int:
     """Memory for the waiting rollouts if every response has its full length, in bytes.
 
-    staleness_steps + 1 batches wait at most; see codec.py for the price of a token.
+    staleness_steps + 1 batches wait at most, and with a journal as many more as there are steps from one checkpoint to
+    the next; see codec.py for the price of a token. Without checkpoints a long run would need more than any machine
+    has, for a crash that may never come: that is not counted.
     """
     rollout = config.actor_rollout_ref.rollout
-    rows = (staleness_steps + 1) * config.data.train_batch_size * rollout.n
+    replayed = _steps_between_checkpoints(config) if keeps_a_journal(config) else 0
+    rows = (staleness_steps + 1 + replayed) * config.data.train_batch_size * rollout.n
     response_bytes = config.data.max_response_length * BYTES_PER_RESPONSE_TOKEN
     prompt_bytes = config.data.max_prompt_length * BYTES_PER_PROMPT_TOKEN
     return rows * (response_bytes + prompt_bytes + ROW_OVERHEAD_BYTES)
@@ -58,9 +82,10 @@ def estimate_buffer_bytes(config: DictConfig, staleness_steps: int) -> int:
 def buffer_rows(config: DictConfig, staleness_steps: int) -> int:
     """Entries that TransferQueue must hold: staleness_steps + 1 batches that wait and the one that is trained.
 
-    An entry is a prompt or a response; validation comes on top.
+    What a journal puts back after a crash is among them. An entry is a prompt or a response; validation comes on top.
     """
-    return (staleness_steps + 2) * config.data.train_batch_size * (1 + config.actor_rollout_ref.rollout.n)
+    batches = staleness_steps + 2 + _replayed_batches(config)
+    return batches * config.data.train_batch_size * (1 + config.actor_rollout_ref.rollout.n)
 
 
 def check_run_length(staleness_steps: int, clock: UpdateClock, mode: str, total_steps: int) -> list[Problem]:
@@ -284,6 +309,11 @@ def _check_devices(config: DictConfig, mode: str) -> list[Problem]:
     return problems
 
 
+def _waiting(staleness_steps: int, replayed: int) -> str:
+    waiting = f"{staleness_steps + 1} batches of rollouts wait"
+    return f"{waiting} and after a crash up to {replayed} more from the journal" if replayed else waiting
+
+
 def _check_memory(
     config: DictConfig, mode: str, settings: StaleKConfig, available_memory_bytes: int | None
 ) -> list[Problem]:
@@ -299,16 +329,17 @@ def _check_memory(
     need_gib = estimate_buffer_bytes(config, staleness_steps) / 2**30
     if need_gib <= limit_gib:
         return []
+    replayed = _steps_between_checkpoints(config) if settings.journal else 0
     return [
         Problem(
             f"trainer.v1.{mode}.staleness_updates",
             settings.staleness_updates,
-            f"{staleness_steps + 1} batches of rollouts wait, which needs up to {need_gib:.1f} GiB at full length; the "
-            f"limit is {limit_gib:.1f} GiB",
+            f"{_waiting(staleness_steps, replayed)}, which needs up to {need_gib:.1f} GiB at full length; the limit is "
+            f"{limit_gib:.1f} GiB",
             "Let TransferQueue keep them on disk "
             "(+transfer_queue.backend.SimpleStorage.ssd_offload.enabled=true, +<the same>.path=<folder>, "
             f"+<the same>.threshold_bytes=1024), raise trainer.v1.{mode}.buffer_memory_limit_gib, or lower the "
-            "staleness",
+            f"staleness{' or trainer.save_freq' if replayed else ''}",
         )
     ]
 
@@ -325,5 +356,6 @@ def _check_capacity(config: DictConfig, settings: StaleKConfig) -> list[Problem]
     need = buffer_rows(config, staleness_steps)
     if need <= capacity:
         return []
-    why = f"{staleness_steps + 1} batches of rollouts wait, which are up to {need} entries with the one that is trained"
+    waiting = _waiting(staleness_steps, _replayed_batches(config))
+    why = f"{waiting}, which are up to {need} entries with the one that is trained"
     return [Problem(key, capacity, why, "Set it to null: no limit. Their memory is checked by itself")]

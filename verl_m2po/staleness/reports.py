@@ -10,6 +10,38 @@ from ray.exceptions import RayActorError
 from verl_m2po.staleness.journal import Journal, JournalError
 from verl_m2po.staleness.records import GroupReport
 
+BLOCKED = (
+    "An agent loop or a tool blocks its event loop, so that not even generation_timeout_s can end it: let it await, or "
+    "put the blocking call into asyncio.to_thread"
+)
+
+
+def answer_timeout_s(generation_timeout_s: float | None) -> float | None:
+    """Seconds without an answer after which an agent loop worker counts as blocked; None waits for ever.
+
+    As long again as a generation may take: a worker that generates answers every few seconds, one that cannot answer
+    cannot time out.
+    """
+    return None if generation_timeout_s is None else 2 * generation_timeout_s + 60
+
+
+def wait_for_all(answers: Sequence[Any], timeout_s: float | None) -> None:
+    """Wait until every agent loop worker has answered.
+
+    Args:
+        answers: one reference per worker that was asked.
+        timeout_s: seconds after which a worker counts as blocked; None waits for ever.
+
+    Raises:
+        RuntimeError: some are blocked.
+    """
+    answered, missing = ray.wait(list(answers), num_returns=len(answers), timeout=timeout_s)
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} of {len(answers)} agent loop workers have not answered for {timeout_s:.0f} s. {BLOCKED}"
+        )
+    ray.get(answered)
+
 
 class Reports(Protocol):
     """Where the buffer learns that groups have ended."""
@@ -69,26 +101,30 @@ class WorkerReports:
             if time.monotonic() - asked_at > self._answer_timeout_s:
                 raise RuntimeError(
                     f"agent loop worker {index} of {len(self._workers)} has not answered for "
-                    f"{self._answer_timeout_s:.0f} s. An agent loop or a tool blocks its event loop, so that not even "
-                    "generation_timeout_s can end it: let it await, or put the blocking call into asyncio.to_thread"
+                    f"{self._answer_timeout_s:.0f} s. {BLOCKED}"
                 )
 
     def depend_on(self, actors: Sequence[Any]) -> None:
-        """Tell every worker which actors the run cannot go on without."""
-        ray.get([worker.depend_on.remote(list(actors)) for worker in self._workers])
+        """Tell every worker which actors the run cannot go on without.
+
+        Raises:
+            RuntimeError: a worker is blocked.
+        """
+        wait_for_all([worker.depend_on.remote(list(actors)) for worker in self._workers], self._answer_timeout_s)
 
     def journal_to(self, journal: Journal) -> None:
         """Let every worker write its finished groups into the present segment of `journal` from now on.
 
         Raises:
             JournalError: what a worker writes cannot be seen here.
+            RuntimeError: a worker is blocked.
         """
         paths = [journal.rows_path(index) for index in range(len(self._workers))]
         begun = [
             worker.journal_to.remote(str(path), journal.fsync)
             for worker, path in zip(self._workers, paths, strict=True)
         ]
-        ray.get(begun)
+        wait_for_all(begun, self._answer_timeout_s)
         if missing := [path for path in paths if not path.exists()]:
             raise JournalError(
                 f"{missing[0]} was written by an agent loop worker and is not there: journal_path must be on a "

@@ -169,6 +169,8 @@ class _StalenessTrainer(PPOTrainer):
         # Where the driver could not, since this process is on another machine.
         logs.keep_earlier(logs.path_of(self.config))
         with self._watch.guard():
+            # Without a limit: a worker that still imports is not blocked, however short generation_timeout_s is.
+            ray.get([worker.__ray_ready__.remote() for worker in agent_loop_manager.agent_loop_workers])
             try:
                 super().fit(agent_loop_manager)
             except StopRequested as stop:
@@ -215,7 +217,11 @@ class _StalenessTrainer(PPOTrainer):
         super()._init_dataloader()
         prompts, batch = len(self.train_dataset), self.config.data.train_batch_size
         if prompts < batch:
-            raise ValueError(f"the training set has {prompts} prompts, fewer than data.train_batch_size={batch}")
+            raise ValueError(
+                f"the training set has {prompts} prompts, fewer than data.train_batch_size={batch}. Lower it, with "
+                "actor_rollout_ref.actor.ppo_mini_batch_size, or give data.train_files more prompts; those longer than "
+                "data.max_prompt_length are left out where data.filter_overlong_prompts=true"
+            )
         rule, clock = self.replay_buffer.rule, preflight.make_clock(self.config)
         require_sound(
             preflight.check_run_length(rule.staleness_steps, clock, self.trainer_mode, self.total_training_steps)
@@ -248,10 +254,8 @@ class _StalenessTrainer(PPOTrainer):
 
     def _reissue_inflight_prompts(self, partition_id: str = "train") -> int:
         # verl calls this once, when the agent loop workers are there and before the first step.
-        timeout_s = load_mode_config(self.config, self.trainer_mode).generation_timeout_s
-        # As long again: a worker that generates answers every few seconds, one that cannot answer cannot time out.
-        answer_timeout_s = None if timeout_s is None else 2 * timeout_s + 60
-        self._reports = WorkerReports(self.agent_loop_manager.agent_loop_workers, answer_timeout_s)
+        manager = self.agent_loop_manager
+        self._reports = WorkerReports(manager.agent_loop_workers, manager.answer_timeout_s)
         self._reports.depend_on(self._watch.actors())
         self.replay_buffer.connect(self._reports, self._generate)
         if self._journal is not None:
@@ -366,6 +370,8 @@ class _StalenessTrainer(PPOTrainer):
         have been generated since.
         """
         logger.warning("%s", stop)
+        if self._saved_step == self.global_steps:
+            return  # only the push of its weights was still to come
         if self._begun_step == self.global_steps:
             logger.warning(
                 "trainer step %d is lost: it waits for rollouts that only its own weights can generate. The last "
