@@ -88,12 +88,12 @@ def test_training_score_is_shown_where_it_is_kept():
     runs.append(result("grpo", 256, 1, [0.3] * 5, stage="verl"))
     assert runs[0].final_score == pytest.approx(0.4) and runs[1].final_score is None
     header, _, first, second = pages.conditions(runs, "verl")
-    assert header.startswith("|  | seeds | training score | final accuracy |")
+    assert header.startswith("|  | seeds | score of the last 20 batches | final accuracy |")
     assert first.startswith("| GRPO, on-policy | 1 | 0.400 | 0.300 |")
     assert second.startswith("| GRPO, s=256 | 1 | - | 0.300 |")
     assert pages.conditions(runs[:1], "verl", 0.3)[2].endswith("| 30 |")
     assert pages.conditions(runs[:1], "verl", 0.4)[2].endswith("| 0/1 seeds |")
-    assert "training score" not in pages.conditions([result("grpo", 0, 1, [0.3] * 5)])[0]
+    assert "score of" not in pages.conditions([result("grpo", 0, 1, [0.3] * 5)])[0]
 
 
 def test_interval_is_students_t():

@@ -108,7 +108,7 @@ def conditions(results: Sequence[Result], stage: str = "staleness", target: floa
                 *([] if target is None else [_steps_to(runs, target)]),
             ]
         )
-    measured = ["training score", "final accuracy"] if has_scores else ["final accuracy"]
+    measured = ["score of the last 20 batches", "final accuracy"] if has_scores else ["final accuracy"]
     header = ["", "seeds", *measured, "best", "clipped or masked", "second moment before", "collapse step"]
     header += [] if target is None else [f"trainer steps to {target:.2f}"]
     return _table(header, rows) if rows else ["Not run yet."]
@@ -172,7 +172,7 @@ def causes(results: Sequence[Result]) -> list[str]:
         "changed in M2PO's run at s=256",
         "seeds",
         "final accuracy",
-        "difference",
+        "points, same seeds",
         "of GRPO's gap recovered",
         "masked",
     ]
