@@ -23,6 +23,7 @@ from verl_m2po.staleness.journal import (
     to_json,
 )
 from verl_m2po.staleness.records import Row, Ticket
+from verl_m2po.staleness.resume import STATE_FILE
 
 SETTINGS = {"actor_rollout_ref.rollout.n": 2, "algorithm.gamma": 1.0, "policy_loss.threshold": float("inf")}
 
@@ -188,6 +189,26 @@ def test_the_journal_of_another_run_is_not_used_and_nothing_else_is_deleted(tmp_
     ]
 
 
+def test_a_journal_that_begins_at_a_checkpoint_without_one_is_that_checkpoints(tmp_path):
+    """The first restart with a journal, and a crash before the next checkpoint."""
+    one, other = tmp_path / "global_step_4", tmp_path / "other" / "global_step_4"
+    for folder in (one, other):
+        folder.mkdir(parents=True)
+        (folder / STATE_FILE).write_text(json.dumps({"of": str(folder)}))
+    journal = Journal(tmp_path / "journal", False, SETTINGS)
+    assert journal.position_of(one) is None
+    journal.start(None, after=one)
+    journal.dispatched([ticket(0)])
+    begun = {"run": journal.recorded_run(), "segment": 1}
+    again = Journal(tmp_path / "journal", False, SETTINGS)
+    assert again.position_of(None) is None, "it does not go back to the beginning of the run"
+    assert again.position_of(other) is None, "nor to another checkpoint of that step"
+    moved = one.rename(tmp_path / "moved")
+    assert again.position_of(moved) == begun
+    again.start(begun["run"], after=moved)
+    assert again.position_of(moved) == begun and again.read(1, 4, [], []).events == [("dispatched", [ticket(0)])]
+
+
 def test_segments_that_no_checkpoint_needs_are_deleted(tmp_path):
     checkpoints, journal = Checkpoints(tmp_path / "checkpoints"), Journal(tmp_path / "journal", False, SETTINGS)
     journal.start(None)
@@ -200,4 +221,4 @@ def test_segments_that_no_checkpoint_needs_are_deleted(tmp_path):
         journal.delete_unneeded(checkpoints)
     left = sorted({int(path.name[:6]) for path in (tmp_path / "journal").glob("0*")})
     assert left == [7, 8, 9], "of the checkpoints in segments 8 and 9, and the one before"
-    assert not journal.is_whole() and journal.position_of(None) is None
+    assert not journal.begins_after(None) and journal.position_of(None) is None

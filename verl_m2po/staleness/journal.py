@@ -1,6 +1,6 @@
 """A journal on disk: what was dispatched and generated since the last checkpoint outlives a crash.
 
-    <journal_path>/journal.json             which run the journal belongs to
+    <journal_path>/journal.json             which run the journal belongs to, and the checkpoint after which it begins
     <journal_path>/000007.events.jsonl      trainer: groups dispatched, dispatched again, failed; one JSON list a line
     <journal_path>/000007.worker-2.rows     agent loop worker 2: finished groups, packed, in frames
 
@@ -11,6 +11,7 @@ A frame is a magic word, the length and the crc32 of what follows: safetensors, 
 frame that a crash cut off, or that does not fit its checksum, is dropped, and its group is generated again.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from safetensors.torch import load, save
 
 from verl_m2po.staleness.checkpoint import Checkpoints, write_durably
 from verl_m2po.staleness.records import Row, Ticket
+from verl_m2po.staleness.resume import STATE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +219,14 @@ class Replay:
     finished: dict[str, FinishedGroup] = field(default_factory=dict)
 
 
+def _identity(checkpoint: Path | None) -> str | None:
+    """What tells a checkpoint from all others, wherever it is moved to; None is the beginning of a run."""
+    if checkpoint is None:
+        return None
+    path = checkpoint / STATE_FILE  # it has the random names of the groups that wait
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+
 class Journal:
     """The trainer's half of the journal.
 
@@ -238,22 +248,30 @@ class Journal:
         """Where the journal stands: the segment that is being written, and of which run."""
         return {"run": self._run, "segment": self._segment}
 
-    def is_whole(self) -> bool:
-        """Whether the journal goes back to the beginning of the run, so that no checkpoint is needed."""
-        return min(self._segments(), default=0) == 1
+    def begins_after(self, checkpoint: Path | None) -> bool:
+        """Whether the journal has all that happened since `checkpoint`, which was written without one.
+
+        Args:
+            checkpoint: None is the beginning of the run.
+        """
+        return min(self._segments(), default=0) == 1 and self._record().get("after") == _identity(checkpoint)
 
     def recorded_run(self) -> str | None:
         """The run whose journal is in `root`; None if there is none."""
-        try:
-            return json.loads((self.root / RUN_FILE).read_text())["run"]
-        except (FileNotFoundError, ValueError, KeyError):
-            return None
+        return self._record().get("run")
 
-    def start(self, run: str | None) -> None:
+    def _record(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.root / RUN_FILE).read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def start(self, run: str | None, after: Path | None = None) -> None:
         """Go on with the journal of `run`, or begin one, in place of what is in `root`.
 
         Args:
             run: None begins a new one.
+            after: the checkpoint after which a new one begins; None is the beginning of the run.
         """
         if run is None:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -262,7 +280,7 @@ class Journal:
             for path in (path for paths in self._segments().values() for path in paths):
                 path.unlink()
             run = uuid.uuid4().hex
-            write_durably(self.root / RUN_FILE, json.dumps({"run": run}))
+            write_durably(self.root / RUN_FILE, json.dumps({"run": run, "after": _identity(after)}))
         self._run = run
         self._segment = max(self._segments(), default=0)
         self.next_segment()
@@ -311,8 +329,10 @@ class Journal:
             checkpoint: None is the beginning of the run.
         """
         run = self.recorded_run()
+        if run is not None and self.begins_after(checkpoint):
+            return {"run": run, "segment": 1}
         if checkpoint is None:
-            return {"run": run, "segment": 1} if run is not None and self.is_whole() else None
+            return None
         path = checkpoint / RUN_FILE
         position = json.loads(path.read_text()) if path.exists() else None
         if position is not None and position["run"] != run:

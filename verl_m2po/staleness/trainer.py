@@ -410,7 +410,7 @@ class _StalenessTrainer(PPOTrainer):
             in_flight = [ticket.uid for ticket in self.replay_buffer.rule.in_flight_tickets()]
             replay = journal.read(position["segment"], self.global_steps, in_flight, must_agree)
             self.replay_buffer.replay(replay, self._draw_prompts)
-        journal.start(position and position["run"])
+        journal.start(position and position["run"], after=self._resumed_from)
 
     def _load_state(self) -> None:
         """What verl does not load."""
