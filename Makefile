@@ -28,6 +28,9 @@ PYTEST_ARGS ?=
 # Tests that run at a time; an end-to-end one takes 7 GB
 JOBS ?= 2
 
+# Benchmarks and the study are no part of the package, so that its wheel is the plugin alone.
+WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/recipes:$(CURDIR)/docs $(BIN)/python
+
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
@@ -72,33 +75,33 @@ types: $(STAMP) ## pyright
 	$(BIN)/pyright
 
 bench: $(STAMP) ## Measure the losses, the decision and a trainer step, into docs/benchmarks.md (about 20 minutes)
-	$(BIN)/python -m verl_m2po.bench --out docs/benchmarks.md
-	$(BIN)/python -m verl_m2po.bench.presets --out docs/benchmarks.md
-	$(BIN)/python -m verl_m2po.bench.decision --out docs/benchmarks.md
-	$(BIN)/python -m verl_m2po.bench.trainer_step --out docs/benchmarks.md
+	$(WORKSHOP) -m benchmarks --out docs/benchmarks.md
+	$(WORKSHOP) -m benchmarks.presets --out docs/benchmarks.md
+	$(WORKSHOP) -m benchmarks.decision --out docs/benchmarks.md
+	$(WORKSHOP) -m benchmarks.trainer_step --out docs/benchmarks.md
 
 methods: $(STAMP) ## Two trainer steps of every method on equally stale data, into docs/figures/methods (about 4 minutes)
-	$(BIN)/python -m verl_m2po.bench.methods
+	$(WORKSHOP) -m benchmarks.methods
 
 methods-sweep: $(STAMP) ## The same as a sweep, a run for each method (about an hour; goes on where it stopped)
-	$(BIN)/python -m verl_m2po.bench.methods --sweep
+	$(WORKSHOP) -m benchmarks.methods --sweep
 
 bench-modes: $(STAMP) ## Measure the trainer modes side by side and their buffer, into docs/benchmarks.md (about 30 minutes)
-	$(BIN)/python -m verl_m2po.bench.modes --out docs/benchmarks.md
-	$(BIN)/python -m verl_m2po.bench.buffer --out docs/benchmarks.md
+	$(WORKSHOP) -m benchmarks.modes --out docs/benchmarks.md
+	$(WORKSHOP) -m benchmarks.buffer --out docs/benchmarks.md
 
 study: $(STAMP) ## Run the staleness study, or go on with it, and write docs/results.md (RUNS=20: what the first picture shows)
-	$(BIN)/python -m verl_m2po.study run $(if $(RUNS),--most $(RUNS))
-	$(BIN)/python -m verl_m2po.study results
+	$(WORKSHOP) -m staleness_study run $(if $(RUNS),--most $(RUNS))
+	$(WORKSHOP) -m staleness_study results
 
 study-verl: $(STAMP) ## The study's four runs through verl itself, each from its last checkpoint on
-	$(BIN)/python -m verl_m2po.study verl
+	$(WORKSHOP) -m staleness_study verl
 
 study-wall-clock: $(STAMP) ## Time to an accuracy in stale_k_separate against sync (about 40 minutes; wants a quiet machine)
-	$(BIN)/python -m verl_m2po.study verl --wall-clock
+	$(WORKSHOP) -m staleness_study verl --wall-clock
 
 study-results: $(STAMP) ## Bring docs/results.md and its figures up to date with what has run so far
-	$(BIN)/python -m verl_m2po.study results
+	$(WORKSHOP) -m staleness_study results
 
 # The documentation has a small environment of its own: the extra `docs` would bring verl.
 DOCS_ENV := docs/_build/env

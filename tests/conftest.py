@@ -1,10 +1,22 @@
 """Shared fixtures."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from verl_m2po.tasks import arithmetic, tiny_model
+
+# For the processes that tests start: what is no part of the package, as `make bench` and `make study` have it.
+REPOSITORY = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [
+        str(REPOSITORY / "tests"),
+        str(REPOSITORY / "recipes"),
+        str(REPOSITORY / "docs"),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

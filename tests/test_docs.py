@@ -128,7 +128,7 @@ def make_targets() -> set[str]:
 
 
 def commands() -> set[str]:
-    from verl_m2po.cli import app
+    from verl_m2po.cli.main import app
 
     return {info.name or info.callback.__name__.replace("_", "-") for info in app.registered_commands}
 

@@ -1,5 +1,5 @@
 """``python -m verl_m2po`` is the ``verl-m2po`` command."""
 
-from verl_m2po.cli import main
+from verl_m2po.cli.main import main
 
 main()

@@ -51,7 +51,7 @@ EXTENSIONS = (
         "verl_m2po.advantages",
         ("asymre", "max_at_k", "oapl", "red_drop", "red_weight"),
     ),
-    Extension("actor worker", "verl.workers.engine_workers", "verl_m2po.worker", ("M2POTrainingWorker",)),
+    Extension("actor worker", "verl.workers.engine_workers", "verl_m2po.actor.worker", ("M2POTrainingWorker",)),
     Extension(
         "Hydra addition",
         "hydra.core.plugins",

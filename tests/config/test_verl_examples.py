@@ -13,7 +13,7 @@ from composing import ADDED, REPLACED, additions, all_composed, changes, select
 from omegaconf import OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
 
-from verl_m2po.preflight import losses, room, staleness
+from verl_m2po.launch.checks import losses, room, staleness
 
 # About 260 compositions in two processes: a minute on two idle cores.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -5,10 +5,10 @@ import math
 import failing_rewards
 import pytest
 
-from verl_m2po.bench.paced import SECONDS_PER_TOKEN
-from verl_m2po.bench.paced.agent_loop import NAME, Lengths, write_config
-from verl_m2po.staleness.checkpoint import POINTER, Checkpoints, flaws
-from verl_m2po.staleness.ledger import read_ledger, surviving
+from benchmarks.paced import SECONDS_PER_TOKEN
+from benchmarks.paced.agent_loop import NAME, Lengths, write_config
+from verl_m2po.staleness.account.ledger import read_ledger, surviving
+from verl_m2po.staleness.restart.checkpoint import POINTER, Checkpoints, flaws
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -167,7 +167,7 @@ def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path)
         "++trainer.v1.bounded_async.min_usable_share=0.5",
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
         "data.max_response_length=192",
-        "+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=verl_m2po.bench.paced.token_time:TokenTime",
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=benchmarks.paced.token_time:TokenTime",
         steps=steps,
         environment=environment,
         timeout_s=900,

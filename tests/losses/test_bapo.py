@@ -7,9 +7,9 @@ import torch
 from method_losses import evaluate, random_tensors, shared_tensors
 from torch.testing import assert_close
 
-from verl_m2po.losses.bapo import BAPOConfig, BoundsSearch, choose_bounds, loss_sums
-from verl_m2po.losses.token_loss import Tokens, importance_weight
-from verl_m2po.mini_batch import MiniBatch, training
+from verl_m2po.losses.family.bapo import BAPOConfig, BoundsSearch, choose_bounds, loss_sums
+from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
+from verl_m2po.losses.kernel.token_loss import Tokens, importance_weight
 
 # Outside the actor worker every call decides for itself.
 ALONE = {"scope": "micro_batch"}

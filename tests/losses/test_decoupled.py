@@ -5,8 +5,8 @@ import torch
 from method_losses import PROXIMAL_LOG_PROB, evaluate, random_tensors, shared_tensors
 from torch.testing import assert_close
 
-from verl_m2po.losses.decoupled_loglinear import DecoupledLoglinearConfig, decoupled_tokens
-from verl_m2po.losses.token_loss import Tokens
+from verl_m2po.losses.family.decoupled_loglinear import DecoupledLoglinearConfig, decoupled_tokens
+from verl_m2po.losses.kernel.token_loss import Tokens
 
 
 def proximal() -> torch.Tensor:

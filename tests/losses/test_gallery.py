@@ -4,11 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import generate_gallery as gallery
 import pytest
 import torch
 from torch.testing import assert_close
-
-from verl_m2po.losses import gallery
 
 RATIOS = torch.tensor(gallery.RATIOS, dtype=torch.float64)
 REPOSITORY = Path(__file__).parents[2]

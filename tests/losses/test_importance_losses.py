@@ -9,8 +9,8 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, get_poli
 from verl.workers.config import FSDPActorConfig
 
 from verl_m2po.losses.config import M2POPolicyLossConfig
-from verl_m2po.losses.m2po_clip import clip_bound
-from verl_m2po.mini_batch import MiniBatch, training
+from verl_m2po.losses.family.m2po_clip import clip_bound
+from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
 from verl_m2po.second_moment import find_trust_region, keep_mask
 
 OURS = ("m2po", "m2po_clip", "no_trust_region")

@@ -8,7 +8,7 @@ from method_losses import FAMILIES, actor_config, evaluate, on_policy, random_te
 from torch.testing import assert_close
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 
-from verl_m2po.losses.rec import MEMBERS
+from verl_m2po.losses.family.rec import MEMBERS
 
 SEVEN = [
     "old_log_prob",

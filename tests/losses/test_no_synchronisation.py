@@ -7,10 +7,10 @@ from token_batches import heavy_tailed
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import FSDPActorConfig
 
-from verl_m2po.losses.bapo import Bounds
 from verl_m2po.losses.config import M2POPolicyLossConfig
-from verl_m2po.losses.diagnostics import SELF_REPORTING, total
-from verl_m2po.mini_batch import MiniBatch, training
+from verl_m2po.losses.family.bapo import Bounds
+from verl_m2po.losses.kernel.diagnostics import SELF_REPORTING, total
+from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
 from verl_m2po.second_moment import TrustRegion
 
 CASES = {

@@ -11,7 +11,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGI
 from verl.utils.config import omega_conf_to_dataclass
 
 import verl_m2po.advantages  # noqa: F401
-from verl_m2po.losses.rec import MEMBERS
+from verl_m2po.losses.family.rec import MEMBERS
 
 PRESETS = sorted(
     entry.name.removesuffix(".yaml")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from method_losses import evaluate, on_policy, random_tensors, reinforce_gradient, shared_tensors
 from torch.testing import assert_close
 
-from verl_m2po.losses.rec import MEMBERS, RECConfig
+from verl_m2po.losses.family.rec import MEMBERS, RECConfig
 
 # settings, loss under the token mean
 REFERENCE = [

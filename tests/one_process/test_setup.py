@@ -2,8 +2,8 @@
 
 import pytest
 
+from staleness_study import plan
 from verl_m2po.one_process import setup as setups
-from verl_m2po.study import plan
 
 pytestmark = pytest.mark.slow
 

@@ -55,7 +55,7 @@ def test_entry_points(wheel, contents):
     entry_points = configparser.ConfigParser()
     entry_points.read_string(zipfile.ZipFile(wheel).read(name).decode())
     assert dict(entry_points["verl.plugins"]) == {"m2po": "verl_m2po.plugin"}
-    assert dict(entry_points["console_scripts"]) == {"verl-m2po": "verl_m2po.cli:main"}
+    assert dict(entry_points["console_scripts"]) == {"verl-m2po": "verl_m2po.cli.main:main"}
 
 
 def test_the_user_imports_the_wheel_and_not_the_repository(user):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from verl_m2po.report import metrics
-from verl_m2po.report.dashboard import LAYOUT, write_tensorboard_layout
-from verl_m2po.report.runs import find_sources, read_runs
+from verl_m2po.report.drawing.dashboard import LAYOUT, write_tensorboard_layout
+from verl_m2po.report.reading import metrics
+from verl_m2po.report.reading.runs import find_sources, read_runs
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 SummaryWriter = pytest.importorskip("torch.utils.tensorboard").SummaryWriter

@@ -5,10 +5,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from report_logs import stale_run, write_config, write_log
 
-from verl_m2po.report import figures
 from verl_m2po.report.build import build
-from verl_m2po.report.style import COLOURS, ON_POLICY, looks, plain
-from verl_m2po.report.write import PLOTS
+from verl_m2po.report.drawing import figures
+from verl_m2po.report.drawing.style import COLOURS, ON_POLICY, looks, plain
+from verl_m2po.report.drawing.write import PLOTS
 
 pytestmark = pytest.mark.slow
 

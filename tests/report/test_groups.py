@@ -4,8 +4,8 @@ import pytest
 from report_logs import write_config, write_log
 
 from verl_m2po.report.build import build
-from verl_m2po.report.groups import group_runs, over_seeds, tasks_of
-from verl_m2po.report.runs import read_runs
+from verl_m2po.report.reading.groups import group_runs, over_seeds, tasks_of
+from verl_m2po.report.reading.runs import read_runs
 
 ACCURACY = "val-core/openai/gsm8k/acc/mean@8"
 

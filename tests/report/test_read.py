@@ -4,7 +4,7 @@ import math
 import pytest
 from report_logs import write_log
 
-from verl_m2po.report.read import is_json_log, read_event_file, read_json_lines
+from verl_m2po.report.reading.read import is_json_log, read_event_file, read_json_lines
 
 SummaryWriter = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
 

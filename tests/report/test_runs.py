@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_logs import write_config, write_log
 
-from verl_m2po.report.read import Log
-from verl_m2po.report.runs import find_sources, join_attempts, read_run, read_runs
+from verl_m2po.report.reading.read import Log
+from verl_m2po.report.reading.runs import find_sources, join_attempts, read_run, read_runs
 
 SummaryWriter = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
 
@@ -182,7 +182,7 @@ def test_a_log_that_cannot_be_opened_is_a_line_and_costs_the_others_nothing(tmp_
 
 def test_a_log_or_config_that_is_deleted_between_finding_and_reading_is_a_line(tmp_path, monkeypatch):
     write_log(tmp_path / "run/attempt-1.jsonl", rows(1, 2, 1.0))
-    monkeypatch.setattr("verl_m2po.report.settings.config_file", lambda folder: folder / "config.yaml")
+    monkeypatch.setattr("verl_m2po.report.reading.settings.config_file", lambda folder: folder / "config.yaml")
     (source,), _ = find_sources(tmp_path)
     source.files[0].unlink()
     problems = read_run(source).problems

@@ -1,7 +1,7 @@
 import pytest
 from report_logs import write_config
 
-from verl_m2po.report.settings import read_config, settings
+from verl_m2po.report.reading.settings import read_config, settings
 
 
 @pytest.mark.parametrize(

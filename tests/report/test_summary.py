@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from report_logs import stale_run, write_log
 
 from verl_m2po.report.build import build
-from verl_m2po.report.groups import Group
-from verl_m2po.report.runs import read_runs
-from verl_m2po.report.summary import collapse_step, first_reaching, left_out_metric
+from verl_m2po.report.reading.groups import Group
+from verl_m2po.report.reading.runs import read_runs
+from verl_m2po.report.reading.summary import collapse_step, first_reaching, left_out_metric
 
 ACC = "val-core/addition/acc/mean@1"
 results = st.lists(st.floats(0, 1), min_size=0, max_size=30)

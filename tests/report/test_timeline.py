@@ -6,8 +6,8 @@ import pytest
 from matplotlib.colors import to_hex
 from typer.testing import CliRunner
 
-from verl_m2po.cli import app
-from verl_m2po.report.timeline import TRAINING, VERSION_COLOURS, LedgerError, read_ledger, timeline
+from verl_m2po.cli.main import app
+from verl_m2po.report.drawing.timeline import TRAINING, VERSION_COLOURS, LedgerError, read_ledger, timeline
 
 
 def line(step: int, sampled_at: float, generated, weights_at: float | None = None) -> dict:

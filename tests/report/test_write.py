@@ -10,8 +10,8 @@ from report_logs import stale_run, write_config, write_log
 from rich.console import Console
 
 from verl_m2po.report.build import build
-from verl_m2po.report.tables import markdown, rows, terminal
-from verl_m2po.report.write import PLOTS, draw, write
+from verl_m2po.report.drawing.tables import markdown, rows, terminal
+from verl_m2po.report.drawing.write import PLOTS, draw, write
 
 ACC = "val-core/addition/acc/mean@1"
 EVIL = "<script>alert(1)</script>|[red]`x`"
@@ -134,7 +134,7 @@ def test_a_figure_that_fails_is_a_line_and_the_page_is_written(tmp_path, monkeyp
 
     throughput = plots[1].draw
     plots[1] = replace(plots[1], draw=fail if where == "draw" else draw_unrenderable)
-    monkeypatch.setattr("verl_m2po.report.write.PLOTS", plots)
+    monkeypatch.setattr("verl_m2po.report.drawing.write.PLOTS", plots)
     write_log(tmp_path / "x/attempt-1.jsonl", {1: {ACC: 0.5, "perf/throughput": 9.0}})
     written = write(build([tmp_path / "x"]), tmp_path / "out")
     assert [path.name for path in written.figures] == ["accuracy.png", "accuracy.svg"]
@@ -208,9 +208,9 @@ def test_an_empty_report_can_be_written(tmp_path):
 def test_the_report_imports_neither_torch_nor_verl_nor_another_room(tmp_path):
     code = (
         "import sys\n"
-        "from verl_m2po.report import command, build, dashboard\n"
+        "from verl_m2po.report import build, command\nfrom verl_m2po.report.drawing import dashboard\n"
         "assert 'matplotlib' not in sys.modules, 'matplotlib'\n"
-        "from verl_m2po.report import write\n"
+        "from verl_m2po.report.drawing import write\n"
         "bad = {'torch', 'verl', 'ray', 'vllm'} & set(sys.modules)\n"
         "bad |= {m for m in sys.modules if m.startswith('verl_m2po.') and not m.startswith('verl_m2po.report')}\n"
         "assert not bad, bad\n"

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from verl_m2po.staleness.failures import FailureWindow, TooManyFailures
-from verl_m2po.staleness.ledger import TrainedRowsLedger
-from verl_m2po.staleness.metrics import LengthBias, StalenessMetrics
-from verl_m2po.staleness.records import Group, GroupReport, Row, Ticket
-from verl_m2po.staleness.units import UpdateClock
+from verl_m2po.staleness.account.ledger import TrainedRowsLedger
+from verl_m2po.staleness.account.metrics import LengthBias, StalenessMetrics
+from verl_m2po.staleness.rule.failures import FailureWindow, TooManyFailures
+from verl_m2po.staleness.rule.records import Group, GroupReport, Row, Ticket
+from verl_m2po.staleness.rule.units import UpdateClock
 
 
 def group(*rows: tuple[tuple[int, int], ...], uid: str = "u") -> Group:

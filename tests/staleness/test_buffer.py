@@ -13,18 +13,18 @@ from tensordict.tensorclass import NonTensorStack
 from verl.utils import tensordict_utils as tu
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from verl_m2po.staleness import codec
+from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.buffer import StalenessReplayBuffer
-from verl_m2po.staleness.failures import FailureWindow, TooManyFailures
-from verl_m2po.staleness.journal import FinishedGroup, Journal, JournalError, RowsWriter
-from verl_m2po.staleness.ledger import TrainedRowsLedger
-from verl_m2po.staleness.liveness import WorkerDied
-from verl_m2po.staleness.masking import StoredRow, stand_in
-from verl_m2po.staleness.records import GroupReport, Row
-from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessViolation
-from verl_m2po.staleness.shutdown import StopRequest, StopRequested
-from verl_m2po.staleness.store import lot_partition
-from verl_m2po.staleness.units import UpdateClock
+from verl_m2po.staleness.restart.journal import FinishedGroup, Journal, JournalError, RowsWriter
+from verl_m2po.staleness.rollout.masking import StoredRow, stand_in
+from verl_m2po.staleness.rows import codec
+from verl_m2po.staleness.rows.store import lot_partition
+from verl_m2po.staleness.rule.failures import FailureWindow, TooManyFailures
+from verl_m2po.staleness.rule.records import GroupReport, Row
+from verl_m2po.staleness.rule.rules import BoundedAsync, ExactStale, StalenessViolation
+from verl_m2po.staleness.rule.units import UpdateClock
+from verl_m2po.staleness.watch.liveness import WorkerDied
+from verl_m2po.staleness.watch.stop import StopRequest, StopRequested
 
 pytestmark = pytest.mark.ray
 

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-from verl_m2po.staleness import checkpoint
-from verl_m2po.staleness.checkpoint import INCOMPLETE, MANIFEST, POINTER, CheckpointError, Checkpoints, flaws
+from verl_m2po.staleness.restart import checkpoint
+from verl_m2po.staleness.restart.checkpoint import INCOMPLETE, MANIFEST, POINTER, CheckpointError, Checkpoints, flaws
 
 FILES = ("actor/model_world_size_1_rank_0.pt", "actor/optim_world_size_1_rank_0.pt", "data.pt", "staleness.json")
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verl_rows import verl_row
 
-from verl_m2po.staleness import codec
-from verl_m2po.staleness.ragged import Ragged
+from verl_m2po.staleness.rows import codec
+from verl_m2po.staleness.rows.ragged import Ragged
 
 
 @st.composite

@@ -16,11 +16,11 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopO
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
-from verl_m2po.staleness.agent_loop import StalenessAgentLoopWorker, check_output, spans_of
-from verl_m2po.staleness.client import GenerationAborted, Session, SpanRecordingClient, current_session
-from verl_m2po.staleness.journal import JournalError, RowsWriter, decode, read_frames
-from verl_m2po.staleness.liveness import RunActors
-from verl_m2po.staleness.store import LOT_FIELD
+from verl_m2po.staleness.restart.journal import JournalError, RowsWriter, decode, read_frames
+from verl_m2po.staleness.rollout.agent_loop import StalenessAgentLoopWorker, check_output, spans_of
+from verl_m2po.staleness.rollout.client import GenerationAborted, Session, SpanRecordingClient, current_session
+from verl_m2po.staleness.rows.store import LOT_FIELD
+from verl_m2po.staleness.watch.liveness import RunActors
 
 
 def output(mask: list[int], log_probs: list[float] | None = None, reward: float | None = 1.0) -> AgentLoopOutput:
@@ -334,7 +334,7 @@ def test_what_cannot_be_scored_fails_its_group(behaviour, error):
 
 
 def test_a_generation_that_refuses_to_be_cancelled_does_not_hold_up_its_group(monkeypatch):
-    monkeypatch.setattr("verl_m2po.staleness.agent_loop.CANCEL_WAIT_S", 0.05)
+    monkeypatch.setattr("verl_m2po.staleness.rollout.agent_loop.CANCEL_WAIT_S", 0.05)
     report = Worker(2, timeout_s=0.05).run("will not be cancelled")
     assert report.error == "TimeoutError: no answer within generation_timeout_s=0.05"
     assert [row.key for row in report.rows] == ["u_0_0"]
@@ -410,7 +410,7 @@ def test_a_group_that_is_kept_has_all_its_rows_and_trains_nothing_of_what_failed
 
 @pytest.mark.parametrize("behaviour", ["returns nothing", "hangs", "will not be cancelled"])
 def test_however_a_session_fails_it_is_masked(behaviour, monkeypatch):
-    monkeypatch.setattr("verl_m2po.staleness.agent_loop.CANCEL_WAIT_S", 0.01)
+    monkeypatch.setattr("verl_m2po.staleness.rollout.agent_loop.CANCEL_WAIT_S", 0.01)
     worker = Worker(3, timeout_s=0.1, masks=True)
     report = worker.run(behaviour)
     assert report.error is None and len(report.masked_errors) == 1

@@ -8,9 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl_m2po.staleness import codec
-from verl_m2po.staleness.checkpoint import Checkpoints
-from verl_m2po.staleness.journal import (
+from verl_m2po.staleness.restart.checkpoint import Checkpoints
+from verl_m2po.staleness.restart.journal import (
     RUN_FILE,
     FinishedGroup,
     Journal,
@@ -22,8 +21,9 @@ from verl_m2po.staleness.journal import (
     read_frames,
     to_json,
 )
-from verl_m2po.staleness.records import Row, Ticket
-from verl_m2po.staleness.resume import STATE_FILE
+from verl_m2po.staleness.restart.resume import STATE_FILE
+from verl_m2po.staleness.rows import codec
+from verl_m2po.staleness.rule.records import Row, Ticket
 
 SETTINGS = {"actor_rollout_ref.rollout.n": 2, "algorithm.gamma": 1.0, "policy_loss.threshold": float("inf")}
 

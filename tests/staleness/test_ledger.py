@@ -5,8 +5,8 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_m2po.staleness.ledger import TrainedRowsLedger, read_ledger, surviving
-from verl_m2po.staleness.records import Group, Row, Ticket
+from verl_m2po.staleness.account.ledger import TrainedRowsLedger, read_ledger, surviving
+from verl_m2po.staleness.rule.records import Group, Row, Ticket
 
 
 def group(step: int, attempt: int) -> Group:

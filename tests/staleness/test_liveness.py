@@ -12,10 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-from verl_m2po.staleness.agent_loop import StalenessAgentLoopManager
-from verl_m2po.staleness.journal import Journal
-from verl_m2po.staleness.liveness import RunActors, Watch, WorkerDied
-from verl_m2po.staleness.reports import WorkerReports, answer_timeout_s
+from verl_m2po.staleness.restart.journal import Journal
+from verl_m2po.staleness.rollout.agent_loop import StalenessAgentLoopManager
+from verl_m2po.staleness.rollout.reports import WorkerReports, answer_timeout_s
+from verl_m2po.staleness.watch.liveness import RunActors, Watch, WorkerDied
 
 pytestmark = pytest.mark.ray
 
@@ -139,7 +139,7 @@ def test_the_death_of_an_actor_of_the_run_is_told_from_that_of_a_users_own(clust
 
 
 def test_an_actor_that_is_unavailable_turns_out_dead_or_not(cluster, actor, monkeypatch):
-    monkeypatch.setattr("verl_m2po.staleness.liveness.FIND_CAUSE_S", 1.0)
+    monkeypatch.setattr("verl_m2po.staleness.watch.liveness.FIND_CAUSE_S", 1.0)
     dead, living, busy, tool = (actor() for _ in range(4))
     run_actors = RunActors([dead, living, busy])
     busy.work.remote()

@@ -10,11 +10,11 @@ from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl_rows import verl_row
 
 import verl_m2po.advantages  # noqa: F401
-from verl_m2po.staleness import codec
-from verl_m2po.staleness.masking import StoredRow, stand_in
-from verl_m2po.staleness.preflight import BEST_OF_A_GROUP
-from verl_m2po.staleness.ragged import Ragged
-from verl_m2po.staleness.records import Row
+from verl_m2po.staleness.checks import BEST_OF_A_GROUP
+from verl_m2po.staleness.rollout.masking import StoredRow, stand_in
+from verl_m2po.staleness.rows import codec
+from verl_m2po.staleness.rows.ragged import Ragged
+from verl_m2po.staleness.rule.records import Row
 
 REWARDS = (0.0, 1.0, 0.25, 0.75)
 

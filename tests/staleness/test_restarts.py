@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_simulation import Simulation, Workload
 
-from verl_m2po.staleness.rules import BoundedAsync, ExactStale
-from verl_m2po.staleness.units import exact_version
+from verl_m2po.staleness.rule.rules import BoundedAsync, ExactStale
+from verl_m2po.staleness.rule.units import exact_version
 
 pytestmark = pytest.mark.slow
 

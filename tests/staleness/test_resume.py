@@ -9,11 +9,11 @@ import torch
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
-from verl_m2po.staleness import random_states, resume
-from verl_m2po.staleness.checkpoint import CheckpointError, Checkpoints, flaws
-from verl_m2po.staleness.rules import BoundedAsync
-from verl_m2po.staleness.shutdown import StopRequested
+from verl_m2po.staleness.restart import random_states, resume
+from verl_m2po.staleness.restart.checkpoint import CheckpointError, Checkpoints, flaws
+from verl_m2po.staleness.rule.rules import BoundedAsync
 from verl_m2po.staleness.trainer import PPOTrainerBoundedAsync
+from verl_m2po.staleness.watch.stop import StopRequested
 
 
 def config(root, mode: str = "stale_k", **changes):

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_simulation import Simulation, Trace, Workload
 
-from verl_m2po.staleness.records import Row
-from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessViolation, UnknownGroup
-from verl_m2po.staleness.units import exact_version
+from verl_m2po.staleness.rule.records import Row
+from verl_m2po.staleness.rule.rules import BoundedAsync, ExactStale, StalenessViolation, UnknownGroup
+from verl_m2po.staleness.rule.units import exact_version
 
 pytestmark = pytest.mark.slow
 

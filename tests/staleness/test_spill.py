@@ -10,9 +10,9 @@ from tensordict.tensorclass import NonTensorStack
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl_rows import verl_row
 
-from verl_m2po.staleness import codec
-from verl_m2po.staleness.records import Group, Row, Ticket
-from verl_m2po.staleness.store import LotStore, lot_partition
+from verl_m2po.staleness.rows import codec
+from verl_m2po.staleness.rows.store import LotStore, lot_partition
+from verl_m2po.staleness.rule.records import Group, Row, Ticket
 
 pytestmark = pytest.mark.ray
 

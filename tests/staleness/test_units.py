@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from verl_m2po.staleness.units import (
+from verl_m2po.staleness.rule.units import (
     StalenessUnitsError,
     UpdateClock,
     exact_version,

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import verl_m2po
-from verl_m2po.study import plan
+from staleness_study import plan
 
 
 def test_every_run_has_its_own_folder(tmp_path):

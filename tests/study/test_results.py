@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from verl_m2po.study import page as pages
-from verl_m2po.study import plan
-from verl_m2po.study import results as studied
-from verl_m2po.study.results import Interval, Result, recovered_gap
+from staleness_study import page as pages
+from staleness_study import plan
+from staleness_study import results as studied
+from staleness_study.results import Interval, Result, recovered_gap
 
 COMMON = {"config": "arithmetic_staleness", "model": {}, "versions": {"verl": "0"}, "machine": "a machine"}
 PAGE = "\n".join(

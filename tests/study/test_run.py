@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from verl_m2po.report.runs import read_runs
-from verl_m2po.study import run as driver
-from verl_m2po.study.plan import Job
-from verl_m2po.study.run import config_hash, is_done, run_jobs
+from staleness_study import run as driver
+from staleness_study.plan import Job
+from staleness_study.run import config_hash, is_done, run_jobs
+from verl_m2po.report.reading.runs import read_runs
 
 SHORT = ("data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=2")
 

@@ -76,8 +76,8 @@ def build_worker(model_folder, policy_loss, ours=True, lr=0.0, optim=None, seque
     from verl.workers.engine_workers import TrainingWorker
     from verl.workers.utils.losses import ppo_loss
 
+    from verl_m2po.actor.worker import M2POTrainingWorker
     from verl_m2po.losses.config import M2POPolicyLossConfig
-    from verl_m2po.worker import M2POTrainingWorker
 
     os.environ.update(WORLD_SIZE=str(dist.get_world_size()), RANK=str(dist.get_rank()))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -178,7 +178,7 @@ def recording(worker):
     """What happens inside `train_batch`: keep masks and log-probs by row, gradients, the number of looks ahead."""
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
-    from verl_m2po.mini_batch import current_mini_batch
+    from verl_m2po.losses.kernel.mini_batch import current_mini_batch
 
     record = {"keep": {}, "log_probs": {}, "log_probs_ahead": {}, "gradients": {}, "forward_only_passes": 0}
     name = worker.loss_fn.keywords["config"].policy_loss.loss_mode

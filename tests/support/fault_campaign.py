@@ -32,8 +32,8 @@ from rich.table import Table
 from torchdata.stateful_dataloader.sampler import RandomSampler
 from trained_rows import Promise, broken, redone_steps
 
-from verl_m2po.staleness.journal import decode, read_frames
-from verl_m2po.staleness.shutdown import _segments
+from verl_m2po.launch.signals import _segments
+from verl_m2po.staleness.restart.journal import decode, read_frames
 from verl_m2po.tasks import arithmetic, tiny_model
 
 BATCH, MINI_BATCH, RESPONSES, STALENESS_STEPS, SAVE_EVERY = 8, 4, 4, 2, 2

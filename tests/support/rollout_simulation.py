@@ -5,8 +5,8 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
-from verl_m2po.staleness.records import Group, Row
-from verl_m2po.staleness.rules import StalenessRule
+from verl_m2po.staleness.rule.records import Group, Row
+from verl_m2po.staleness.rule.rules import StalenessRule
 
 
 @dataclass

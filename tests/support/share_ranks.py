@@ -5,7 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from verl_m2po.step_scale import effective_sample_share
+from verl_m2po.losses.step_scale import effective_sample_share
 
 
 def run(rank: int, world_size: int, path: str) -> None:

@@ -17,7 +17,7 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSou
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from verl_m2po.preflight import keys
+from verl_m2po.launch.checks import keys
 
 logger = logging.getLogger(__name__)
 

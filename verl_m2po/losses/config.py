@@ -9,17 +9,17 @@ from typing import Any
 from verl.base_config import BaseConfig
 from verl.workers.config import PolicyLossConfig
 
-from verl_m2po.losses.bapo import BAPOConfig
-from verl_m2po.losses.decoupled_loglinear import DecoupledLoglinearConfig
-from verl_m2po.losses.mix_ppg import MixPPGConfig
-from verl_m2po.losses.oapl import OAPLConfig
-from verl_m2po.losses.opsm import OPSMConfig
-from verl_m2po.losses.rec import RECConfig
-from verl_m2po.losses.settings import KEY, check_choice, check_number
-from verl_m2po.losses.topr import TOPRConfig
-from verl_m2po.mini_batch import SCOPES
+from verl_m2po.losses.family.bapo import BAPOConfig
+from verl_m2po.losses.family.decoupled_loglinear import DecoupledLoglinearConfig
+from verl_m2po.losses.family.mix_ppg import MixPPGConfig
+from verl_m2po.losses.family.oapl import OAPLConfig
+from verl_m2po.losses.family.opsm import OPSMConfig
+from verl_m2po.losses.family.rec import RECConfig
+from verl_m2po.losses.family.topr import TOPRConfig
+from verl_m2po.losses.kernel.mini_batch import SCOPES
+from verl_m2po.losses.kernel.settings import KEY, check_choice, check_number
+from verl_m2po.losses.step_scale import check_settings
 from verl_m2po.second_moment import check_threshold
-from verl_m2po.step_scale import check_settings
 
 logger = logging.getLogger(__name__)
 

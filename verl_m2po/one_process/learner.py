@@ -21,12 +21,12 @@ from verl.utils.torch_functional import (
 from verl.workers.config import build_optimizer
 from verl.workers.utils.losses import ppo_loss
 
-from verl_m2po.losses import diagnostics
-from verl_m2po.mini_batch import MiniBatch, training
+from verl_m2po.actor.worker import AGE_FIELD, Observed, decides_over_mini_batch
+from verl_m2po.losses.kernel import diagnostics
+from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
+from verl_m2po.losses.step_scale import scaled_by_effective_share
 from verl_m2po.one_process.rollouts import prompt_cache
 from verl_m2po.one_process.setup import Setup
-from verl_m2po.step_scale import scaled_by_effective_share
-from verl_m2po.worker import AGE_FIELD, Observed, decides_over_mini_batch
 
 FIELDS = (
     *("prompts", "responses", "attention_mask", "response_mask"),

@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import ActorConfig
 
-from verl_m2po.losses.settings import KEY
+from verl_m2po.losses.kernel.settings import KEY
 from verl_m2po.one_process.honoured import not_honoured
-from verl_m2po.staleness.units import UpdateClock
+from verl_m2po.staleness.rule.units import UpdateClock
 from verl_m2po.tasks import tiny_model
 
 CONFIG = "arithmetic_staleness"

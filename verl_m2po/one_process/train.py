@@ -21,15 +21,15 @@ from verl.trainer.ppo.metric_utils import compute_data_metrics
 from verl.utils.metric import reduce_metrics
 from verl.utils.tracking import Tracking
 
+from verl_m2po.actor.worker import AGE_FIELD
 from verl_m2po.one_process.learner import Learner
 from verl_m2po.one_process.rollouts import Generator, Problems, with_advantages
 from verl_m2po.one_process.setup import Setup
-from verl_m2po.staleness.metrics import StalenessMetrics
-from verl_m2po.staleness.records import Row
-from verl_m2po.staleness.rules import ExactStale
-from verl_m2po.staleness.units import version_at_step
+from verl_m2po.staleness.account.metrics import StalenessMetrics
+from verl_m2po.staleness.rule.records import Row
+from verl_m2po.staleness.rule.rules import ExactStale
+from verl_m2po.staleness.rule.units import version_at_step
 from verl_m2po.tasks import tiny_model
-from verl_m2po.worker import AGE_FIELD
 
 ACCURACY = "val-core/arithmetic/acc/mean@1"
 TRAINING_PROBLEMS, VALIDATION_PROBLEMS = 8192, 512

@@ -4,10 +4,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_m2po.report import metrics
-from verl_m2po.report.groups import Group, group_runs, seeds_of_run, tasks_of
-from verl_m2po.report.runs import Run, read_runs
-from verl_m2po.report.summary import Summary, summarise
+from verl_m2po.report.reading import metrics
+from verl_m2po.report.reading.groups import Group, group_runs, seeds_of_run, tasks_of
+from verl_m2po.report.reading.runs import Run, read_runs
+from verl_m2po.report.reading.summary import Summary, summarise
 
 MOST_STEPS_NAMED = 3
 # Metrics that the figures and the table use; a NaN in any other is not worth a line.

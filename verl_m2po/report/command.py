@@ -30,8 +30,8 @@ def _target(value: float | None) -> float | None:
 
 def _signature(paths: list[Path]) -> tuple:
     """Changes whenever a log changes, or the config beside it."""
-    from verl_m2po.report.runs import find_sources
-    from verl_m2po.report.settings import config_file
+    from verl_m2po.report.reading.runs import find_sources
+    from verl_m2po.report.reading.settings import config_file
 
     sources = [source for path in paths for source in find_sources(path)[0]]
     configs = [config_file(source.folder) for source in sources if source.folder]
@@ -59,13 +59,13 @@ def write_report(
 ) -> bool:
     """Read, show and write one report; False if there was no run in it."""
     from verl_m2po.report.build import build
-    from verl_m2po.report.tables import markdown, terminal
+    from verl_m2po.report.drawing.tables import markdown, terminal
 
     report = build(paths, target, metric, final_points)
     problems = report.problems
     places = []
     if figures:
-        from verl_m2po.report.write import write
+        from verl_m2po.report.drawing.write import write
 
         written = write(report, out, refresh_s)
         problems, places = written.problems, [written.page, written.table]
@@ -131,7 +131,7 @@ def dashboard(
     folder: Annotated[Path, typer.Argument(help="The run's TensorBoard folder, or any folder above it.")],
 ) -> None:
     """Add a curated "Custom Scalars" layout to a TensorBoard folder: result, trust region, staleness, health, speed."""
-    from verl_m2po.report.dashboard import write_tensorboard_layout
+    from verl_m2po.report.drawing.dashboard import write_tensorboard_layout
 
     if folder.exists() and not folder.is_dir():
         raise typer.BadParameter(f"{folder} is a file; give the TensorBoard folder that holds it")
@@ -149,9 +149,9 @@ def timeline(
     _need_matplotlib()
     import matplotlib as mpl
 
-    from verl_m2po.report.style import RC
-    from verl_m2po.report.timeline import LedgerError, read_ledger
-    from verl_m2po.report.timeline import timeline as draw
+    from verl_m2po.report.drawing.style import RC
+    from verl_m2po.report.drawing.timeline import LedgerError, read_ledger
+    from verl_m2po.report.drawing.timeline import timeline as draw
 
     if out.suffix not in (".svg", ".png", ".pdf"):
         raise typer.BadParameter(f"--out is {out}; its name must end in .svg, .png or .pdf")

@@ -1,1 +1,4 @@
-"""How old the training data is: units, rules, the buffer around TransferQueue, and verl's trainer modes."""
+"""How old the training data is.
+
+`rule` decides it, `buffer.py` and `trainer.py` carry it out in verl; the other rooms serve these two.
+"""

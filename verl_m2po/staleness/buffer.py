@@ -15,18 +15,18 @@ from tensordict.tensorclass import NonTensorStack
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
 
-from verl_m2po.staleness.failures import FailureWindow
-from verl_m2po.staleness.journal import Journal, JournalError, Replay
-from verl_m2po.staleness.ledger import TrainedRowsLedger
-from verl_m2po.staleness.liveness import WorkerDied
-from verl_m2po.staleness.metrics import StalenessMetrics
-from verl_m2po.staleness.records import Group, GroupReport, Selection, Ticket
-from verl_m2po.staleness.reports import Reports
-from verl_m2po.staleness.resume import STATE_FORMATS
-from verl_m2po.staleness.rules import StalenessRule, StalenessViolation
-from verl_m2po.staleness.shutdown import StopRequest
-from verl_m2po.staleness.store import LotStore
-from verl_m2po.staleness.units import UpdateClock, version_at_step
+from verl_m2po.staleness.account.ledger import TrainedRowsLedger
+from verl_m2po.staleness.account.metrics import StalenessMetrics
+from verl_m2po.staleness.restart.journal import Journal, JournalError, Replay
+from verl_m2po.staleness.restart.resume import STATE_FORMATS
+from verl_m2po.staleness.rollout.reports import Reports
+from verl_m2po.staleness.rows.store import LotStore
+from verl_m2po.staleness.rule.failures import FailureWindow
+from verl_m2po.staleness.rule.records import Group, GroupReport, Selection, Ticket
+from verl_m2po.staleness.rule.rules import StalenessRule, StalenessViolation
+from verl_m2po.staleness.rule.units import UpdateClock, version_at_step
+from verl_m2po.staleness.watch.liveness import WorkerDied
+from verl_m2po.staleness.watch.stop import StopRequest
 
 logger = logging.getLogger(__name__)
 

@@ -33,29 +33,30 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.utils import tensordict_utils as tu
 
-from verl_m2po import logs
+from verl_m2po.ground import logs
 
 # As a module: where the buffer is imported first, verl imports this file before the buffer has its class.
-from verl_m2po.staleness import buffer, preflight, random_states, resume
-from verl_m2po.staleness.checkpoint import Checkpoints, folder_name
-from verl_m2po.staleness.client import SpanRecordingClient
+from verl_m2po.staleness import buffer, checks
+from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.config import BoundedAsyncConfig, load_mode_config
-from verl_m2po.staleness.failures import FailureWindow
-from verl_m2po.staleness.journal import RUN_FILE, Journal
-from verl_m2po.staleness.ledger import TrainedRowsLedger
-from verl_m2po.staleness.liveness import Watch
-from verl_m2po.staleness.records import Ticket
-from verl_m2po.staleness.reports import WorkerReports
-from verl_m2po.staleness.rules import BoundedAsync, ExactStale, StalenessRule
-from verl_m2po.staleness.shutdown import StopRequest, StopRequested
-from verl_m2po.staleness.store import LOT_FIELD, lot_partition
+from verl_m2po.staleness.restart import random_states, resume
+from verl_m2po.staleness.restart.checkpoint import Checkpoints, folder_name
+from verl_m2po.staleness.restart.journal import RUN_FILE, Journal
+from verl_m2po.staleness.rollout.client import SpanRecordingClient
+from verl_m2po.staleness.rollout.reports import WorkerReports
+from verl_m2po.staleness.rows.store import LOT_FIELD, lot_partition
+from verl_m2po.staleness.rule.failures import FailureWindow
+from verl_m2po.staleness.rule.records import Ticket
+from verl_m2po.staleness.rule.rules import BoundedAsync, ExactStale, StalenessRule
+from verl_m2po.staleness.watch.liveness import Watch
+from verl_m2po.staleness.watch.stop import StopRequest, StopRequested
 
 logger = logging.getLogger(__name__)
 
 AGE_FIELD = "age_updates"
-"""Field of a row in TransferQueue; `verl_m2po.worker` reads it under the same name."""
+"""Field of a row in TransferQueue; `verl_m2po.actor.worker` reads it under the same name."""
 
-AGENT_LOOP_MANAGER = "verl_m2po.staleness.agent_loop.StalenessAgentLoopManager"
+AGENT_LOOP_MANAGER = "verl_m2po.staleness.rollout.agent_loop.StalenessAgentLoopManager"
 
 
 class NoCallback:
@@ -65,17 +66,17 @@ class NoCallback:
         """Do nothing."""
 
 
-def require_sound(problems: list[preflight.Problem]) -> None:
+def require_sound(problems: list[checks.Problem]) -> None:
     """Warn of what is odd, refuse what contradicts the configured staleness.
 
     Raises:
-        preflight.PreflightError: with every fatal problem.
+        checks.PreflightError: with every fatal problem.
     """
     for problem in problems:
         if not problem.is_fatal:
             logger.warning("%s", problem)
     if fatal := [problem for problem in problems if problem.is_fatal]:
-        raise preflight.PreflightError("\n".join(map(str, fatal)))
+        raise checks.PreflightError("\n".join(map(str, fatal)))
 
 
 def set_what_the_mode_needs(config: DictConfig) -> None:
@@ -86,15 +87,15 @@ def set_what_the_mode_needs(config: DictConfig) -> None:
     """
     mode = config.trainer.v1.trainer_mode
     needs = {
-        "algorithm.rollout_correction.bypass_mode": not preflight.has_proximal_policy(config),
+        "algorithm.rollout_correction.bypass_mode": not checks.has_proximal_policy(config),
         "actor_rollout_ref.rollout.calculate_log_probs": True,
         "actor_rollout_ref.rollout.agent.agent_loop_manager_class": AGENT_LOOP_MANAGER,
         # Read by the buffer that ours replaces.
         "trainer.v1.sampler.max_off_policy_threshold": None,
     }
-    if mode in preflight.SEPARATE_MODES:
+    if mode in checks.SEPARATE_MODES:
         # verl's separate trainer samples one mini-batch at a time, and reads the number under two names.
-        mini_batches = preflight.make_clock(config).mini_batches_per_step
+        mini_batches = checks.make_clock(config).mini_batches_per_step
         needs[f"trainer.v1.{mode}.parameter_sync_step"] = mini_batches
         needs["trainer.v1.separate_async.parameter_sync_step"] = mini_batches
     with open_dict(config):
@@ -123,7 +124,7 @@ class _StalenessTrainer(PPOTrainer):
     replay_buffer: "buffer.StalenessReplayBuffer"
 
     def __init__(self, config: DictConfig) -> None:
-        require_sound(preflight.check(config, available_memory_bytes=psutil.virtual_memory().total))
+        require_sound(checks.check(config, available_memory_bytes=psutil.virtual_memory().total))
         self._settings = resume.settings_of(config)
         set_what_the_mode_needs(config)
         self._checkpoints = Checkpoints(config.trainer.default_local_dir)
@@ -200,7 +201,7 @@ class _StalenessTrainer(PPOTrainer):
 
     def _build_replay_buffer(self) -> "buffer.StalenessReplayBuffer":
         settings = load_mode_config(self.config, self.trainer_mode)
-        clock = preflight.make_clock(self.config)
+        clock = checks.make_clock(self.config)
         return buffer.StalenessReplayBuffer(
             rule=self._make_rule(clock.steps(settings.staleness_updates), clock.train_batch_size),
             clock=clock,
@@ -222,9 +223,9 @@ class _StalenessTrainer(PPOTrainer):
                 "actor_rollout_ref.actor.ppo_mini_batch_size, or give data.train_files more prompts; those longer than "
                 "data.max_prompt_length are left out where data.filter_overlong_prompts=true"
             )
-        rule, clock = self.replay_buffer.rule, preflight.make_clock(self.config)
+        rule, clock = self.replay_buffer.rule, checks.make_clock(self.config)
         require_sound(
-            preflight.check_run_length(rule.staleness_steps, clock, self.trainer_mode, self.total_training_steps)
+            checks.check_run_length(rule.staleness_steps, clock, self.trainer_mode, self.total_training_steps)
         )
         rule.limit(self.total_training_steps)
 
@@ -273,7 +274,7 @@ class _StalenessTrainer(PPOTrainer):
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """As verl's, and the age of each row for the actor worker, which measures the mismatch floor at age zero."""
         batch = super()._compute_advantage(batch, metrics)
-        clock = preflight.make_clock(self.config)
+        clock = checks.make_clock(self.config)
         ages = [
             clock.age_at_call_updates(tag["min_global_steps"], self.global_steps, self.local_trigger_step)
             for tag in batch.tags

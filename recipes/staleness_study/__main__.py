@@ -1,0 +1,92 @@
+"""`python -m staleness_study`: run the staleness study, or go on with it, and write docs/results.md."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from staleness_study import plan
+from staleness_study.plan import WALL_CLOCK
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+OUT = Path("outputs/study")
+PAGE = Path("docs/results.md")
+# Beside the page
+DATA = Path("results/one_process.json")
+# Of runs through verl, by stage, which is also their folder's name
+VERL_DATA = {stage: Path(f"results/{stage}.json") for stage in ("verl", WALL_CLOCK)}
+Folder = Annotated[Path, typer.Option(help="Folder of the runs; finished ones in it are skipped.")]
+
+
+def _finish(failed: list[str]) -> None:
+    for line in failed:
+        typer.echo(line, err=True)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def run(
+    out: Folder = OUT,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = os.cpu_count() or 1,
+    most: Annotated[int | None, typer.Option(min=1, help="Only the first of the queue; all by default.")] = None,
+    known: Annotated[
+        Path | None, typer.Option(help="JSON of earlier results: what is in it does not run. For `results --keep`.")
+    ] = None,
+) -> None:
+    """All runs on the experiment bench, the most telling ones first. Ctrl-C, and later on from there."""
+    from staleness_study import results as studied
+    from staleness_study.run import run_jobs
+
+    jobs = plan.jobs()[:most]
+    _finish(run_jobs(studied.without_known(jobs, known) if known else jobs, out / "one_process", workers, Console()))
+
+
+@app.command()
+def verl(
+    out: Folder = OUT,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each run.")] = 1,
+    wall_clock: Annotated[
+        bool, typer.Option(help="stale_k_separate against sync instead, for the time to an accuracy.")
+    ] = False,
+) -> None:
+    """The four runs that carry the claim, through verl itself, one at a time, each from its last checkpoint on."""
+    from staleness_study import verl_runs
+
+    conditions = verl_runs.WALL_CLOCK if wall_clock else verl_runs.CLAIM
+    folder = out / (WALL_CLOCK if wall_clock else "verl")
+    _finish(verl_runs.run_verl(folder, Console(), conditions, range(1, seeds + 1), is_paced=wall_clock))
+
+
+@app.command()
+def results(
+    out: Folder = OUT,
+    page: Annotated[Path, typer.Option(help="Its marked sections are rewritten.")] = PAGE,
+    collect: Annotated[bool, typer.Option(help="Read the runs; otherwise draw from the JSON beside the page.")] = True,
+    keep: Annotated[
+        bool, typer.Option(help="Add to the JSON beside the page, whose runs stay unless they ran anew.")
+    ] = False,
+) -> None:
+    """Put what has run so far into the JSON file, the page and its figures."""
+    from staleness_study import page as pages
+    from staleness_study import results as studied
+
+    def put(new: dict, path: Path) -> None:
+        studied.write(studied.merge(new, studied.load(path)[0]) if keep and path.exists() else new, path)
+
+    data = page.parent / DATA
+    if collect and (not keep or (out / "one_process").is_dir()):
+        put(studied.collect(plan.jobs(), out / "one_process"), data)
+    common, bench = studied.load(data)
+    through_verl = {}
+    for stage, path in VERL_DATA.items():
+        if collect and (out / stage).is_dir():
+            put(studied.collect_verl(out / stage, stage), page.parent / path)
+        through_verl[stage] = studied.load(page.parent / path)[1] if (page.parent / path).exists() else []
+    pages.write(common, bench, through_verl["verl"], through_verl[WALL_CLOCK], page)
+    typer.echo(f"written: {page}, {data}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,41 @@
+"""A resumed run does not erase the log of the attempt before."""
+
+import pytest
+from omegaconf import OmegaConf
+from verl.utils.tracking import FileLogger
+
+from verl_m2po.ground import logs
+
+CONFIG = OmegaConf.create({"trainer": {"logger": ["console", "file"], "project_name": "p", "experiment_name": "e"}})
+
+
+@pytest.fixture(params=["path", "root"])
+def environment(request, tmp_path, monkeypatch):
+    """verl's two ways to say where the log goes."""
+    monkeypatch.delenv("VERL_FILE_LOGGER_PATH", raising=False)
+    monkeypatch.setenv("VERL_FILE_LOGGER_ROOT", str(tmp_path))
+    if request.param == "path":
+        monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / "metrics.jsonl"))
+
+
+def test_every_attempt_keeps_its_log(environment):
+    for attempt in range(3):
+        logs.keep_earlier(logs.path_of(CONFIG))
+        logger = FileLogger("p", "e")
+        logger.log({"attempt": attempt}, step=attempt)
+        logger.finish()
+    path = logs.path_of(CONFIG)
+    assert path == (type(path)(logger.filepath))
+    kept = [path.with_name(f"{path.stem}.attempt-{number}.jsonl") for number in (1, 2)]
+    assert [f'"attempt":{attempt}' in p.read_text() for attempt, p in enumerate([*kept, path])] == [True] * 3
+    assert len(list(path.parent.iterdir())) == 3
+
+
+def test_nothing_is_moved_where_nothing_is_lost(environment, tmp_path):
+    assert logs.keep_earlier(logs.path_of(CONFIG)) is None
+    path = logs.path_of(CONFIG)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("")
+    assert logs.keep_earlier(path) is None
+    without = OmegaConf.create({"trainer": {"logger": "console"}})
+    assert logs.path_of(without) is None and logs.keep_earlier(None) is None

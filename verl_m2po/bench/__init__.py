@@ -1,1 +1,0 @@
-"""What the losses cost, side by side with verl's own and with the authors' loop: `python -m verl_m2po.bench`."""

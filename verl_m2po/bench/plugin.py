@@ -1,5 +1,0 @@
-"""Adds the trainer mode of `verl_m2po.bench.tour` where VERL_USE_EXTERNAL_MODULES names this module."""
-
-from verl_m2po.plugin import Extension, install
-
-install(Extension("trainer mode", "verl.trainer.ppo.v1", "verl_m2po.bench.tour", ("method_tour",)))

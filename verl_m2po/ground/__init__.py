@@ -1,0 +1,1 @@
+"""What every room may use, and what imports nothing of this package."""

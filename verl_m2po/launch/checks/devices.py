@@ -1,0 +1,58 @@
+"""Has this machine the GPUs that a run asks for? Ray would wait for them for minutes, or verl fail after it started."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_m2po.ground.problem import Problem
+
+TRAINER = "trainer.n_gpus_per_node"
+ROLLOUT = "actor_rollout_ref.rollout.n_gpus_per_node"
+
+
+def problems(config: DictConfig) -> Iterator[Problem]:
+    """Yield what `config` asks for and this machine has not. Silent where Ray joins a cluster that may have it."""
+    if OmegaConf.select(config, "trainer.device") != "cuda" or _joins_a_cluster(config):
+        return
+    nodes, gpus = _needed(config)
+    available = _available()
+    if available == 0:
+        yield Problem(
+            "trainer.device",
+            "cuda",
+            f"the run needs {gpus} GPU(s), and this machine has none",
+            "Add hardware=cpu (with model=tiny), or start Ray on the machines with `ray start` and run it there",
+        )
+    elif gpus > available:
+        yield Problem(
+            TRAINER,
+            config.trainer.n_gpus_per_node,
+            f"training and generation need {gpus} GPUs on {nodes} node(s); this machine has {available}, and no Ray "
+            "cluster is running",
+            "Use hardware=one_gpu, eight_gpu or eight_gpu_separate, set trainer.n_gpus_per_node, or start the cluster "
+            "with `ray start`",
+        )
+
+
+def _needed(config: DictConfig) -> tuple[int, int]:
+    """Nodes and GPUs that verl's resource pools ask for."""
+    rollout_nodes = OmegaConf.select(config, "actor_rollout_ref.rollout.nnodes") or 0
+    nodes = config.trainer.nnodes + rollout_nodes
+    gpus = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    return nodes, gpus + rollout_nodes * (OmegaConf.select(config, ROLLOUT) or 0)
+
+
+def _available() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _joins_a_cluster(config: DictConfig) -> bool:
+    address = OmegaConf.select(config, "ray_kwargs.ray_init.address")
+    # Where `ray start` leaves the address of the cluster on this machine.
+    running = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "ray_current_cluster").exists()
+    return address not in (None, "local") or "RAY_ADDRESS" in os.environ or (address is None and running)

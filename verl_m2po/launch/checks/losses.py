@@ -1,0 +1,47 @@
+"""Does the config give the chosen loss what it needs?"""
+
+from collections.abc import Iterator
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from verl_m2po.ground.problem import Problem
+from verl_m2po.losses import requirements
+from verl_m2po.losses.kernel.settings import KEY
+
+
+def problems(config: DictConfig) -> Iterator[Problem]:
+    """Yield what is wrong with the policy loss of `config`."""
+    settings = list(_settings(config))
+    yield from settings
+    if not settings:
+        yield from requirements.problems(config)
+        yield from _actor_worker(config)
+
+
+def _actor_worker(config: DictConfig) -> Iterator[Problem]:
+    """What concerns the whole mini-batch needs our actor worker in verl's seam."""
+    loss = requirements.loss_name(config)
+    needing = {
+        f"{KEY}.m2po.scope": loss == "m2po" and OmegaConf.select(config, f"{KEY}.m2po.scope") == "mini_batch",
+        f"{KEY}.bapo.scope": loss == "bapo" and OmegaConf.select(config, f"{KEY}.bapo.scope") == "mini_batch",
+        requirements.STEP_SCALE: bool(OmegaConf.select(config, requirements.STEP_SCALE)),
+        requirements.DIAGNOSTICS: bool(OmegaConf.select(config, requirements.DIAGNOSTICS)),
+    }
+    if not any(needing.values()):
+        return
+    from verl_m2po.actor import worker
+
+    reason = worker.why_not_installed()
+    for key in (key for key, needs in needing.items() if needs and reason):
+        value = OmegaConf.select(config, key)
+        yield Problem(key, value, f"{key}={value} cannot be honoured: {reason}.", "")
+
+
+def _settings(config: DictConfig) -> Iterator[Problem]:
+    """Build the settings as verl's workers will, and pass on what they complain of."""
+    try:
+        instantiate(OmegaConf.select(config, KEY), _convert_="partial")
+    except InstantiationException as error:
+        yield Problem(KEY, OmegaConf.select(config, KEY), str(error.__cause__ or error).rstrip("."), "")

@@ -1,0 +1,1 @@
+"""One file for each registered loss: its rule, its settings, what it needs."""

@@ -1,0 +1,116 @@
+"""The loss `decoupled_loglinear`: decoupled PPO with an interpolated proximal policy, so without an extra forward pass.
+
+See "Batch size-invariance for policy optimization" (arXiv:2110.00641) for the objective, and AReaL's documentation of
+`prox_approx` for the interpolation. verl's own decoupled PPO computes the proximal policy: `loss=decoupled_ppo`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from verl.base_config import BaseConfig
+from verl.trainer.ppo.core_algos import register_policy_loss
+from verl.workers.config import ActorConfig
+
+from verl_m2po.losses.kernel.clipped import clipped_surrogate
+from verl_m2po.losses.kernel.settings import KEY, check_number, settings_of
+from verl_m2po.losses.kernel.token_loss import TokenLoss, Tokens, evaluate, importance_weight
+from verl_m2po.losses.kernel.token_pass import LOG_RATIO_LIMIT
+
+
+@dataclass
+class DecoupledLoglinearConfig(BaseConfig):
+    """Settings of the loss `decoupled_loglinear`; exactly one of `alpha` and `staleness_updates` is set.
+
+    Args:
+        alpha: Where the proximal policy lies, in log-probs: 0 is the behaviour policy (PPO's clip), 1 the current one
+            (no clip at all).
+        staleness_updates: Age of the data in optimizer updates, s. The proximal policy is then the one of an update
+            ago: alpha = (s - 1) / s. 0 and 1 are PPO's clip.
+        clip_low: Lower bound of the ratio of current over proximal policy is 1 - clip_low; 1 switches it off.
+        clip_high: Upper bound is 1 + clip_high; inf switches it off.
+        ratio_cap: Largest ratio of current over behaviour policy by which a token can weigh; inf switches it off.
+    """
+
+    alpha: float | None = None
+    staleness_updates: float | None = None
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    ratio_cap: float = 100.0
+
+    def __post_init__(self):
+        if self.alpha is not None:
+            check_number(self.alpha, "decoupled_loglinear.alpha", at_least=0)
+            if self.alpha > 1:
+                raise ValueError(f"{KEY}.decoupled_loglinear.alpha must be at most 1, got {self.alpha}.")
+        if self.staleness_updates is not None:
+            check_number(self.staleness_updates, "decoupled_loglinear.staleness_updates", at_least=0)
+        check_number(self.clip_low, "decoupled_loglinear.clip_low", at_least=0)
+        check_number(self.clip_high, "decoupled_loglinear.clip_high", at_least=0)
+        check_number(self.ratio_cap, "decoupled_loglinear.ratio_cap", above=1)
+
+    def proximal_alpha(self) -> float:
+        """`alpha`, from the staleness where that is what is set."""
+        if (self.alpha is None) == (self.staleness_updates is None):
+            raise ValueError(
+                f"Set exactly one of {KEY}.decoupled_loglinear.alpha and .staleness_updates, got {self.alpha} and "
+                f"{self.staleness_updates}."
+            )
+        if self.alpha is not None:
+            return self.alpha
+        assert self.staleness_updates is not None
+        age = max(self.staleness_updates, 1)
+        return (age - 1) / age
+
+
+@register_policy_loss("decoupled_loglinear")
+def decoupled_loglinear_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: ActorConfig | None = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """w max(-A r, -A clip(r)) with r = current / proximal and w = proximal / behaviour, w detached.
+
+    Needs behaviour log-probs (`bypass_mode`): log proximal = log behaviour + alpha log(current / behaviour).
+
+    Args:
+        old_log_prob: log-probs under the behaviour policy, [batch, response].
+        log_prob: log-probs under the current policy, same shape.
+        advantages: Advantage of each token, same shape.
+        response_mask: bool, same shape.
+        loss_agg_mode: verl's name of the aggregation.
+        config: verl's actor settings; `policy_loss.decoupled_loglinear` holds ours.
+        rollout_is_weights: verl's rollout correction weights, multiplied onto each token; None: 1.
+
+    Returns:
+        The loss, and metrics where no actor worker of ours collects them.
+
+    Raises:
+        ValueError: Not exactly one of `alpha` and `staleness_updates`, or arguments that do not fit each other.
+    """
+    settings = settings_of(config, "decoupled_loglinear", DecoupledLoglinearConfig)
+    alpha = settings.proximal_alpha()
+    return evaluate(
+        lambda tokens: decoupled_tokens(tokens, alpha * tokens.log_ratio, settings),
+        old_log_prob,
+        log_prob,
+        advantages,
+        response_mask,
+        loss_agg_mode,
+        config,
+        rollout_is_weights,
+    )
+
+
+def decoupled_tokens(tokens: Tokens, log_weight: Tensor, settings: DecoupledLoglinearConfig) -> TokenLoss:
+    """Decoupled PPO for any proximal policy; `log_weight` is log(proximal / behaviour), [batch, response]."""
+    ratio = importance_weight(tokens.log_ratio)
+    shrink = (settings.ratio_cap / ratio.clamp(min=1e-30)).clamp(max=1.0)
+    proximal_ratio = (tokens.log_ratio - log_weight).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    value, keep = clipped_surrogate(proximal_ratio, tokens.advantages, 1 - settings.clip_low, 1 + settings.clip_high)
+    weight = importance_weight(log_weight) * shrink
+    return TokenLoss(weight * value, -tokens.advantages * ratio * shrink, keep)

@@ -1,0 +1,1 @@
+"""What losses are made of: tokens, masks, aggregation, diagnostics, the mini-batch. No loss is named here."""

@@ -1,0 +1,146 @@
+"""When each batch was generated, by which weights, and when it was trained: a picture of a run's ledger.
+
+The ledger is the file that `trainer.v1.<mode>.ledger_path` names; its lines: `staleness/account/ledger.py`.
+"""
+
+# Pandas and matplotlib annotate wider types than they return.
+# pyright: reportArgumentType=false
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from verl_m2po.report.drawing.style import COLOURS, OTHERS, RC
+
+# Weight version v has the colour v modulo their number; neighbours differ in hue.
+TRAINING = "#3A3A3A"
+VERSION_COLOURS = tuple(colour for colour in (*COLOURS.values(), *OTHERS) if colour != "#000000")
+
+
+class LedgerError(ValueError):
+    """The file is not a ledger from which a timeline can be drawn."""
+
+
+@dataclass
+class Step:
+    """One trainer step; times in seconds since the epoch.
+
+    Args:
+        step: trainer step, from 1.
+        version: weight version that training starts from.
+        weights_at: since when the rollout has held it.
+        sampled_at: when the first mini-batch was handed out.
+        generated: (began, ended) of each group.
+    """
+
+    step: int
+    version: int
+    weights_at: float
+    sampled_at: float
+    generated: list[tuple[float, float]] = field(default_factory=list)
+
+
+def read_ledger(path: Path) -> list[Step]:
+    """The trainer steps of a ledger, in order. Of a step that was trained again after a restart, the last counts.
+
+    Raises:
+        LedgerError: a line cannot be read, or has no times, as before version 0.1.
+    """
+    steps: dict[int, Step] = {}
+    last = 0
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row: dict[str, Any] = json.loads(line)
+            if "resumed_from" in row:
+                continue
+            step = row["step"]
+            if step < last:  # a restart
+                steps = {s: kept for s, kept in steps.items() if s < step}
+            last = step
+            new = Step(step, row["version"], row["weights_at"], row["sampled_at"])
+            # verl's separate modes sample a step's mini-batches one by one.
+            steps.setdefault(step, new).generated += [(began, ended) for began, ended in filter(None, row["generated"])]
+        except (ValueError, KeyError, TypeError) as error:
+            raise LedgerError(f"line {number} of {path} is not a ledger's: {type(error).__name__}: {error}") from error
+    if not steps:
+        raise LedgerError(f"{path} is empty: no batch has been trained yet")
+    return [steps[step] for step in sorted(steps)]
+
+
+def timeline(steps: Sequence[Step], first: int = 1, count: int = 8, title: str = "") -> Figure:
+    """Each batch in a row: when its groups were generated, coloured by the weights of that moment, and when it trained.
+
+    Args:
+        steps: of `read_ledger`.
+        first: trainer step of the uppermost row.
+        count: rows.
+        title: above the picture; empty: none.
+
+    Raises:
+        LedgerError: the run has no such steps.
+    """
+    shown = [step for step in steps if first <= step.step < first + count]
+    if not shown:
+        raise LedgerError(f"the ledger has trainer steps {steps[0].step} to {steps[-1].step}, none from {first} on")
+    # The end of a step is when the next weights are there; the last step's is not in the ledger.
+    ends = {step.step: after.weights_at for step, after in pairwise(steps)}
+    origin = min([moment for step in shown for moment, _ in step.generated] or [shown[0].sampled_at])
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(9, 1.6 + 0.5 * len(shown)), layout="constrained")
+        axes = figure.subplots()
+        versions: set[int] = set()
+        for place, step in enumerate(shown):
+            versions |= _draw_generation(axes, place, step, steps, origin)
+            if step.step in ends:
+                _draw_training(axes, place, step.sampled_at - origin, ends[step.step] - origin)
+        for step in shown:
+            if step.weights_at > origin:
+                axes.axvline(step.weights_at - origin, color="#9A9A9A", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+        axes.set_yticks(range(len(shown)), [f"{step.step}" for step in shown])
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel("batch (trainer step)")
+        axes.set_xlabel("seconds; dashed: new weights reach the rollout")
+        axes.set_title(title)
+        handles = [Patch(color=_colour(version), label=f"v{version}") for version in sorted(versions)]
+        figure.legend(
+            handles=handles, title="generated by weight version", loc="outside lower center", ncols=10, fontsize=8
+        )
+        return figure
+
+
+def _colour(version: int) -> str:
+    return VERSION_COLOURS[version % len(VERSION_COLOURS)]
+
+
+def _draw_generation(axes: Axes, place: int, step: Step, steps: Sequence[Step], origin: float) -> set[int]:
+    """A thin bar for each group, in pieces where the weights changed; returns the versions drawn."""
+    changes = [(each.weights_at, each.version) for each in steps]
+    changes[0] = (float("-inf"), changes[0][1])
+    height = 0.8 / max(1, len(step.generated))
+    drawn = set()
+    for i, (began, ended) in enumerate(sorted(step.generated)):
+        top = place - 0.4 + i * height
+        for (since, version), (until, _) in pairwise([*changes, (float("inf"), -1)]):
+            start, end = max(began, since), min(ended, until)
+            if start < end:
+                bar = [(start - origin, end - start)]
+                axes.broken_barh(bar, (top, height * 0.85), facecolors=_colour(version), linewidth=0)
+                drawn.add(version)
+    return drawn
+
+
+def _draw_training(axes: Axes, place: int, start: float, end: float) -> None:
+    axes.broken_barh([(start, end - start)], (place - 0.4, 0.8), facecolors=TRAINING, alpha=0.85, linewidth=0)
+    axes.text((start + end) / 2, place, "train", color="white", ha="center", va="center", fontsize=8, clip_on=True)

@@ -1,0 +1,1 @@
+"""From logs to numbers: reads what is there, and draws nothing."""

@@ -1,0 +1,28 @@
+"""Algorithm 1 of M2PO (arXiv:2510.01161) in pure torch: which tokens keep their gradient. No verl, no config.
+
+Guarantee: exact over all tokens of all ranks, whatever their order.
+"""
+
+from verl_m2po.second_moment.rule import (
+    TrustRegion,
+    TrustRegionSearch,
+    check_threshold,
+    check_tokens,
+    chunk_size,
+    find_trust_region,
+    keep_mask,
+    on_host,
+    trust_region_magnitude,
+)
+
+__all__ = [
+    "TrustRegion",
+    "TrustRegionSearch",
+    "check_threshold",
+    "check_tokens",
+    "chunk_size",
+    "find_trust_region",
+    "keep_mask",
+    "on_host",
+    "trust_region_magnitude",
+]

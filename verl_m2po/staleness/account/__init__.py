@@ -1,0 +1,1 @@
+"""What is told of a run, and never decides anything: metrics and the ledger."""

@@ -1,0 +1,111 @@
+"""A record of what was trained on: one JSON line per batch, enough to compare two runs row by row."""
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from verl_m2po.staleness.rule.records import Group, GroupReport
+
+
+class TrainedRowsLedger:
+    """Appends to a JSON-lines file; each line reaches the operating system before the batch is trained.
+
+    One line per batch: {"step": trainer step, "version": weight version that training starts from, "oldest_version":
+    older tokens were masked (or null), "groups": [[prompt_index, uid, place, [[key, [[version, tokens], ...]], ...]],
+    ...], and in seconds since the epoch, for the timeline, "weights_at": the rollout has held `version` since,
+    "sampled_at": the batch was handed out, "generated": [[began, ended] of each group, or null if that was before a
+    restart]}. One line per start: {"resumed_from": trainer step of the checkpoint, 0 without one}. Steps after it that
+    stand above that line were trained with weights that are gone; `surviving` drops them. A masked trajectory has the
+    weight versions of the one that it copies, with 0 tokens each.
+
+    Args:
+        path: the file; parents are created. An existing one is continued, as a resumed run does.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path).expanduser()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _end_torn_line(self._path)
+        self._generated: dict[str, tuple[float, float]] = {}
+        self._weights_at = time.time()
+
+    def advanced(self) -> None:
+        """The rollout holds new weights from now on."""
+        self._weights_at = time.time()
+
+    def finished(self, report: GroupReport) -> None:
+        """A group came to its end; it is written when it is trained."""
+        self._generated[report.uid] = (report.began_at, report.finished_at)
+
+    def evicted(self, groups: tuple[Group, ...]) -> None:
+        """These finished groups will never be trained."""
+        for group in groups:
+            self._generated.pop(group.ticket.uid, None)
+
+    def trained(self, step: int, version: int, oldest_version: int | None, groups: tuple[Group, ...]) -> None:
+        self._append(
+            {
+                "step": step,
+                "version": version,
+                "oldest_version": oldest_version,
+                "groups": [
+                    [
+                        group.ticket.prompt_index,
+                        group.ticket.uid,
+                        group.ticket.place,
+                        [[row.key, [list(span) for span in row.spans]] for row in group.rows],
+                    ]
+                    for group in groups
+                ],
+                "weights_at": round(self._weights_at, 3),
+                "sampled_at": round(time.time(), 3),
+                "generated": [self._times(group) for group in groups],
+            }
+        )
+
+    def _times(self, group: Group) -> list[float] | None:
+        times = self._generated.pop(group.ticket.uid, None)
+        return times and [round(moment, 3) for moment in times]
+
+    def resumed(self, step: int) -> None:
+        """The run goes on from the checkpoint after trainer step `step`; 0 starts from scratch."""
+        self._append({"resumed_from": step})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+
+def _end_torn_line(path: Path) -> None:
+    """What a crash cut off in the middle of a line must not swallow the next one."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+
+
+def read_ledger(path: str | Path) -> list[dict[str, Any]]:
+    """All whole lines of a ledger, in order; lines that a crash cut off are left out."""
+    lines = []
+    for text in Path(path).read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def surviving(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The batches that the present weights were trained on: without the steps that a restart has thrown away."""
+    batches: list[dict[str, Any]] = []
+    for line in lines:
+        if "resumed_from" in line:
+            batches = [batch for batch in batches if batch["step"] <= line["resumed_from"]]
+        else:
+            batches.append(line)
+    return batches

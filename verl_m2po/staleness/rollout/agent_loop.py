@@ -1,0 +1,352 @@
+# pyright: reportAttributeAccessIssue=false
+# Ray's actor classes carry their metadata in attributes that its types do not name.
+"""verl's agent loop workers, which report each finished group to the trainer at once.
+
+verl's workers write rows and statuses into one TransferQueue partition, and the trainer lists that partition until
+enough is there. Here a training group's rows go to the partition of its lot, packed, and a short report goes to the
+trainer, which waits for it without polling. Validation is verl's own, untouched.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ, apply_greedy_sampling_params
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from verl_m2po.staleness.restart.journal import FinishedGroup, JournalError, RowsWriter
+from verl_m2po.staleness.rollout.client import GenerationAborted, Session, current_session
+from verl_m2po.staleness.rollout.masking import StoredRow, row_key, stand_in
+from verl_m2po.staleness.rollout.reports import answer_timeout_s, wait_for_all
+from verl_m2po.staleness.rows import codec
+from verl_m2po.staleness.rows.store import LOT_FIELD
+from verl_m2po.staleness.rule.records import GroupReport, Row
+from verl_m2po.staleness.watch.liveness import RunActors
+
+logger = logging.getLogger(__name__)
+
+REPORT_WAIT_S = 5.0
+"""How long a worker holds the trainer's question before it answers that nothing has finished."""
+
+
+CANCEL_WAIT_S = 10.0
+"""How long a generation that took too long may resist its cancellation. What one that goes on returns is not stored."""
+
+
+@dataclass
+class _RunningGroup:
+    uid: str
+    lot: str
+    sessions: list[Session] = field(default_factory=list)
+    stored: dict[int, list[StoredRow]] = field(default_factory=dict)
+    failed: dict[int, BaseException] = field(default_factory=dict)
+    began_at: float = field(default_factory=time.time)
+
+    def stored_rows(self) -> list[StoredRow]:
+        """What there is of all sessions, in the order of the keys."""
+        return sorted((row for rows in self.stored.values() for row in rows), key=lambda stored: stored.row.key)
+
+
+def spans_of(session: Session, output: AgentLoopOutput) -> tuple[tuple[int, int], ...]:
+    """Weight versions of the tokens that `output` kept of what its session generated.
+
+    The response may have been cut to its limit, so the spans are cut too. Where an agent loop generated tokens that it
+    did not put into the response in order, which token is whose is unknown: all count as the oldest.
+    """
+    kept = sum(output.response_mask)
+    if kept > session.generated_tokens or (kept < session.generated_tokens and 0 in output.response_mask):
+        return ((min(version for version, _ in session.spans), kept),) if session.spans and kept else ()
+    spans = []
+    for version, tokens in session.spans:
+        taken = min(tokens, kept)
+        if taken:
+            spans.append((version, taken))
+        kept -= taken
+    return tuple(spans)
+
+
+def check_output(
+    output: AgentLoopOutput, needs_log_probs: bool, max_response_tokens: int, needs_reward: bool = False
+) -> None:
+    """Refuse a trajectory that must not be trained on.
+
+    Raises:
+        ValueError: empty, too long, or with a mask, log-probs or a reward that are missing, misaligned or not finite.
+    """
+    tokens = len(output.response_ids)
+    if len(output.response_mask) != tokens:
+        raise ValueError(f"a mask of {len(output.response_mask)} for {tokens} response tokens")
+    if not tokens or not sum(output.response_mask):
+        raise ValueError("empty response")
+    if tokens > max_response_tokens:
+        raise ValueError(f"response of {tokens} tokens, more than the {max_response_tokens} allowed")
+    if needs_log_probs:
+        log_probs = output.response_logprobs
+        if log_probs is None or len(log_probs) != tokens:
+            found = "no" if log_probs is None else len(log_probs)
+            raise ValueError(f"{found} behaviour log-probs for {tokens} response tokens")
+        if not all(math.isfinite(value) for value in log_probs):
+            raise ValueError("behaviour log-probs that are not finite")
+    if output.reward_score is None and needs_reward:
+        raise ValueError("the reward function returned nothing")
+    if output.reward_score is not None and not math.isfinite(output.reward_score):
+        raise ValueError(f"reward {output.reward_score} is not finite")
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
+    """Generates groups into their lots, and answers the trainer's question which have ended."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        section = self.config.trainer.v1[self.config.trainer.v1.trainer_mode]
+        self._generation_timeout_s: float | None = section.get("generation_timeout_s")
+        self._masks_failures: bool = section.get("on_failed_trajectory") == "mask"
+        self._running: dict[str, _RunningGroup] = {}
+        self._reports: list[GroupReport] = []
+        self._has_report = asyncio.Event()
+        self._run_actors = RunActors()
+        self._journal: RowsWriter | None = None
+        self._journal_error: JournalError | None = None
+
+    async def depend_on(self, actors: list[Any]) -> None:
+        """A group that fails because one of `actors` died is lost with the run from now on; see `RunActors`."""
+        self._run_actors = RunActors(actors)
+
+    async def journal_to(self, path: str, fsync: bool) -> None:
+        """Append finished groups to the file `path` from now on."""
+        self._journal = RowsWriter(path, fsync)
+
+    async def take_reports(self) -> list[GroupReport]:
+        """Groups that ended since the last call; waits up to `REPORT_WAIT_S` for the first.
+
+        Raises:
+            JournalError: one of them could not be written to the journal.
+        """
+        try:
+            await asyncio.wait_for(self._has_report.wait(), REPORT_WAIT_S)
+        except asyncio.TimeoutError:
+            return []
+        if self._journal_error is not None:
+            raise self._journal_error
+        reports, self._reports = self._reports, []
+        self._has_report.clear()
+        return reports
+
+    async def abort_groups(self, uids: list[str]) -> None:
+        """Stop generating these groups. Each still reports its end; unknown ones are another worker's."""
+        for group in filter(None, map(self._running.get, uids)):
+            for session in group.sessions:
+                session.abort()
+
+    async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
+        if LOT_FIELD not in prompt:
+            return await super()._run_prompt(prompt, sampling_params, trajectory=trajectory, trace=trace)
+        group = _RunningGroup(uid=prompt["uid"], lot=prompt.pop(LOT_FIELD))
+        self._running[group.uid] = group
+        error = await self._first_error(group, self._generate_group(group, prompt, sampling_params, trajectory, trace))
+        if error is not None and self._masks_failures and self._can_be_masked(group):
+            error = await self._mask_failed(group)
+        del self._running[group.uid]
+        if error is None and self._journal is not None:
+            await self._write_to_journal(self._journal, group)
+        self._reports.append(
+            GroupReport(
+                uid=group.uid,
+                rows=tuple(stored.row for stored in group.stored_rows()),
+                error=None if error is None else _first_line(error),
+                was_aborted=isinstance(error, GenerationAborted),
+                was_lost=error is not None and self._run_actors.is_death(error),
+                generated_tokens=sum(session.generated_tokens for session in group.sessions),
+                responses=max(1, len(group.sessions)),
+                began_at=group.began_at,
+                finished_at=time.time(),
+                masked_errors=() if error is not None else tuple(map(_first_line, group.failed.values())),
+            )
+        )
+        self._has_report.set()
+
+    async def _write_to_journal(self, journal: RowsWriter, group: _RunningGroup) -> None:
+        """Before the report: what is trained is in the journal. An error goes to the trainer with the next reports."""
+        try:
+            rows, packed = zip(*group.stored_rows(), strict=True)
+            await asyncio.to_thread(journal.append, FinishedGroup(group.uid, rows, packed))
+        except JournalError as error:
+            self._journal_error = error
+        except Exception as error:
+            # An agent loop may return anything. Without its report the trainer would wait for this group for ever.
+            logger.exception("a prompt group could not be written to the journal")
+            self._journal_error = JournalError(
+                f"the journal cannot store group {group.uid}: {_first_line(error)}. Let the agent loop and the reward "
+                f"function return plain values, or set trainer.v1.{self.config.trainer.v1.trainer_mode}.journal=false"
+            )
+
+    def _can_be_masked(self, group: _RunningGroup) -> bool:
+        """Whether some trajectory is there and the others failed.
+
+        What was aborted is no longer wanted, and what is lost with a process ends the run: neither is a failure. Where
+        the group as a whole raised, nobody knows which trajectories are missing.
+        """
+        return bool(group.stored and group.failed) and not any(
+            isinstance(error, GenerationAborted) or self._run_actors.is_death(error) for error in group.failed.values()
+        )
+
+    async def _first_error(self, group: _RunningGroup, work: Awaitable[None]) -> BaseException | None:
+        """The error that a group ends with, if any. It travels to the trainer in the report, not as an exception."""
+        try:
+            await work
+        except Exception as error:
+            logger.exception("a prompt group could not be started")
+            return error
+        errors = list(group.failed.values())
+        for error in errors:
+            if not isinstance(error, GenerationAborted):
+                logger.error("a session failed", exc_info=(type(error), error, error.__traceback__))
+        # An abort is the cause of nothing else, so any other error says more; a death is the cause of any.
+        is_death = self._run_actors.is_death
+        return min(errors, key=lambda error: (not is_death(error), isinstance(error, GenerationAborted)), default=None)
+
+    async def _generate_group(
+        self, group: _RunningGroup, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool
+    ) -> None:
+        n = prompt.pop("__rollout_n__", self.config.actor_rollout_ref.rollout.n)
+        sampling_params = dict(sampling_params)
+        if not prompt.pop("__do_sample__", True):
+            apply_greedy_sampling_params(sampling_params)
+        group.sessions.extend(Session() for _ in range(n))
+        sessions = [
+            self._run_session(group, session_id, sampling_params, trajectory, trace, prompt) for session_id in range(n)
+        ]
+        results = await asyncio.gather(*map(asyncio.create_task, sessions), return_exceptions=True)
+        errors = {i: result for i, result in enumerate(results) if isinstance(result, BaseException)}
+        # An error of settling one stands for it: the others are still known.
+        settled = await asyncio.gather(*map(self._run_actors.settle, errors.values()), return_exceptions=True)
+        group.failed = dict(zip(errors, settled, strict=True))
+
+    async def _mask_failed(self, group: _RunningGroup) -> Exception | None:
+        """Let masked copies of siblings stand in for what failed; the error of doing so, if any."""
+        copies = {session_id: stand_in(group.uid, session_id, group.stored) for session_id in group.failed}
+        try:
+            for rows in copies.values():
+                await self._put(group, rows)
+        except Exception as error:
+            logger.exception("the failed trajectories of a prompt group could not be masked")
+            return error
+        group.stored |= copies
+        return None
+
+    async def _run_session(
+        self, group: _RunningGroup, session_id: int, sampling_params: dict, trajectory: dict, trace: bool, prompt: dict
+    ) -> None:
+        session = group.sessions[session_id]
+        current_session.set(session)
+        generation = asyncio.create_task(
+            self._run_agent_loop(sampling_params, trajectory=trajectory, trace=trace, session_id=session_id, **prompt)
+        )
+        await asyncio.wait({generation}, timeout=self._generation_timeout_s)
+        if not generation.done():
+            session.abort()  # before the cancellation: it needs the request that is still running
+            generation.cancel()
+            await asyncio.wait({generation}, timeout=CANCEL_WAIT_S)
+            raise TimeoutError(f"no answer within generation_timeout_s={self._generation_timeout_s}")
+        # Here and not in the generation, so that nothing is stored of one that has failed.
+        await self._store(group, session_id, generation.result())
+
+    async def _agent_loop_postprocess(
+        self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any
+    ) -> list[AgentLoopOutput] | None:
+        """As verl's for validation; otherwise score and check the trajectories of a session, and return them."""
+        if current_session.get() is None:
+            return await super()._agent_loop_postprocess(output, validate, **kwargs)
+        outputs = output if isinstance(output, list) else [output]
+        if not outputs:
+            raise ValueError("the agent loop returned no trajectory")
+        await self._compute_score(outputs, kwargs=kwargs)
+        last = outputs[-1]
+        await self._compute_teacher_logprobs(
+            last, prompt_ids=last.prompt_ids, response_ids=last.response_ids, validate=validate, sample_kwargs=kwargs
+        )
+        for earlier in outputs[:-1] if last.reward_score is not None else []:
+            earlier.reward_score = last.reward_score
+            earlier.extra_fields["reward_extra_info"] = last.extra_fields["reward_extra_info"]
+        rollout = self.config.actor_rollout_ref.rollout
+        for each in outputs:
+            check_output(
+                each,
+                needs_log_probs=rollout.calculate_log_probs,
+                max_response_tokens=rollout.response_length,
+                needs_reward=self.reward_loop_worker_handles is not None,
+            )
+        return outputs
+
+    async def _store(self, group: _RunningGroup, session_id: int, outputs: list[AgentLoopOutput]) -> None:
+        rows = []
+        for index, output in enumerate(outputs):
+            spans = spans_of(group.sessions[session_id], output)
+            row = Row(row_key(group.uid, session_id, index), len(output.prompt_ids), len(output.response_ids), spans)
+            # The client resumes below verl's, which so sees the last version only.
+            output.extra_fields |= {"min_global_steps": row.min_version, "max_global_steps": row.max_version}
+            rows.append(StoredRow(row, codec.pack(self._fields(output, session_id))))
+        await self._put(group, rows)
+        group.stored[session_id] = rows
+
+    @staticmethod
+    async def _put(group: _RunningGroup, rows: Sequence[StoredRow]) -> None:
+        keys = [stored.row.key for stored in rows]
+        fields = list_of_dict_to_tensordict([stored.packed for stored in rows])
+        await tq.async_kv_batch_put(keys=keys, fields=fields, partition_id=group.lot)
+
+    def _fields(self, output: AgentLoopOutput, session_id: int) -> dict[str, Any]:
+        """verl's fields of one trajectory, without those of the data set, which are stored with the prompt."""
+        fields = output.as_dict()
+        fields.pop("multi_modal_data", None)
+        input_ids = torch.cat([fields["prompts"], fields["responses"]])
+        multi_modal_inputs = self._compute_multi_modal_inputs(output, input_ids)
+        attention_mask = torch.ones_like(input_ids)
+        fields["position_ids"] = self._compute_position_ids(
+            input_ids.unsqueeze(0), attention_mask.unsqueeze(0), multi_modal_inputs
+        ).squeeze(0)
+        fields["multi_modal_inputs"] = multi_modal_inputs
+        fields["session_id"] = session_id
+        if not codec.is_packable(fields):
+            raise NotImplementedError(
+                "the staleness modes keep text only: a response with images, video or multi-axis positions came back"
+            )
+        return fields
+
+
+class StalenessAgentLoopManager(AgentLoopManagerTQ):
+    """Spreads prompts over the workers in turn, so that single replacements do not all go to the first one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(StalenessAgentLoopWorker)
+        self._next_worker = 0
+        section = self.config.trainer.v1[self.config.trainer.v1.trainer_mode]
+        self.answer_timeout_s = answer_timeout_s(section.get("generation_timeout_s"))
+
+    def generate_sequences(self, prompts: TensorDict) -> None:
+        """Start generating `prompts`; returns when the workers have accepted them.
+
+        Raises:
+            RuntimeError: a worker is blocked.
+        """
+        workers = self.agent_loop_workers
+        chunks = prompts.chunk(len(workers))
+        first, self._next_worker = self._next_worker, (self._next_worker + len(chunks)) % len(workers)
+        accepted = [
+            workers[(first + i) % len(workers)].generate_sequences.remote(chunk) for i, chunk in enumerate(chunks)
+        ]
+        wait_for_all(accepted, self.answer_timeout_s)

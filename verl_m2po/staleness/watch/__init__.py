@@ -1,0 +1,4 @@
+"""What ends a run: a process that died, a request to stop.
+
+Guarantee: nothing waits for ever for what cannot come.
+"""
