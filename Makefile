@@ -68,8 +68,8 @@ recipes: $(STAMP) ## Two real steps of every recipe on the CPU (about ten minute
 faults: $(STAMP) ## Kill processes of real runs, restart, check what was trained on (SEEDS, FAULTS_OUT; about an hour)
 	PYTHONPATH=tests/support $(BIN)/python -m fault_campaign --seeds $(SEEDS) --out $(FAULTS_OUT)
 
-lint: $(STAMP) ## ruff
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(STAMP) ## ruff, and what each room may import (the contracts in pyproject.toml)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache
 
 types: $(STAMP) ## pyright
 	$(BIN)/pyright
