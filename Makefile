@@ -34,7 +34,7 @@ WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/recipes:$(CURDIR)/docs $(BIN)/p
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-results docs docs-links clean
+.PHONY: help env quickstart test test-fast recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-results docs docs-tables docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -102,6 +102,11 @@ study-wall-clock: $(STAMP) ## Time to an accuracy in stale_k_separate against sy
 
 study-results: $(STAMP) ## Bring docs/results.md and its figures up to date with what has run so far
 	$(WORKSHOP) -m staleness_study results
+
+docs-tables: $(STAMP) ## Write every table, list and plot of README.md and docs/ that repeats what the code knows
+	$(WORKSHOP) docs/generate_configuration.py
+	$(WORKSHOP) docs/generate_tables.py
+	$(WORKSHOP) docs/generate_gallery.py
 
 # The documentation has a small environment of its own: the extra `docs` would bring verl.
 DOCS_ENV := docs/_build/env

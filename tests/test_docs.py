@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
+import generate_tables
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-
-from verl_m2po.plugin import EXTENSIONS
+from pages import with_section
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -175,9 +175,11 @@ def test_every_page_is_in_the_table_of_contents():
     assert {page for page in DOCS.glob("*.md")} - {DOCS / "index.md"} <= listed
 
 
-def test_the_plugin_page_names_every_extension():
-    code = set(read(DOCS / "plugin.md").code)
-    assert not {name for row in EXTENSIONS for name in (row.host, row.module, *row.names)} - code
+@pytest.mark.parametrize(("page", "section"), generate_tables.SECTIONS)
+def test_every_generated_table_is_that_of_the_code(page, section):
+    text = (REPOSITORY / page).read_text()
+    lines = generate_tables.SECTIONS[page, section]()
+    assert with_section(text, section, "\n".join(lines)) == text, "run: make docs-tables"
 
 
 def test_every_quoted_refusal_is_still_said():

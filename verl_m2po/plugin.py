@@ -13,7 +13,8 @@ from types import ModuleType
 
 import wrapt
 
-from verl_m2po.cpu import patches
+from verl_m2po import patches
+from verl_m2po.cpu import environment
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def install_all() -> None:
             install(extension)
         except Exception as error:
             errors.append(error)
-    patches.install()
+    patches.install(on_cpu=environment.is_selected())
     if errors:
         raise errors[0]
 

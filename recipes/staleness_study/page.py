@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import replace_section
 
-from benchmarks.page import replace_section
 from staleness_study import figures
 from staleness_study.figures import NAMES
 from staleness_study.plan import CAUSE_STALENESS, STALEST, THRESHOLDS, TRIAL_LEARNING_RATES

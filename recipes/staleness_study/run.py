@@ -18,11 +18,11 @@ from threading import Thread
 from typing import Any
 
 import yaml
+from pages import processor
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import verl_m2po.config
-from benchmarks.page import processor
 from staleness_study.plan import Job
 
 # What is, or was, run in a folder.

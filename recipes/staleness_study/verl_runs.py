@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pages import processor
 from rich.console import Console
 
 from benchmarks.paced import SECONDS_PER_TOKEN, SECONDS_PER_UPDATE
-from benchmarks.page import processor
 from staleness_study.run import RECORD, last_step
 from verl_m2po.cli import quickstart
 from verl_m2po.tasks import arithmetic

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import torch
 import typer
+from pages import processor, replace_section
 from rich.console import Console
 from rich.progress import track
 
 from benchmarks.batches import make_batch
 from benchmarks.measure import CALLS_A_TURN, CONTESTANTS, Call, median, peak_tensors, seconds
-from benchmarks.page import processor, replace_section
 
 SECTION = "losses"
 TOKENS = [13 * 1024, 51 * 1024, 206 * 1024, 1024 * 1024]

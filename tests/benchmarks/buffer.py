@@ -20,13 +20,13 @@ import torch
 import transfer_queue as tq
 import typer
 from omegaconf import DictConfig, OmegaConf
+from pages import processor, replace_section
 from rich.console import Console
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
 from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from benchmarks.page import processor, replace_section
 from verl_m2po.staleness.buffer import StalenessReplayBuffer
 from verl_m2po.staleness.rows import codec
 from verl_m2po.staleness.rows.store import lot_partition

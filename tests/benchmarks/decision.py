@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
+from pages import processor, replace_section
 from rich.console import Console
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks.batches import make_batch
-from benchmarks.page import processor, replace_section
 from verl_m2po.second_moment import TrustRegionSearch, trust_region_magnitude
 
 SECTION = "decision"

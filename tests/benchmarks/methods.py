@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import typer
 from generate_gallery import compose_run, presets
 from omegaconf import OmegaConf
+from pages import processor
 from rich.console import Console
 
-from benchmarks.page import processor
 from verl_m2po.cli.quickstart import read_log
 from verl_m2po.losses.kernel import diagnostics
 from verl_m2po.tasks import arithmetic, tiny_model

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pages import processor, replace_section
 from rich.console import Console
 
 from benchmarks.paced import SECONDS_PER_TOKEN, SECONDS_PER_UPDATE
 from benchmarks.paced.agent_loop import NAME, Lengths, write_config
-from benchmarks.page import processor, replace_section
 from verl_m2po.cli.quickstart import Run, prepare, read_log, train
 
 SECTION = "modes"

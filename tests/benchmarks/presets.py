@@ -10,6 +10,7 @@ import torch
 import typer
 from generate_gallery import NEEDED, compose_run, presets
 from omegaconf import OmegaConf
+from pages import processor, replace_section
 from rich.console import Console
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils.config import omega_conf_to_dataclass
@@ -17,7 +18,6 @@ from verl.workers.config import ActorConfig
 
 from benchmarks.batches import Batch, make_batch
 from benchmarks.measure import median, seconds
-from benchmarks.page import processor, replace_section
 from verl_m2po.losses.family.bapo import BoundsSearch
 from verl_m2po.losses.kernel import diagnostics
 from verl_m2po.losses.kernel.mini_batch import MiniBatch, training

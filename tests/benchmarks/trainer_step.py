@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pages import processor, replace_section
 from rich.console import Console
 
-from benchmarks.page import processor, replace_section
 from verl_m2po.cli.quickstart import Run, prepare, read_log, train
 
 SECTION = "trainer step"

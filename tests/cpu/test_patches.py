@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import verl
 
-from verl_m2po.cpu import patches
+from verl_m2po.patches import verl as patches
 
 NAME = "ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock"
 

@@ -90,7 +90,7 @@ def test_saved_parameters_are_copies():
     """The patch must turn verl's alias into a copy, once, however often it is applied."""
     from types import SimpleNamespace
 
-    from verl_m2po.cpu import patches
+    from verl_m2po.patches import verl as patches
 
     parameter = torch.zeros(2)
     module = SimpleNamespace(fsdp2_sharded_save_to_cpu=lambda model: ({"w": (model.detach().cpu(), None)}, "spec"))

@@ -68,7 +68,12 @@ def test_tokens_that_do_not_count():
 def test_ranks_form_it_together(tmp_path):
     ranks = [
         subprocess.Popen(
-            [sys.executable, Path(__file__).parent / "support" / "share_ranks.py", str(rank), str(tmp_path / "store")],
+            [
+                sys.executable,
+                Path(__file__).parents[1] / "support" / "share_ranks.py",
+                str(rank),
+                str(tmp_path / "store"),
+            ],
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},

@@ -32,6 +32,7 @@ from verl_m2po.losses.kernel.mini_batch import MiniBatch, Search, training
 from verl_m2po.losses.kernel.surrogate import detached_log_ratio
 from verl_m2po.losses.kernel.token_pass import Tokens, add_tokens, as_tokens, weigh
 from verl_m2po.losses.step_scale import scaled_by_effective_share, sequence_log_weight
+from verl_m2po.patches.verl import around_optimizer_step
 from verl_m2po.second_moment import TrustRegionSearch
 
 # Optional field of the data, int [batch]: optimizer updates between the weights that generated the row and the weights
@@ -151,19 +152,16 @@ class M2POTrainingWorker(TrainingWorker):
 
     @contextmanager
     def _scaling_step(self, settings: StepScaleConfig, mini_batch: MiniBatch) -> Iterator[None]:
-        """Scale the optimizer step by the effective sample size of the mini-batch, known once all losses were called.
-
-        verl's engines have no hook there: `train_batch` of the engine calls its own `optimizer_step`.
-        """
+        """Scale the optimizer step by the effective sample size of the mini-batch, known once every loss was called."""
         if not settings.is_on:
             yield
             return
         refuse_unsupported(self.engine_config, f"{KEY}.step_scale.power={settings.power}")
         mini_batch.weighs_responses = True
         engine: Any = self.engine
-        step = engine.optimizer_step
 
-        def scaled_step() -> Any:
+        @contextmanager
+        def scaled() -> Iterator[None]:
             # All ranks, because pipeline stages without responses have parameters too.
             log_weight = torch.cat(mini_batch.log_weights or [torch.zeros(0, device=self.device_name)])
             power = settings.power or 0
@@ -171,13 +169,10 @@ class M2POTrainingWorker(TrainingWorker):
                 engine.optimizer, log_weight, settings.base_share, power, dist.group.WORLD
             ) as metrics:
                 mini_batch.metrics.update(metrics)
-                return step()
+                yield
 
-        engine.optimizer_step = scaled_step
-        try:
+        with around_optimizer_step(engine, scaled):
             yield
-        finally:
-            engine.optimizer_step = step
 
     def look_ahead(self, data: TensorDict, config: ActorConfig | None = None) -> list[Seen]:
         """Response tokens of all micro-batches of `data` under the current policy, packed as verl will train on them.

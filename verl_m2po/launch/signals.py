@@ -4,7 +4,6 @@ How the trainer hears of it: `staleness/watch/stop.py`.
 """
 
 import contextlib
-import functools
 import os
 import signal
 import sys
@@ -17,8 +16,8 @@ from typing import Any, NoReturn
 
 import psutil
 import ray
-from ray._private import services, worker
 
+from verl_m2po.patches import ray as ray_patches
 from verl_m2po.staleness.watch import stop
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -44,9 +43,8 @@ class Listener:
         self._others = set(psutil.Process().children(recursive=True))
         self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._take_signals()
-        # Ray's C++ side takes SIGTERM for a crash as soon as it is there, behind Python's back.
-        worker._post_init_hooks.append(self._take_signals)
-        _give_ray_its_own_session()
+        ray_patches.after_init(self._take_signals)
+        ray_patches.give_daemons_a_session()
 
     def _take_signals(self) -> None:
         for number in SIGNALS:
@@ -61,7 +59,7 @@ class Listener:
         Raises:
             SystemExit: there was.
         """
-        worker._post_init_hooks.remove(self._take_signals)
+        ray_patches.no_longer_after_init(self._take_signals)
         left = _Left.besides(self._others)
         ray.shutdown()
         left.remove(grace_s=10.0)
@@ -140,16 +138,3 @@ def _segments(pids: Iterable[int]) -> set[Path]:
 
 def _say(message: str) -> None:
     print(f"verl-m2po: {message}", file=sys.stderr, flush=True)
-
-
-def _give_ray_its_own_session() -> None:
-    """Keep a signal that is meant for the driver's process group away from Ray's daemons.
-
-    Symptom: after `timeout`, `kill -TERM -PGID` or a batch system's SIGTERM nothing can be saved: raylet and GCS are
-    gone. Cause: Ray starts them in the driver's process group, and keeps only SIGINT from them
-    (ray/_private/services.py, `start_ray_process`). They still die with the driver, by the kernel's parent-death
-    signal, which is why this is done on Linux only.
-    Delete when: `ray.init` can start its daemons in a session of their own.
-    """
-    if sys.platform.startswith("linux") and not isinstance(services.ConsolePopen, functools.partial):
-        services.ConsolePopen = functools.partial(services.ConsolePopen, start_new_session=True)

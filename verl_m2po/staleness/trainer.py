@@ -34,6 +34,7 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.utils import tensordict_utils as tu
 
 from verl_m2po.ground import logs
+from verl_m2po.patches import verl as verl_patches
 
 # As a module: where the buffer is imported first, verl imports this file before the buffer has its class.
 from verl_m2po.staleness import buffer, checks
@@ -455,9 +456,8 @@ class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):
     """What the modes on separate devices share."""
 
     def _setup(self) -> None:
-        # verl 0.9.1 calls logger.info(..., flush=True) where hybrid_engine=false, a TypeError unless INFO is off.
-        logging.getLogger(PPOTrainerSeparateAsync.__module__).setLevel(logging.WARNING)
-        super()._setup()
+        with verl_patches.quiet_separate_setup():
+            super()._setup()
 
     def get_llm_client(self) -> SpanRecordingClient:
         return self.standalone_server_manager.get_client(client_cls=SpanRecordingClient)

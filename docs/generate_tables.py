@@ -1,0 +1,78 @@
+"""Writes the tables of README.md and docs/ that repeat what the code knows: python docs/generate_tables.py.
+
+Each stands between two markers on its page; tests/test_docs.py compares them.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import yaml
+from generate_configuration import CONFIG, title
+from pages import replace_section
+
+DOCS = Path(__file__).parent
+REPOSITORY = DOCS.parent
+
+
+def extensions() -> Iterator[str]:
+    """Yield what the plugin registers with verl, from the plugin's table."""
+    from verl_m2po.plugin import EXTENSIONS
+
+    yield from ("| what | after the import of | our module | names |", "| --- | --- | --- | --- |")
+    for row in EXTENSIONS:
+        names = ", ".join(f"`{name}`" for name in row.names)
+        yield f"| {row.what} | `{row.host}` | `{row.module}` | {names} |"
+
+
+def patches() -> Iterator[str]:
+    """Yield what is changed in verl, vLLM and Ray, from the records of the patches."""
+    from verl_m2po.patches import PATCHES
+
+    yield from ("| changed | in | symptom without it | cause | goes when |", "| --- | --- | --- | --- | --- |")
+    for patch in PATCHES:
+        said = [_code(text).removesuffix(".") for text in (patch.symptom, patch.cause, patch.end)]
+        yield f"| `{patch.replaces}` | {patch.scope.value} | {' | '.join(said)} |"
+
+
+def _code(text: str) -> str:
+    """reStructuredText's code as Markdown's, and no end of a cell inside it."""
+    return text.replace("``", "`").replace("|", "\\|")
+
+
+def losses() -> Iterator[str]:
+    """Yield every option of the group `loss` with its plot and the first sentence of its file, ours first."""
+    yield from ("| `loss=` | a token | |", "| --- | --- | --- |")
+    for name in sorted(_presets(), key=_ours_first):
+        text = title((CONFIG / "loss" / f"{name}.yaml").read_text())
+        first_sentence = " ".join(text.split()).partition(". ")[0].removesuffix(".")
+        yield f"| `{name}` | ![{name}](docs/figures/methods/{name}.svg) | {first_sentence} |"
+
+
+def count_of_losses() -> Iterator[str]:
+    """Yield the heading above that table."""
+    yield f"<summary>The {len(_presets())} options of <code>loss=</code></summary>"
+
+
+def _presets() -> list[str]:
+    return [file.stem for file in (CONFIG / "loss").glob("*.yaml")]
+
+
+def _ours_first(name: str) -> tuple[bool, bool, str]:
+    from verl_m2po.plugin import EXTENSIONS
+
+    ours = {name for row in EXTENSIONS if row.what == "policy loss" for name in row.names}
+    config = yaml.safe_load((CONFIG / "loss" / f"{name}.yaml").read_text())
+    return config["algorithm"]["policy_loss"] not in ours, name != "m2po", name
+
+
+SECTIONS: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
+    ("README.md", "number of losses"): count_of_losses,
+    ("README.md", "losses"): losses,
+    ("docs/plugin.md", "extensions"): extensions,
+    ("docs/plugin.md", "patches"): patches,
+}
+
+
+if __name__ == "__main__":
+    for (page, name), lines in SECTIONS.items():
+        replace_section(REPOSITORY / page, name, "\n".join(lines()))
