@@ -14,7 +14,8 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import ppo_loss
 
 from verl_m2po.staleness.config import MODE_DEFAULTS, MODES, StaleKConfig, load_mode_config
-from verl_m2po.staleness.trainer import PPOTrainerStaleK, set_what_the_mode_needs
+from verl_m2po.staleness.needs import set_what_the_mode_needs
+from verl_m2po.staleness.trainer import PPOTrainerStaleK
 
 MODE = "method_tour"
 

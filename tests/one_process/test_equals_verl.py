@@ -46,7 +46,9 @@ def test_metrics_of_every_update_are_verls(runs, loss):
         for name in shared - BY_SIGN:
             # The proximal policy in the batch is the bench's, from which verl's weights have drifted by rounding.
             least = 1e-3 if loss == "decoupled_ppo" else 1e-5
-            assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=least), (step, name)
+            # Its denominator is the square of ratios, of which the largest is several times the others'.
+            most = 1e-2 if name == "actor/m2po/effective_sample_size" else 2e-3
+            assert mine[name] == pytest.approx(theirs[name], rel=most, abs=least), (step, name)
 
 
 def test_old_batches_are_masked_and_clipped(runs):

@@ -3,7 +3,9 @@
 import pytest
 
 from staleness_study import plan
+from verl_m2po.launch import callback
 from verl_m2po.one_process import setup as setups
+from verl_m2po.staleness.needs import set_what_the_mode_needs
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +80,47 @@ def test_takes_the_options_that_the_bench_is_for(option):
 def test_a_model_that_would_not_be_loaded_is_refused():
     with pytest.raises(setups.NotOnTheBench, match=setups.MODEL):
         setups.read(["model=qwen3_1_7b_base"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        # asymre is a difference to the mean of the group.
+        (["algorithm.adv_estimator=asymre", "actor_rollout_ref.rollout.n=1"], "actor_rollout_ref.rollout.n=1"),
+        (["staleness=s64", "trainer.total_training_steps=16"], "trainer.v1.stale_k.staleness_updates=64"),
+        (["staleness=s8", "trainer.v1.stale_k.staleness_updates=7"], "trainer.v1.stale_k.staleness_updates=7"),
+        (["loss=m2po", "actor_rollout_ref.actor.policy_loss.m2po.threshold=-1"], "threshold"),
+        (["loss=mix_ppg", "algorithm.rollout_correction.rollout_is=null"], "rollout_correction.rollout_is"),
+    ],
+)
+def test_refuses_what_the_preflight_refuses_in_its_words(overrides, key):
+    with pytest.raises(setups.Refused) as refused:
+        setups.read(overrides)
+    assert key in str(refused.value)
+    config = setups._compose(setups.CONFIG, overrides)
+    said = [str(problem) for problem in callback.problems(config) if problem.is_fatal]
+    assert all(line.removeprefix("  - ") in said for line in str(refused.value).splitlines())
+
+
+@pytest.mark.parametrize("estimator", ["gae", "remax", "optimal_token_baseline", "no_such_estimator"])
+def test_an_estimator_without_inputs_is_refused_and_those_that_have_them_are_named(estimator):
+    with pytest.raises(setups.NotOnTheBench, match=rf"algorithm\.adv_estimator={estimator} .* asymre, .*grpo, .*rloo"):
+        setups.read([f"algorithm.adv_estimator={estimator}"])
+
+
+@pytest.mark.parametrize("staleness", ["s8", "s8_separate"])
+@pytest.mark.parametrize(
+    ("loss", "has_proximal_policy"),
+    [(["loss=m2po", "algorithm.rollout_correction.bypass_mode=false"], False), (["loss=decoupled_ppo"], True)],
+)
+def test_the_mode_sets_what_it_sets_through_verl(staleness, loss, has_proximal_policy):
+    """bypass_mode=false without weights proximal over behaviour policy would take the age out of every ratio."""
+    overrides = [f"staleness={staleness}", *loss]
+    setup = setups.read(overrides)
+    through_verl = setups._compose(setups.CONFIG, overrides)
+    set_what_the_mode_needs(through_verl)
+    assert setup.config == through_verl
+    assert setup.has_proximal_policy == has_proximal_policy
 
 
 def test_takes_the_jobs_of_the_study():

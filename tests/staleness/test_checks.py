@@ -200,7 +200,7 @@ def test_a_run_shorter_than_its_staleness_is_refused():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_modes_set_what_they_need(mode):
-    from verl_m2po.staleness.trainer import set_what_the_mode_needs
+    from verl_m2po.staleness.needs import set_what_the_mode_needs
 
     changed = config(mode)
     OmegaConf.set_struct(changed, True)
@@ -225,7 +225,7 @@ def test_the_modes_set_what_they_need(mode):
     ],
 )
 def test_a_proximal_policy_stays_only_where_weights_carry_the_age(correction, bypass):
-    from verl_m2po.staleness.trainer import set_what_the_mode_needs
+    from verl_m2po.staleness.needs import set_what_the_mode_needs
 
     changed = config(algorithm__rollout_correction=correction)
     set_what_the_mode_needs(changed)

@@ -56,6 +56,8 @@ def try_loss(
     overrides = overrides or []
     try:
         setup = setups.read(overrides, config_name)
+    except setups.Refused as refused:
+        raise SystemExit(f"verl-m2po refuses this run:\n{refused}") from None
     except (setups.NotOnTheBench, HydraException, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="OVERRIDES") from error
     has_own = setups.names_own_model(overrides)

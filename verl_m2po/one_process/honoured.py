@@ -83,6 +83,14 @@ def _is_one_of(key: str, keys: tuple[str, ...]) -> bool:
     return any(key.startswith(wanted) if wanted.endswith(".") else key == wanted for wanted in keys)
 
 
+def concerns_devices(key: str) -> bool:
+    """Whether `key` is about what one process does not have: devices, servers, TransferQueue.
+
+    Of the settings of a trainer mode none is, although many change nothing here: a wrong one is wrong.
+    """
+    return _is_one_of(key, WITHOUT_EFFECT) and not key.startswith("trainer.v1.")
+
+
 def not_honoured(config: DictConfig, base: DictConfig) -> dict[str, Any]:
     """Settings of `config` that only verl honours, with their values.
 

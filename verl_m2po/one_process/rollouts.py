@@ -16,7 +16,7 @@ from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 
 from verl_m2po.one_process.setup import Setup
-from verl_m2po.tasks import arithmetic, tiny_model
+from verl_m2po.tasks import arithmetic, supervision
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Problems:
 
     Args:
         prompts: int64 [problems, prompt].
-        answers: int64 [problems, response], `tiny_model.NO_TOKEN` after the end of the turn.
+        answers: int64 [problems, response], `supervision.NO_TOKEN` after the end of the turn.
         sums: The right responses as text.
     """
 
@@ -36,7 +36,7 @@ class Problems:
     @classmethod
     def make(cls, tokenizer: PreTrainedTokenizerBase, count: int, split: str, digits: int, seed: int = 0) -> "Problems":
         """The first `count` problems of the arithmetic task, which are also the first rows of its data files."""
-        prompts, answers = tiny_model.encode_problems(tokenizer, count, split=split, digits=digits, seed=seed)
+        prompts, answers = supervision.encode_problems(tokenizer, count, split=split, digits=digits, seed=seed)
         problems = (arithmetic.problem(index, split=split, digits=digits, seed=seed) for index in range(count))
         return cls(prompts, answers, [arithmetic.question_and_answer(*pair)[1] for pair in problems])
 

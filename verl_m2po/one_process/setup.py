@@ -2,39 +2,47 @@
 
 import dataclasses
 import functools
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import ActorConfig
 
+from verl_m2po.ground.problem import Problem
+from verl_m2po.launch.checks import losses, staleness
 from verl_m2po.losses.kernel.settings import KEY
-from verl_m2po.one_process.honoured import not_honoured
+from verl_m2po.one_process.honoured import concerns_devices, not_honoured
+from verl_m2po.staleness import checks
+from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.rule.units import UpdateClock
 from verl_m2po.tasks import tiny_model
 
+logger = logging.getLogger(__name__)
+
 CONFIG = "arithmetic_staleness"
-# 0.1M parameters. Heads of 32, the least that vLLM serves on the CPU: runs through verl can start from the same model.
-RECIPE = tiny_model.Recipe(
-    digits=3,
-    hidden_size=64,
-    intermediate_size=128,
-    heads=2,
-    key_value_heads=1,
-    max_steps=6000,
-    evaluate_every_steps=50,
-)
+RECIPE = tiny_model.SMALL
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model.path"
 THROUGH_VERL = f"The same overrides work with `python -m verl.trainer.main_ppo --config-name={CONFIG}`"
 MODES = ("sync", "stale_k", "stale_k_separate")
 
 
+# Their inputs are made by no trainer of verl 0.9.1's v1, or by a critic.
+ESTIMATORS_WITHOUT_INPUTS = ("remax", "optimal_token_baseline", "tir_optimal_token_baseline", "gdpo", "gae")
+
+
 class NotOnTheBench(ValueError):
     """A setting that only a run through verl can honour."""
+
+
+class Refused(ValueError):
+    """The config is refused here as before a run through verl, in the same words."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +87,13 @@ def read(overrides: list[str], config_name: str = CONFIG) -> Setup:
 
     Raises:
         NotOnTheBench: The config asks for something that is left out here; names the keys.
+        Refused: A run through verl would be refused too: what the loss needs, or the staleness, is contradicted.
         hydra.errors.HydraException: The config does not compose.
     """
     config = _compose(config_name, overrides)
     _refuse(config)
     _refuse_ignored(config, names_own_model(overrides))
+    _prepare(config)
     actor: Any = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     actor.optim.total_training_steps = config.trainer.total_training_steps
     clock = UpdateClock(config.data.train_batch_size, actor.ppo_mini_batch_size, actor.ppo_epochs)
@@ -106,6 +116,30 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
 def _base() -> DictConfig:
     """What the bench does without overrides; composing takes half a second."""
     return _compose(CONFIG, [])
+
+
+def _prepare(config: DictConfig) -> None:
+    """Check and change `config` as is done on the way of a run through verl."""
+    is_stale = staleness.is_chosen(config)
+    found = [*losses.problems(config), *(_contradictions(config) if is_stale else ())]
+    found = [problem for problem in found if not concerns_devices(problem.key)]
+    for problem in found:
+        if not problem.is_fatal:
+            logger.warning("%s", problem)
+    if fatal := [problem for problem in found if problem.is_fatal]:
+        raise Refused("\n".join(f"  - {problem}" for problem in fatal))
+    if is_stale:
+        set_what_the_mode_needs(config)
+
+
+def _contradictions(config: DictConfig) -> Iterator[Problem]:
+    """What contradicts the staleness."""
+    problems = checks.check(config)
+    yield from problems
+    if not any(problem.is_fatal for problem in problems):
+        clock, (updates, key) = checks.make_clock(config), _staleness(config)
+        mode, steps = config.trainer.v1.trainer_mode, config.trainer.total_training_steps
+        yield from checks.check_run_length(clock.steps(updates, key), clock, mode, steps)
 
 
 def _staleness(config: DictConfig) -> tuple[int, str]:
@@ -131,6 +165,7 @@ def _refuse(config: DictConfig) -> None:
         "actor_rollout_ref.rollout.temperature": (rollout.temperature, rollout.temperature > 0, "above 0"),
         f"{ACTOR}.ppo_micro_batch_size_per_gpu": (micro_rows, *_micro_batches(config)),
         "critic.enable": (config.critic.enable, not config.critic.enable, "null or false"),
+        "algorithm.adv_estimator": (config.algorithm.adv_estimator, *_estimator(config.algorithm.adv_estimator)),
     }
     for key, (value, is_fine, what) in wanted.items():
         if not is_fine:
@@ -156,10 +191,16 @@ def _micro_batches(config: DictConfig) -> tuple[bool, str]:
     return is_fine, f"a multiple of the {responses} responses to a prompt and a divisor of the mini-batch's {whole}"
 
 
+def _estimator(name: str) -> tuple[bool, str]:
+    """Whether the advantages can be had from rewards and groups, and by which estimators they can."""
+    known = sorted(set(ADV_ESTIMATOR_REGISTRY) - set(ESTIMATORS_WITHOUT_INPUTS))
+    return name in known, f"one of {', '.join(known)}"
+
+
 def _same(value: Any, wanted: Any) -> tuple[Any, bool, str]:
     return value, value == wanted, str(wanted).lower()
 
 
 def base_model(digits: int = RECIPE.digits) -> Path:
-    """Folder of the base model, supervised first where no cache holds it (about a minute)."""
+    """Folder of the base model, supervised first (about a minute) where neither the package nor a cache has it."""
     return tiny_model.build(dataclasses.replace(RECIPE, digits=digits))

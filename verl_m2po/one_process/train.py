@@ -29,7 +29,7 @@ from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.rule.records import Row
 from verl_m2po.staleness.rule.rules import ExactStale
 from verl_m2po.staleness.rule.units import version_at_step
-from verl_m2po.tasks import tiny_model
+from verl_m2po.tasks import supervision
 
 ACCURACY = "val-core/arithmetic/acc/mean@1"
 TRAINING_PROBLEMS, VALIDATION_PROBLEMS = 8192, 512
@@ -151,7 +151,7 @@ class Bench:
 
     def validate(self) -> dict[str, float]:
         """Probability that a sampled response to a held-out problem is right: verl's accuracy without its noise."""
-        accuracy = tiny_model.sampled_accuracy(self.model, self._held_out.prompts, self._held_out.answers)
+        accuracy = supervision.sampled_accuracy(self.model, self._held_out.prompts, self._held_out.answers)
         return {ACCURACY: accuracy}
 
 

@@ -16,7 +16,6 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import psutil
 import ray
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
 from transfer_queue import KVBatchMeta
@@ -40,6 +39,7 @@ from verl_m2po.patches import verl as verl_patches
 from verl_m2po.staleness import buffer, checks
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.config import BoundedAsyncConfig, load_mode_config
+from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.restart import random_states, resume
 from verl_m2po.staleness.restart.checkpoint import Checkpoints, folder_name
 from verl_m2po.staleness.restart.journal import RUN_FILE, Journal
@@ -56,8 +56,6 @@ logger = logging.getLogger(__name__)
 
 AGE_FIELD = "age_updates"
 """Field of a row in TransferQueue; `verl_m2po.actor.worker` reads it under the same name."""
-
-AGENT_LOOP_MANAGER = "verl_m2po.staleness.rollout.agent_loop.StalenessAgentLoopManager"
 
 
 class NoCallback:
@@ -78,34 +76,6 @@ def require_sound(problems: list[checks.Problem]) -> None:
             logger.warning("%s", problem)
     if fatal := [problem for problem in problems if problem.is_fatal]:
         raise checks.PreflightError("\n".join(map(str, fatal)))
-
-
-def set_what_the_mode_needs(config: DictConfig) -> None:
-    """Change verl's configuration, in place, to what makes the age of a rollout visible to the loss.
-
-    The policy that generated the tokens must be in a ratio: the loss's own in bypass mode, or that of verl's weights
-    where a proximal policy stands between. Generation must report weight versions and lots: our agent loop manager.
-    """
-    mode = config.trainer.v1.trainer_mode
-    needs = {
-        "algorithm.rollout_correction.bypass_mode": not checks.has_proximal_policy(config),
-        "actor_rollout_ref.rollout.calculate_log_probs": True,
-        "actor_rollout_ref.rollout.agent.agent_loop_manager_class": AGENT_LOOP_MANAGER,
-        # Read by the buffer that ours replaces.
-        "trainer.v1.sampler.max_off_policy_threshold": None,
-    }
-    if mode in checks.SEPARATE_MODES:
-        # verl's separate trainer samples one mini-batch at a time, and reads the number under two names.
-        mini_batches = checks.make_clock(config).mini_batches_per_step
-        needs[f"trainer.v1.{mode}.parameter_sync_step"] = mini_batches
-        needs["trainer.v1.separate_async.parameter_sync_step"] = mini_batches
-    with open_dict(config):
-        # Workers read the section; without the overlay it may be incomplete, or absent.
-        config.trainer.v1[mode] = asdict(load_mode_config(config, mode))
-        for key, value in needs.items():
-            if OmegaConf.select(config, key) != value:
-                logger.info("trainer_mode=%s sets %s=%s", mode, key, value)
-                OmegaConf.update(config, key, value, force_add=True)
 
 
 def _plain(index: Any) -> int | str:

@@ -2,7 +2,8 @@
 
 The architecture is Qwen2's, so transformers, FSDP and vLLM treat it as they treat a real one. Supervision stops at a
 measured accuracy rather than after a number of steps, so the model is about as good on any machine, and reinforcement
-learning has something left to teach.
+learning has something left to teach. The models of the recipes that the commands use come with the package (`shipped`):
+they are the same bits everywhere.
 """
 
 import dataclasses
@@ -15,16 +16,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from verl_m2po.tasks import arithmetic
+from verl_m2po.tasks.supervision import supervise
 
 # Raise it whenever this file changes what a recipe builds: models cached by older releases are then left alone.
-FORMAT = 1
+FORMAT = 2
 END_OF_TURN = "<|im_end|>"
 PADDING = "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -33,9 +36,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+SHIPPED = Path(__file__).parent / "models"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-# Label of a position that carries no loss; torch's own convention.
-NO_TOKEN = -100
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,14 @@ class Recipe:
     Args:
         seed: Seed of weights and batches, and of the problems.
         digits: Digits of each number that is added.
-        target_accuracy: Supervision stops as soon as the probability of sampling the right answer at temperature 1,
-            averaged over held-out problems, has reached this; between 0 and 1.
+        target_accuracy: Supervision ends at the measurement nearest to this of the probability of sampling the right
+            answer at temperature 1, averaged over held-out problems; between 0 and 1.
         max_steps: Optimizer steps after which supervision gives up.
-        evaluate_every_steps: Optimizer steps between two measurements of accuracy.
+        evaluate_every_steps: Optimizer steps between two measurements of accuracy; 1 near the target.
         evaluation_problems: Held-out problems that accuracy is measured on.
         training_problems: Problems that batches are drawn from, with replacement.
         batch_size: Problems in an optimizer step.
-        learning_rate: AdamW's, after the warm-up.
+        learning_rate: AdamW's, after the warm-up; a tenth of it near the target.
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         hidden_size: Width of the residual stream. With 4 heads, 128 gives heads of 32, the least vLLM serves on CPU.
         intermediate_size: Width of the gated feed-forward layer.
@@ -90,6 +92,18 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
+# 0.1M parameters. Heads of 32, the least that vLLM serves on the CPU: runs through verl can start from the same model.
+SMALL = Recipe(
+    digits=3,
+    target_accuracy=0.343,
+    hidden_size=64,
+    intermediate_size=128,
+    heads=2,
+    key_value_heads=1,
+    max_steps=6000,
+)
+
+
 def build(
     recipe: Recipe | None = None,
     *,
@@ -97,12 +111,13 @@ def build(
     out: Path | None = None,
     on_progress: Callable[[int, float], None] | None = None,
 ) -> Path:
-    """Return the folder of the model that `recipe` describes, supervising it first if no cache holds it.
+    """Return the folder of the model that `recipe` describes, supervising it first where no cache and no file has it.
 
     The folder loads with ``AutoModelForCausalLM`` and ``AutoTokenizer`` and is complete whenever it exists.
 
     Args:
-        recipe: What to build; None builds the defaults, about 15 s on one core.
+        recipe: What to build; None builds the defaults. A recipe of `SHIPPED` gives the weights that come with the
+            package, any other is supervised, about 15 s on one core at the size of the defaults.
         cache: Where models are kept between runs; None is `default_cache`.
         out: A folder that receives a copy, and is then the one returned; None returns the one in the cache.
         on_progress: Called with the optimizer step and the accuracy at every measurement; None for silence.
@@ -188,88 +203,43 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCa
     return model
 
 
-def encode_problems(
-    tokenizer: PreTrainedTokenizerBase, count: int, *, split: str, digits: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Problems 0 to `count` - 1 of the arithmetic task as token ids.
+def shipped(recipe: Recipe) -> Path | None:
+    """The weights of `recipe` that come with the package, the same bits on any machine; None if they are not there.
 
-    Returns:
-        prompts: int64 [count, prompt], all of one length because every number has the same number of digits.
-        answers: int64 [count, digits + 2]: the digits of the sum and the end of the turn, then `NO_TOKEN`.
+    ``python -m verl_m2po.tasks.ship`` made them, each with the recipe and the accuracy beside it.
     """
-    problems = (arithmetic.problem(index, split=split, digits=digits, seed=seed) for index in range(count))
-    questions, sums = zip(*(arithmetic.question_and_answer(a, b) for a, b in problems), strict=True)
-    chats = [[{"role": "user", "content": question}] for question in questions]
-    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportArgumentType]
-    answers = torch.full((count, digits + 2), NO_TOKEN)
-    for row, ids in zip(answers, tokenizer([answer + END_OF_TURN for answer in sums])["input_ids"], strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    return torch.tensor(prompts), answers
+    described = SHIPPED / f"add{recipe.digits}.json"
+    if not described.is_file() or not _is_of(json.loads(described.read_text()), recipe):
+        return None
+    return described.with_suffix(".safetensors")
 
 
-def answer_log_probs(model: Qwen2ForCausalLM, prompts: Tensor, answers: Tensor) -> Tensor:
-    """Log-probability of each answer token at temperature 1, 0 where there is none; float32 [count, answer]."""
-    is_token = answers != NO_TOKEN
-    targets = answers.masked_fill(~is_token, 0)
-    logits = model(input_ids=torch.cat([prompts, targets], dim=1), use_cache=False).logits
-    predictions = logits[:, prompts.shape[1] - 1 : -1].log_softmax(-1)
-    return predictions.gather(-1, targets[..., None]).squeeze(-1) * is_token
-
-
-@torch.no_grad()
-def sampled_accuracy(model: Qwen2ForCausalLM, prompts: Tensor, answers: Tensor) -> float:
-    """Probability that a response sampled at temperature 1 earns the reward, averaged over problems; exact, not a draw.
-
-    Just one sequence of tokens is right, so its probability is the accuracy (white space around it aside).
-    """
-    return answer_log_probs(model, prompts, answers).sum(dim=1).exp().mean().item()
+def _is_of(summary: dict[str, Any], recipe: Recipe) -> bool:
+    return {**summary, "format": FORMAT, **dataclasses.asdict(recipe)} == summary
 
 
 def _make(recipe: Recipe, folder: Path, on_progress: Callable[[int, float], None] | None) -> None:
-    with _one_deterministic_thread(recipe.seed):
-        tokenizer = make_tokenizer(recipe.max_length)
+    tokenizer = make_tokenizer(recipe.max_length)
+    if weights := shipped(recipe):
         model = make_model(recipe, tokenizer)
-        accuracy = _supervise(model, tokenizer, recipe, on_progress)
+        # Strict except for the output layer, which is tied to the embedding and stored once.
+        safetensors.torch.load_model(model, weights)
+        summary = json.loads(weights.with_suffix(".json").read_text())
+    else:
+        model, summary = supervised(recipe, tokenizer, on_progress)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    summary = {"format": FORMAT, "sampled_accuracy": accuracy, **dataclasses.asdict(recipe)}
     (folder / "recipe.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def _supervise(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: Recipe,
-    on_progress: Callable[[int, float], None] | None,
-) -> float:
-    def encode(split: str, count: int) -> tuple[Tensor, Tensor]:
-        return encode_problems(tokenizer, count, split=split, digits=recipe.digits, seed=recipe.seed)
-
-    prompts, answers = encode("train", recipe.training_problems)
-    held_out = encode("validation", recipe.evaluation_problems)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (recipe.warmup_steps + 1)))
-    accuracy = 0.0
-    for step in range(1, recipe.max_steps + 1):
-        batch = torch.randint(len(prompts), (recipe.batch_size,))
-        log_probs = answer_log_probs(model, prompts[batch], answers[batch])
-        loss = -log_probs.sum() / (answers[batch] != NO_TOKEN).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        warmup.step()
-        if step % recipe.evaluate_every_steps == 0:
-            accuracy = sampled_accuracy(model, *held_out)
-            if on_progress:
-                on_progress(step, accuracy)
-            if accuracy >= recipe.target_accuracy:
-                return accuracy
-    raise RuntimeError(
-        f"supervision stopped after max_steps={recipe.max_steps} at an accuracy of {accuracy:.3f}, below "
-        f"target_accuracy={recipe.target_accuracy}: raise max_steps, or lower target_accuracy or digits={recipe.digits}"
-    )
+def supervised(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, on_progress: Callable[[int, float], None] | None = None
+) -> tuple[Qwen2ForCausalLM, dict[str, Any]]:
+    """The model that `recipe` makes on this machine, and what ``recipe.json`` says of it."""
+    with _one_deterministic_thread(recipe.seed):
+        model = make_model(recipe, tokenizer)
+        accuracy = supervise(model, tokenizer, recipe, on_progress)
+    return model, {"format": FORMAT, "sampled_accuracy": accuracy, **dataclasses.asdict(recipe)}
 
 
 @contextmanager

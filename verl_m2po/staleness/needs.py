@@ -1,0 +1,41 @@
+"""What a trainer mode needs of verl's configuration, and sets: for a run through verl and on the experiment bench."""
+
+import logging
+from dataclasses import asdict
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from verl_m2po.staleness import checks
+from verl_m2po.staleness.config import load_mode_config
+
+logger = logging.getLogger(__name__)
+
+AGENT_LOOP_MANAGER = "verl_m2po.staleness.rollout.agent_loop.StalenessAgentLoopManager"
+
+
+def set_what_the_mode_needs(config: DictConfig) -> None:
+    """Change verl's configuration, in place, to what makes the age of a rollout visible to the loss.
+
+    The policy that generated the tokens must be in a ratio: the loss's own in bypass mode, or that of verl's weights
+    where a proximal policy stands between. Generation must report weight versions and lots: our agent loop manager.
+    """
+    mode = config.trainer.v1.trainer_mode
+    needs = {
+        "algorithm.rollout_correction.bypass_mode": not checks.has_proximal_policy(config),
+        "actor_rollout_ref.rollout.calculate_log_probs": True,
+        "actor_rollout_ref.rollout.agent.agent_loop_manager_class": AGENT_LOOP_MANAGER,
+        # Read by the buffer that ours replaces.
+        "trainer.v1.sampler.max_off_policy_threshold": None,
+    }
+    if mode in checks.SEPARATE_MODES:
+        # verl's separate trainer samples one mini-batch at a time, and reads the number under two names.
+        mini_batches = checks.make_clock(config).mini_batches_per_step
+        needs[f"trainer.v1.{mode}.parameter_sync_step"] = mini_batches
+        needs["trainer.v1.separate_async.parameter_sync_step"] = mini_batches
+    with open_dict(config):
+        # Workers read the section; without the overlay it may be incomplete, or absent.
+        config.trainer.v1[mode] = asdict(load_mode_config(config, mode))
+        for key, value in needs.items():
+            if OmegaConf.select(config, key) != value:
+                logger.info("trainer_mode=%s sets %s=%s", mode, key, value)
+                OmegaConf.update(config, key, value, force_add=True)
