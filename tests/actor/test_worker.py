@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from ranks import run_on_ranks
 
 from verl_m2po.actor import worker
+from verl_m2po.ground.verl_config import has_proximal_policy
 from verl_m2po.losses.kernel import diagnostics
 from verl_m2po.losses.kernel.mini_batch import MiniBatch
 from verl_m2po.losses.step_scale import effective_sample_share
-from verl_m2po.staleness.checks import has_proximal_policy
 
 pytestmark = pytest.mark.slow
 

@@ -18,13 +18,13 @@ from verl.workers.config import ActorConfig
 
 from benchmarks.batches import Batch, make_batch
 from benchmarks.measure import median, seconds
+from verl_m2po.ground.verl_config import has_proximal_policy
 from verl_m2po.losses.family.bapo import BoundsSearch
 from verl_m2po.losses.kernel import diagnostics
 from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
 from verl_m2po.losses.kernel.token_loss import clean_tokens
 from verl_m2po.losses.kernel.token_pass import add_tokens, as_tokens
 from verl_m2po.second_moment import TrustRegionSearch
-from verl_m2po.staleness.checks import has_proximal_policy
 
 SECTION = "methods"
 TOKENS, MASKED = 51 * 1024, 0.01

@@ -13,7 +13,9 @@ from composing import ADDED, REPLACED, additions, all_composed, changes, select
 from omegaconf import OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
 
-from verl_m2po.launch.checks import losses, room, staleness
+from verl_m2po.launch.checks import losses
+from verl_m2po.staleness import checks
+from verl_m2po.staleness.checks import memory
 
 # About 260 compositions in two processes: a minute on two idle cores.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -161,8 +163,8 @@ def test_the_preflight_lets_it_through_or_says_why_not(script, compositions, mon
     # A machine that these scripts are for.
     monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("memory", "total")(2 * 2**40))
     config = OmegaConf.create(compositions.m2po[script])
-    room.make_room(config)
-    found = [*losses.problems(config), *staleness.problems(config)]
+    memory.make_room(config)
+    found = [*losses.problems(config), *checks.check(config, psutil.virtual_memory().total)]
     assert {problem.key for problem in found if problem.is_fatal} == REFUSED_BY_PREFLIGHT.get(script, set())
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from compose import composed
 
+from verl_m2po.ground.check import ask_all
 from verl_m2po.ground.problem import Problem
-from verl_m2po.launch import callback
-from verl_m2po.launch.checks import inputs, losses, machine
+from verl_m2po.launch import callback, registry
+from verl_m2po.launch.checks import data, losses, machine, model
 
 LOSS = "actor_rollout_ref.actor.policy_loss.m2po"
 
@@ -36,6 +37,12 @@ def config(tiny: Path, addition: Path):
     return make
 
 
+def inputs(config) -> list[Problem]:
+    """What is wrong with the model and the data."""
+    asked = [check for check in registry.of_our_runs() if check.about in (model.PATH.key, data.TRAIN, data.VALIDATION)]
+    return ask_all(asked, config)
+
+
 def one(problems) -> str:
     (problem,) = problems
     return str(problem)
@@ -43,7 +50,7 @@ def one(problems) -> str:
 
 def test_a_good_run_passes(config):
     assert list(losses.problems(config())) == []
-    assert list(inputs.problems(config())) == []
+    assert list(inputs(config())) == []
 
 
 def test_unknown_loss_names_the_nearest(config):
@@ -86,23 +93,23 @@ def test_hidden_staleness_is_refused_in_async_modes_only(config):
 
 
 def test_missing_model(config):
-    message = one(inputs.problems(config("actor_rollout_ref.model.path=/no/such/model")))
+    message = one(inputs(config("actor_rollout_ref.model.path=/no/such/model")))
     assert "actor_rollout_ref.model.path=/no/such/model: there is no such folder" in message
 
 
 def test_folder_that_is_no_model(config, tmp_path):
-    assert "no config.json" in one(inputs.problems(config(f"actor_rollout_ref.model.path={tmp_path}")))
+    assert "no config.json" in one(inputs(config(f"actor_rollout_ref.model.path={tmp_path}")))
 
 
 def test_lengths_that_the_model_does_not_have(config):
-    message = one(inputs.problems(config("data.max_prompt_length=4096", "data.max_response_length=8")))
+    message = one(inputs(config("data.max_prompt_length=4096", "data.max_response_length=8")))
     assert message.startswith("data.max_prompt_length + data.max_response_length=4104: the model has 4096 positions")
 
 
 def test_positions_that_the_config_overrides_count(config):
     override = "+actor_rollout_ref.model.override_config.max_position_embeddings"
-    assert list(inputs.problems(config("data.max_response_length=30000", f"{override}=32768"))) == []
-    message = one(inputs.problems(config(f"{override}=4")))
+    assert list(inputs(config("data.max_response_length=30000", f"{override}=32768"))) == []
+    message = one(inputs(config(f"{override}=4")))
     assert "4 positions (max_position_embeddings in actor_rollout_ref.model.override_config)" in message
 
 
@@ -134,28 +141,28 @@ def test_another_actor_worker_under_mini_batch_scope(config, monkeypatch):
 
 def test_hub_model_offline(config, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "HF_HUB_OFFLINE" in one(inputs.problems(config("actor_rollout_ref.model.path=nobody/nothing")))
+    assert "HF_HUB_OFFLINE" in one(inputs(config("actor_rollout_ref.model.path=nobody/nothing")))
 
 
 def test_missing_data(config, tmp_path):
-    message = one(inputs.problems(config(f"data.train_files={tmp_path / 'none.parquet'}")))
+    message = one(inputs(config(f"data.train_files={tmp_path / 'none.parquet'}")))
     assert message.startswith(f"data.train_files={tmp_path / 'none.parquet'}: there is no such file")
 
 
 def test_a_file_that_stands_several_times_is_one_problem(config):
     four = ",".join(["/no/such.parquet"] * 4)
-    assert "there is no such file" in one(inputs.problems(config(f"data.val_files=[{four}]")))
+    assert "there is no such file" in one(inputs(config(f"data.val_files=[{four}]")))
 
 
 def test_data_without_the_needed_columns(config, tmp_path):
-    pd.DataFrame({"question": ["1+1"]}).to_parquet(tmp_path / "q.parquet")
-    message = one(inputs.problems(config(f"data.train_files={tmp_path / 'q.parquet'}")))
+    pd.DataFrame({"question": ["1+1"] * 64}).to_parquet(tmp_path / "q.parquet")
+    message = one(inputs(config(f"data.train_files={tmp_path / 'q.parquet'}")))
     assert "lacks the column(s) prompt, data_source, reward_model; it has question" in message
 
 
 def test_data_that_is_not_parquet(config, tmp_path):
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
-    assert "not valid parquet" in one(inputs.problems(config(f"data.train_files={tmp_path / 'cut.parquet'}")))
+    assert "not valid parquet" in one(inputs(config(f"data.train_files={tmp_path / 'cut.parquet'}")))
 
 
 @pytest.fixture

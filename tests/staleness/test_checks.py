@@ -4,7 +4,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from verl_m2po.staleness import checks
-from verl_m2po.staleness.config import MODE_DEFAULTS, load_mode_config
+from verl_m2po.staleness.checks import memory
+from verl_m2po.staleness.config import MODE_DEFAULTS, SEPARATE_MODES, load_mode_config
 from verl_m2po.staleness.rule.units import UpdateClock
 
 MODES = list(MODE_DEFAULTS)
@@ -23,7 +24,7 @@ def config(mode: str = "stale_k", **changes):
             "trainer": {"v1": {"trainer_mode": mode, mode: {}, "sampler": {}}},
         }
     )
-    if mode in checks.SEPARATE_MODES:
+    if mode in SEPARATE_MODES:
         devices = {"nnodes": 1, "n_gpus_per_node": 4, "checkpoint_engine": {"backend": "nccl"}}
         base = OmegaConf.merge(base, {"actor_rollout_ref": {"hybrid_engine": False, "rollout": devices}})
     for key, value in changes.items():
@@ -45,11 +46,11 @@ def test_a_sound_configuration_has_no_problem(mode):
         ({"trainer__v1__stale_k__failed_window_groups": 0}, "trainer.v1.stale_k.failed_window_groups"),
         ({"trainer__v1__stale_k__generation_timeout_s": 0}, "trainer.v1.stale_k.generation_timeout_s"),
         ({"trainer__v1__stale_k__on_failed_trajectory": "drop"}, "trainer.v1.stale_k.on_failed_trajectory"),
-        ({"trainer__v1__stale_k__on_failed_trajectory": None}, "trainer.v1.stale_k"),
+        ({"trainer__v1__stale_k__on_failed_trajectory": None}, "trainer.v1.stale_k.on_failed_trajectory"),
         ({"trainer__v1__stale_k__stop_wait_s": -1}, "trainer.v1.stale_k.stop_wait_s"),
         ({"trainer__v1__stale_k__parameter_sync_step": 4}, "trainer.v1.stale_k.parameter_sync_step"),
-        ({"trainer__v1__stale_k__no_such_key": 1}, "trainer.v1.stale_k"),
-        ({"trainer__v1__stale_k__staleness_updates": "many"}, "trainer.v1.stale_k"),
+        ({"trainer__v1__stale_k__no_such_key": 1}, "trainer.v1.stale_k.no_such_key"),
+        ({"trainer__v1__stale_k__staleness_updates": "many"}, "trainer.v1.stale_k.staleness_updates"),
         ({"actor_rollout_ref__actor__ppo_mini_batch_size": 100}, "trainer.v1.stale_k.staleness_updates"),
         ({"actor_rollout_ref__rollout__top_p": 0.9}, "actor_rollout_ref.rollout.top_p"),
         ({"actor_rollout_ref__rollout__top_k": 50}, "actor_rollout_ref.rollout.top_k"),
@@ -82,7 +83,7 @@ def test_a_sync_step_that_contradicts_the_batch_sizes_is_refused(value, is_refus
     assert keys == ["trainer.v1.bounded_async.parameter_sync_step"] * is_refused
 
 
-@pytest.mark.parametrize("mode", checks.SEPARATE_MODES)
+@pytest.mark.parametrize("mode", SEPARATE_MODES)
 @pytest.mark.parametrize(
     ("key", "value", "is_fatal"),
     [
@@ -124,14 +125,14 @@ def test_with_a_journal_a_restart_needs_room_for_the_steps_since_the_checkpoint(
         "trainer__total_training_steps": total_steps,
     }
     without, with_journal = config(**changes), config(**changes, trainer__v1__stale_k__journal=True)
-    assert checks.buffer_rows(without, 2) == 4 * 256 * 9
-    assert checks.buffer_rows(with_journal, 2) == (4 + replayed) * 256 * 9
-    batch_bytes = checks.estimate_buffer_bytes(without, 2) / 3
-    assert checks.estimate_buffer_bytes(with_journal, 2) == batch_bytes * (3 + max(0, save_freq))
+    assert memory.buffer_rows(without, 2) == 4 * 256 * 9
+    assert memory.buffer_rows(with_journal, 2) == (4 + replayed) * 256 * 9
+    batch_bytes = memory.estimate_buffer_bytes(without, 2) / 3
+    assert memory.estimate_buffer_bytes(with_journal, 2) == batch_bytes * (3 + max(0, save_freq))
     OmegaConf.update(with_journal, "transfer_queue.backend.SimpleStorage.total_storage_size", 1, force_add=True)
     (problem,) = checks.check(with_journal)
     assert (f"after a crash up to {replayed} more from the journal" in problem.why) == (replayed > 0)
-    too_little = 2 * checks.estimate_buffer_bytes(with_journal, 2) - 2
+    too_little = 2 * memory.estimate_buffer_bytes(with_journal, 2) - 2
     (problem, _) = checks.check(with_journal, available_memory_bytes=too_little)
     assert ("trainer.save_freq" in problem.remedy) == (save_freq > 0)
 
@@ -178,8 +179,8 @@ def test_an_unknown_key_error_lists_the_known_ones():
 def test_memory_is_computed_from_the_depth():
     """Stale-256 of the paper: 65 batches x 256 prompts x 8 responses of 1024 tokens at 9 bytes, prompts at 4."""
     changes = {"trainer__v1__stale_k__staleness_updates": 256}
-    expected = 65 * 256 * 8 * (1024 * 9 + 512 * 4 + checks.ROW_OVERHEAD_BYTES)
-    assert checks.estimate_buffer_bytes(config(**changes), 64) == expected
+    expected = 65 * 256 * 8 * (1024 * 9 + 512 * 4 + memory.ROW_OVERHEAD_BYTES)
+    assert memory.estimate_buffer_bytes(config(**changes), 64) == expected
     assert checks.check(config(**changes), available_memory_bytes=2 * expected) == []
     (problem,) = checks.check(config(**changes), available_memory_bytes=2 * expected - 2)
     assert problem.is_fatal and "ssd_offload" in problem.remedy and "65 batches" in problem.why

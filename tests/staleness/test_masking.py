@@ -10,7 +10,7 @@ from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl_rows import verl_row
 
 import verl_m2po.advantages  # noqa: F401
-from verl_m2po.staleness.checks import BEST_OF_A_GROUP
+from verl_m2po.staleness.checks.failed_trajectories import BEST_OF_A_GROUP
 from verl_m2po.staleness.rollout.masking import StoredRow, stand_in
 from verl_m2po.staleness.rows import codec
 from verl_m2po.staleness.rows.ragged import Ragged

@@ -24,3 +24,15 @@ class Problem(NamedTuple):
         if not self.remedy:
             return self.why
         return f"{self.key}={self.value}: {self.why}. {self.remedy}."
+
+
+class WrongValue(ValueError):
+    """A setting cannot be read as what it is; says so as a problem.
+
+    Args:
+        problem: What is wrong with it.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem

@@ -2,19 +2,22 @@
 
 import logging
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from verl_m2po.cpu import environment
 from verl_m2po.ground import logs
 from verl_m2po.ground.problem import Problem
-from verl_m2po.launch.checks import devices, inputs, keys, losses, machine, room, staleness
+from verl_m2po.ground.verl_config import read
+from verl_m2po.launch import registry
 from verl_m2po.launch.signals import Listener
 from verl_m2po.losses import requirements
+from verl_m2po.staleness.checks import memory
+from verl_m2po.staleness.config import is_chosen
 
 logger = logging.getLogger(__name__)
 
@@ -31,25 +34,18 @@ class PreflightCallback(Callback):
 
     def on_run_start(self, config: DictConfig, **_kwargs: Any) -> None:
         """Give a single run the room that its staleness needs; called by Hydra before it passes `config` on."""
-        room.make_room(config)
+        memory.make_room(config)
 
     def on_job_start(self, config: DictConfig, **_kwargs: Any) -> None:
         """Check `config`; called by Hydra before the job."""
-        # A misspelt key of ours is why a run may seem to be none of our business.
-        found = list(keys.problems(config))
-        if uses_this_package(config):
-            found += problems(config)
-        for problem in found:
-            if not problem.is_fatal:
-                logger.warning("%s", problem)
-        fatal = [problem for problem in found if problem.is_fatal]
-        if fatal:
-            raise SystemExit("\n".join(["verl-m2po refuses this run:", *(f"  - {problem}" for problem in fatal)]))
-        if uses_this_package(config):
-            logs.keep_earlier(logs.path_of(config))
-        if staleness.is_chosen(config) and threading.current_thread() is threading.main_thread():
+        is_ours = uses_this_package(config)
+        require_none(registry.problems(config, is_ours))
+        # First of what follows: it depends on nothing, and a run that cannot be ended is worse than one without a log.
+        if is_chosen(config) and threading.current_thread() is threading.main_thread():
             self._listener = Listener()
             self._listener.start()
+        if is_ours:
+            _keep_earlier_log(config)
 
     def on_job_end(self, job_return: JobReturn, **_kwargs: Any) -> None:
         """Leave nothing behind, and end as a signal asks for; called by Hydra after the job, failed or not."""
@@ -58,22 +54,44 @@ class PreflightCallback(Callback):
             self._listener.stop(tell_status=job_return.status == JobStatus.COMPLETED)
 
 
+class Refused(SystemExit):
+    """A run that is not started: its message is all that Hydra prints, its status is 1."""
+
+
+def require_none(problems: list[Problem]) -> None:
+    """Warn of what is odd, refuse what is wrong.
+
+    Raises:
+        Refused: with every fatal problem.
+    """
+    for problem in problems:
+        if not problem.is_fatal:
+            logger.warning("%s", problem)
+    if fatal := [problem for problem in problems if problem.is_fatal]:
+        raise Refused("\n".join(["verl-m2po refuses this run:", *(f"  - {problem}" for problem in fatal)]))
+
+
+def _keep_earlier_log(config: DictConfig) -> None:
+    try:
+        logs.keep_earlier(logs.path_of(config))
+    except OSError as error:
+        # As an exception it would be a warning of Hydra's, and verl would empty the log.
+        raise Refused(f"verl-m2po refuses this run: the log of an earlier attempt cannot be moved ({error})") from error
+
+
 def uses_this_package(config: DictConfig) -> bool:
-    """Return whether `config` asks for anything of ours; verl's other runs are none of our business."""
-    return (
-        OmegaConf.select(config, requirements.POLICY_LOSS) is not None
-        or requirements.names_a_method(config)
-        or OmegaConf.select(config, "trainer.device") == environment.PLATFORM_NAME
-        or staleness.is_chosen(config)
-        or bool(OmegaConf.select(config, requirements.STEP_SCALE))
-        or bool(OmegaConf.select(config, requirements.DIAGNOSTICS))
-    )
+    """Return whether `config` asks for anything of ours; verl's other runs are none of our business.
 
-
-def problems(config: DictConfig) -> Iterator[Problem]:
-    """Yield every problem of `config`, the cheapest to look for first."""
-    yield from losses.problems(config)
-    yield from staleness.problems(config)
-    yield from inputs.problems(config)
-    yield from devices.problems(config)
-    yield from machine.problems(config)
+    One that cannot be read as far as that is taken for ours: its checks say what is wrong.
+    """
+    try:
+        return (
+            read(config, requirements.POLICY_LOSS) is not None
+            or requirements.names_a_method(config)
+            or read(config, "trainer.device") == environment.PLATFORM_NAME
+            or is_chosen(config)
+            or bool(read(config, requirements.STEP_SCALE))
+            or bool(read(config, requirements.DIAGNOSTICS))
+        )
+    except (OmegaConfBaseException, TypeError, AttributeError):
+        return True

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from verl_m2po.ground.problem import Problem
+from verl_m2po.ground.verl_config import has_proximal_policy
 from verl_m2po.losses.kernel.settings import KEY
-from verl_m2po.staleness.checks import has_proximal_policy
 
 POLICY_LOSS = "algorithm.policy_loss"
 MODE = "trainer.v1.trainer_mode"

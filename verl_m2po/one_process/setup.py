@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import ActorConfig
 
-from verl_m2po.ground.problem import Problem
-from verl_m2po.launch.checks import losses, staleness
+from verl_m2po.launch.checks import losses
 from verl_m2po.losses.kernel.settings import KEY
 from verl_m2po.one_process.honoured import concerns_devices, not_honoured
 from verl_m2po.staleness import checks
+from verl_m2po.staleness.config import is_chosen
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.rule.units import UpdateClock
 from verl_m2po.tasks import tiny_model
@@ -120,8 +119,8 @@ def _base() -> DictConfig:
 
 def _prepare(config: DictConfig) -> None:
     """Check and change `config` as is done on the way of a run through verl."""
-    is_stale = staleness.is_chosen(config)
-    found = [*losses.problems(config), *(_contradictions(config) if is_stale else ())]
+    is_stale = is_chosen(config)
+    found = [*losses.problems(config), *(checks.check(config) if is_stale else ())]
     found = [problem for problem in found if not concerns_devices(problem.key)]
     for problem in found:
         if not problem.is_fatal:
@@ -130,16 +129,6 @@ def _prepare(config: DictConfig) -> None:
         raise Refused("\n".join(f"  - {problem}" for problem in fatal))
     if is_stale:
         set_what_the_mode_needs(config)
-
-
-def _contradictions(config: DictConfig) -> Iterator[Problem]:
-    """What contradicts the staleness."""
-    problems = checks.check(config)
-    yield from problems
-    if not any(problem.is_fatal for problem in problems):
-        clock, (updates, key) = checks.make_clock(config), _staleness(config)
-        mode, steps = config.trainer.v1.trainer_mode, config.trainer.total_training_steps
-        yield from checks.check_run_length(clock.steps(updates, key), clock, mode, steps)
 
 
 def _staleness(config: DictConfig) -> tuple[int, str]:

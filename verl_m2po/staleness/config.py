@@ -10,6 +10,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from verl_m2po.ground.problem import Problem, WrongValue
+from verl_m2po.ground.verl_config import TRAINER_MODE, read
+from verl_m2po.staleness.rule.units import UpdateClock
+
 ON_FAILED_TRAJECTORY = ("refill", "mask")
 
 
@@ -85,20 +89,54 @@ MODES: dict[str, type[StaleKConfig]] = {
 
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {name: asdict(config()) for name, config in MODES.items()}
 
+SEPARATE_MODES = ("stale_k_separate", "bounded_async")
+"""Modes whose rollout has devices of its own."""
+
+
+def is_chosen(config: DictConfig) -> bool:
+    """Whether `config` runs in a trainer mode of this package."""
+    mode = read(config, TRAINER_MODE)
+    return isinstance(mode, str) and mode in MODES
+
+
+def make_clock(config: DictConfig) -> UpdateClock:
+    """The clock of a verl configuration.
+
+    Raises:
+        StalenessUnitsError: its batch sizes make none.
+    """
+    return UpdateClock(
+        read(config, "data.train_batch_size"),
+        read(config, "actor_rollout_ref.actor.ppo_mini_batch_size"),
+        read(config, "actor_rollout_ref.actor.ppo_epochs", 1),
+    )
+
+
+def keeps_a_journal(config: DictConfig) -> bool:
+    """Whether a restart takes rollouts back from a journal."""
+    return load_mode_config(config, config.trainer.v1.trainer_mode).journal
+
+
+class SettingError(WrongValue):
+    """A key that a mode does not have, or a value of another type."""
+
 
 def load_mode_config(config: DictConfig, mode: str) -> StaleKConfig:
     """The settings of `mode` in verl's configuration, defaults filled in.
 
     Raises:
-        ValueError: a key that the mode does not have, or a value of another type.
+        SettingError: a key that the mode does not have, or a value of another type.
     """
-    section = config.trainer.v1.get(mode) or {}
+    section = read(config, f"trainer.v1.{mode}")
+    known = f"The settings are: {', '.join(MODE_DEFAULTS[mode])}"
+    if section is not None and not isinstance(section, DictConfig):
+        raise SettingError(Problem(f"trainer.v1.{mode}", section, "it is no section of settings", known))
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(MODES[mode]), section)
+        merged = OmegaConf.merge(OmegaConf.structured(MODES[mode]), section or {})
         loaded = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        known = ", ".join(MODE_DEFAULTS[mode])
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"trainer.v1.{mode}.{error.full_key}: {reason}. The settings are: {known}") from error
+        key = f"trainer.v1.{mode}.{error.full_key}"
+        value = OmegaConf.select(section, error.full_key) if section and error.full_key else None
+        raise SettingError(Problem(key, value, str(error).splitlines()[0], known)) from error
     assert isinstance(loaded, StaleKConfig)
     return loaded

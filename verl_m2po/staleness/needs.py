@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from verl_m2po.staleness import checks
-from verl_m2po.staleness.config import load_mode_config
+from verl_m2po.ground.verl_config import has_proximal_policy
+from verl_m2po.staleness.config import SEPARATE_MODES, load_mode_config, make_clock
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +21,15 @@ def set_what_the_mode_needs(config: DictConfig) -> None:
     """
     mode = config.trainer.v1.trainer_mode
     needs = {
-        "algorithm.rollout_correction.bypass_mode": not checks.has_proximal_policy(config),
+        "algorithm.rollout_correction.bypass_mode": not has_proximal_policy(config),
         "actor_rollout_ref.rollout.calculate_log_probs": True,
         "actor_rollout_ref.rollout.agent.agent_loop_manager_class": AGENT_LOOP_MANAGER,
         # Read by the buffer that ours replaces.
         "trainer.v1.sampler.max_off_policy_threshold": None,
     }
-    if mode in checks.SEPARATE_MODES:
+    if mode in SEPARATE_MODES:
         # verl's separate trainer samples one mini-batch at a time, and reads the number under two names.
-        mini_batches = checks.make_clock(config).mini_batches_per_step
+        mini_batches = make_clock(config).mini_batches_per_step
         needs[f"trainer.v1.{mode}.parameter_sync_step"] = mini_batches
         needs["trainer.v1.separate_async.parameter_sync_step"] = mini_batches
     with open_dict(config):

@@ -38,7 +38,7 @@ from verl_m2po.patches import verl as verl_patches
 # As a module: where the buffer is imported first, verl imports this file before the buffer has its class.
 from verl_m2po.staleness import buffer, checks
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger
-from verl_m2po.staleness.config import BoundedAsyncConfig, load_mode_config
+from verl_m2po.staleness.config import BoundedAsyncConfig, load_mode_config, make_clock
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.restart import random_states, resume
 from verl_m2po.staleness.restart.checkpoint import Checkpoints, folder_name
@@ -172,7 +172,7 @@ class _StalenessTrainer(PPOTrainer):
 
     def _build_replay_buffer(self) -> "buffer.StalenessReplayBuffer":
         settings = load_mode_config(self.config, self.trainer_mode)
-        clock = checks.make_clock(self.config)
+        clock = make_clock(self.config)
         return buffer.StalenessReplayBuffer(
             rule=self._make_rule(clock.steps(settings.staleness_updates), clock.train_batch_size),
             clock=clock,
@@ -194,11 +194,10 @@ class _StalenessTrainer(PPOTrainer):
                 "actor_rollout_ref.actor.ppo_mini_batch_size, or give data.train_files more prompts; those longer than "
                 "data.max_prompt_length are left out where data.filter_overlong_prompts=true"
             )
-        rule, clock = self.replay_buffer.rule, checks.make_clock(self.config)
-        require_sound(
-            checks.check_run_length(rule.staleness_steps, clock, self.trainer_mode, self.total_training_steps)
-        )
-        rule.limit(self.total_training_steps)
+        rule, clock = self.replay_buffer.rule, make_clock(self.config)
+        steps = checks.planned_steps(self.config, prompts)
+        require_sound(checks.check_run_length(rule.staleness_steps, clock, self.trainer_mode, steps))
+        rule.limit(steps)
 
     def on_train_begin(self) -> None:
         self.replay_buffer.metrics.begin()
@@ -245,7 +244,7 @@ class _StalenessTrainer(PPOTrainer):
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """As verl's, and the age of each row for the actor worker, which measures the mismatch floor at age zero."""
         batch = super()._compute_advantage(batch, metrics)
-        clock = checks.make_clock(self.config)
+        clock = make_clock(self.config)
         ages = [
             clock.age_at_call_updates(tag["min_global_steps"], self.global_steps, self.local_trigger_step)
             for tag in batch.tags

@@ -5,17 +5,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from verl_m2po.ground.problem import Problem
-
-TRAINER = "trainer.n_gpus_per_node"
-ROLLOUT = "actor_rollout_ref.rollout.n_gpus_per_node"
+from verl_m2po.ground.verl_config import read
+from verl_m2po.launch.checks.numbers import DEVICES, NODES, ROLLOUT_DEVICES, ROLLOUT_NODES
 
 
 def problems(config: DictConfig) -> Iterator[Problem]:
     """Yield what `config` asks for and this machine has not. Silent where Ray joins a cluster that may have it."""
-    if OmegaConf.select(config, "trainer.device") != "cuda" or _joins_a_cluster(config):
+    if read(config, "trainer.device") != "cuda" or _joins_a_cluster(config):
         return
     nodes, gpus = _needed(config)
     available = _available()
@@ -28,8 +27,8 @@ def problems(config: DictConfig) -> Iterator[Problem]:
         )
     elif gpus > available:
         yield Problem(
-            TRAINER,
-            config.trainer.n_gpus_per_node,
+            DEVICES.key,
+            DEVICES.of(config),
             f"training and generation need {gpus} GPUs on {nodes} node(s); this machine has {available}, and no Ray "
             "cluster is running",
             "Use hardware=one_gpu, eight_gpu or eight_gpu_separate, set trainer.n_gpus_per_node, or start the cluster "
@@ -39,10 +38,8 @@ def problems(config: DictConfig) -> Iterator[Problem]:
 
 def _needed(config: DictConfig) -> tuple[int, int]:
     """Nodes and GPUs that verl's resource pools ask for."""
-    rollout_nodes = OmegaConf.select(config, "actor_rollout_ref.rollout.nnodes") or 0
-    nodes = config.trainer.nnodes + rollout_nodes
-    gpus = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    return nodes, gpus + rollout_nodes * (OmegaConf.select(config, ROLLOUT) or 0)
+    rollout_nodes, nodes = ROLLOUT_NODES.of(config) or 0, NODES.of(config)
+    return nodes + rollout_nodes, nodes * DEVICES.of(config) + rollout_nodes * (ROLLOUT_DEVICES.of(config) or 0)
 
 
 def _available() -> int:
@@ -52,7 +49,7 @@ def _available() -> int:
 
 
 def _joins_a_cluster(config: DictConfig) -> bool:
-    address = OmegaConf.select(config, "ray_kwargs.ray_init.address")
+    address = read(config, "ray_kwargs.ray_init.address")
     # Where `ray start` leaves the address of the cluster on this machine.
     running = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "ray_current_cluster").exists()
     return address not in (None, "local") or "RAY_ADDRESS" in os.environ or (address is None and running)

@@ -10,13 +10,14 @@ from importlib import resources
 from omegaconf import DictConfig, OmegaConf
 
 from verl_m2po.ground.problem import Problem
+from verl_m2po.ground.verl_config import read
 
 SIMILARITY = 0.8
 
 
 def problems(config: DictConfig) -> Iterator[Problem]:
     """Yield every key that was added on the command line beside one of ours with nearly the same name."""
-    for override in OmegaConf.select(config, "hydra.overrides.task") or []:
+    for override in read(config, "hydra.overrides.task") or []:
         key, _, value = override.lstrip("+").partition("=")
         if override.startswith("+") and (meant := nearest(key)):
             yield Problem(f"+{key}", value, "there is no such setting, so nothing would read it", f"Set {meant}")

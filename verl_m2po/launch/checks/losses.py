@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from verl_m2po.ground.problem import Problem
+from verl_m2po.ground.verl_config import read
 from verl_m2po.losses import requirements
 from verl_m2po.losses.kernel.settings import KEY
 
@@ -24,10 +25,10 @@ def _actor_worker(config: DictConfig) -> Iterator[Problem]:
     """What concerns the whole mini-batch needs our actor worker in verl's seam."""
     loss = requirements.loss_name(config)
     needing = {
-        f"{KEY}.m2po.scope": loss == "m2po" and OmegaConf.select(config, f"{KEY}.m2po.scope") == "mini_batch",
-        f"{KEY}.bapo.scope": loss == "bapo" and OmegaConf.select(config, f"{KEY}.bapo.scope") == "mini_batch",
-        requirements.STEP_SCALE: bool(OmegaConf.select(config, requirements.STEP_SCALE)),
-        requirements.DIAGNOSTICS: bool(OmegaConf.select(config, requirements.DIAGNOSTICS)),
+        f"{KEY}.m2po.scope": loss == "m2po" and read(config, f"{KEY}.m2po.scope") == "mini_batch",
+        f"{KEY}.bapo.scope": loss == "bapo" and read(config, f"{KEY}.bapo.scope") == "mini_batch",
+        requirements.STEP_SCALE: bool(read(config, requirements.STEP_SCALE)),
+        requirements.DIAGNOSTICS: bool(read(config, requirements.DIAGNOSTICS)),
     }
     if not any(needing.values()):
         return
@@ -35,13 +36,13 @@ def _actor_worker(config: DictConfig) -> Iterator[Problem]:
 
     reason = worker.why_not_installed()
     for key in (key for key, needs in needing.items() if needs and reason):
-        value = OmegaConf.select(config, key)
+        value = read(config, key)
         yield Problem(key, value, f"{key}={value} cannot be honoured: {reason}.", "")
 
 
 def _settings(config: DictConfig) -> Iterator[Problem]:
     """Build the settings as verl's workers will, and pass on what they complain of."""
     try:
-        instantiate(OmegaConf.select(config, KEY), _convert_="partial")
+        instantiate(read(config, KEY), _convert_="partial")
     except InstantiationException as error:
-        yield Problem(KEY, OmegaConf.select(config, KEY), str(error.__cause__ or error).rstrip("."), "")
+        yield Problem(KEY, read(config, KEY), str(error.__cause__ or error).rstrip("."), "")

@@ -6,10 +6,11 @@ import socket
 from collections.abc import Iterator
 
 import psutil
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from verl_m2po.cpu import environment
 from verl_m2po.ground.problem import Problem
+from verl_m2po.ground.verl_config import read
 
 # Peak of a run with the tiny model: 6.7-7.6 GB, most of it the code of ten processes.
 MEMORY_GIB = 8
@@ -19,7 +20,7 @@ _PORTS = 32
 
 def problems(config: DictConfig) -> Iterator[Problem]:
     """Yield what is wrong with this machine for `config`."""
-    if OmegaConf.select(config, "trainer.device") != environment.PLATFORM_NAME:
+    if read(config, "trainer.device") != environment.PLATFORM_NAME:
         return
     yield from _gpu()
     yield from _memory()
@@ -70,7 +71,7 @@ def _ports() -> Iterator[Problem]:
 
 
 def _vllm(config: DictConfig) -> Iterator[Problem]:
-    name = OmegaConf.select(config, "actor_rollout_ref.rollout.name")
+    name = read(config, "actor_rollout_ref.rollout.name")
     if name == "vllm" and importlib.util.find_spec("vllm") is None:
         yield Problem(
             "actor_rollout_ref.rollout.name",
@@ -84,7 +85,7 @@ def _ray(config: DictConfig) -> Iterator[Problem]:
     import ray
     from ray._private import services
 
-    settings = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
+    settings = read(config, "ray_kwargs.ray_init") or {}
     # The jobs of a sweep share the cluster that the first of them started.
     if settings.get("address") is not None or ray.is_initialized():
         return

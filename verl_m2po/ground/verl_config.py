@@ -1,0 +1,51 @@
+"""How verl's config is read: one way, so that a check that falls over can say where it was looking."""
+
+from contextvars import ContextVar
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+TRAINER_MODE = "trainer.v1.trainer_mode"
+
+_last_key: ContextVar[str] = ContextVar("last_key", default="")
+
+
+def read(config: DictConfig, key: str, default: Any = None) -> Any:
+    """The value at the dotted `key`; `default` where there is none. null is None, whatever the default.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: an interpolation on the way leads nowhere.
+    """
+    _last_key.set(key)
+    found = OmegaConf.select(config, key, default=_ABSENT)
+    return default if found is _ABSENT else found
+
+
+_ABSENT = object()
+
+
+def last_key() -> str:
+    """The key that was read last in this context; empty before any."""
+    return _last_key.get()
+
+
+def forget_last_key() -> None:
+    """Begin anew: what is read from now on belongs to another question."""
+    _last_key.set("")
+
+
+def has_proximal_policy(config: DictConfig) -> bool:
+    """Whether verl recomputes `old_log_probs` and puts the age of the data into weights proximal over behaviour policy.
+
+    Recomputed without such weights, the age would be in no ratio that a loss sees.
+    """
+    correction = read(config, "algorithm.rollout_correction") or {}
+    if correction.get("bypass_mode", False):
+        return False
+    return correction.get("rollout_is") is not None or correction.get("rollout_rs") is not None
+
+
+def overridden_keys(config: DictConfig) -> list[str]:
+    """Keys that were set by hand: those of the command line's overrides, without `+`, in order."""
+    overrides = read(config, "hydra.overrides.task") or []
+    return [str(override).lstrip("+~").partition("=")[0] for override in overrides]

@@ -1,0 +1,48 @@
+"""Every question that is asked of a config before a run, in the order of what it costs to answer."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import psutil
+from omegaconf import DictConfig
+
+from verl_m2po.ground.check import Check, ask_all
+from verl_m2po.ground.problem import Problem
+from verl_m2po.launch.checks import data, devices, keys, losses, machine, model, numbers, outputs
+from verl_m2po.staleness import checks
+
+OF_ALL_RUNS = (Check("the names of keys", keys.problems, "hydra.overrides.task"),)
+"""Asked of verl's other runs too: a misspelt key of ours is why a run may seem to be none of our business."""
+
+
+def of_our_runs() -> Iterator[Check]:
+    """The checks of runs that use this package."""
+    prompts = partial(data.known_rows, key=data.TRAIN)
+    yield Check("verl's numbers", numbers.problems, "trainer")
+    yield Check("the policy loss", losses.problems, "actor_rollout_ref.actor.policy_loss")
+    yield from checks.checks(psutil.virtual_memory().total, prompts)
+    yield Check("the log", outputs.log, outputs.NAME.key)
+    yield Check("the ledger", outputs.ledger, "trainer.v1")
+    yield Check("the journal", outputs.journal, "trainer.v1")
+    yield Check("the checkpoints", outputs.checkpoints, outputs.CHECKPOINTS.key)
+    yield Check("the checkpoint to resume from", outputs.resumed, "trainer.resume_mode")
+    yield Check("the model", model.exists, model.PATH.key)
+    yield Check("the positions of the model", model.positions, model.PATH.key)
+    for key in (data.TRAIN, data.VALIDATION):
+        yield Check(f"the files of {key}", partial(data.exist, key=key), key)
+        yield Check(f"the columns of {key}", partial(data.columns, key=key), key)
+    yield Check("the size of the training data", data.batch, data.TRAIN)
+    yield Check("the size of the validation data", data.validation, data.VALIDATION)
+    yield Check("long prompts", data.overlong, data.FILTER)
+    yield Check("the devices", devices.problems, "trainer.device")
+    yield Check("this machine", machine.problems, "trainer.device")
+
+
+def problems(config: DictConfig, is_ours: bool) -> list[Problem]:
+    """Everything that is wrong with `config`.
+
+    Args:
+        config: the composed config of a job, with Hydra's own section.
+        is_ours: whether it uses this package.
+    """
+    return ask_all([*OF_ALL_RUNS, *(of_our_runs() if is_ours else ())], config)

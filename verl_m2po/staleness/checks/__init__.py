@@ -1,0 +1,72 @@
+"""What in a configuration contradicts the staleness that it asks for: found before anything is started.
+
+Pure: configuration in, problems out. Each file asks about one thing. What a mode needs it sets itself, in trainer.py.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+from omegaconf import DictConfig
+
+from verl_m2po.ground.check import Check, ask_all
+from verl_m2po.ground.problem import Problem
+from verl_m2po.staleness.checks import failed_trajectories, memory, numbers, run_length, sampling, setup, units
+from verl_m2po.staleness.checks.run_length import check_run_length, planned_steps
+from verl_m2po.staleness.config import is_chosen
+
+__all__ = ["PreflightError", "Problem", "check", "check_run_length", "checks", "planned_steps"]
+
+
+Prompts = Callable[[DictConfig], int | None]
+
+
+class PreflightError(ValueError):
+    """The configuration contradicts the staleness that it asks for."""
+
+
+def _unknown(_config: DictConfig) -> None:
+    return None
+
+
+def checks(available_memory_bytes: int | None = None, prompts: Prompts = _unknown) -> Iterator[Check]:
+    """Every question about a run in one of our trainer modes.
+
+    Args:
+        available_memory_bytes: memory of the machine; None leaves the memory unchecked where no limit is configured.
+        prompts: how many the training set has at most, None where only the trainer will know.
+    """
+    questions = (
+        Check("the numbers of the mode", numbers.problems, "trainer.v1"),
+        Check("the units of the staleness", units.problems, "data.train_batch_size"),
+        Check("parameter_sync_step", units.sync_step, "trainer.v1"),
+        Check("failed trajectories", failed_trajectories.problems, "trainer.v1"),
+        Check("top_p", sampling.top_p, sampling.TOP_P.key),
+        Check("top_k", sampling.top_k, sampling.TOP_K.key),
+        Check("the temperature", sampling.temperature, sampling.TEMPERATURE.key),
+        Check("what the mode replaces", setup.replaced, "trainer"),
+        Check("the devices of the rollout", setup.devices, "actor_rollout_ref.rollout"),
+        Check(
+            "the memory for rollouts that wait",
+            partial(memory.fits, available_memory_bytes=available_memory_bytes),
+            "trainer.v1",
+        ),
+        Check("the entries of TransferQueue", memory.has_entries, memory.CAPACITY.key),
+        Check("the length of the run", partial(run_length.problems, prompts=prompts), "trainer.total_training_steps"),
+    )
+    for question in questions:
+        yield question._replace(ask=partial(_of_our_modes, question.ask))
+
+
+def _of_our_modes(ask: Callable[[DictConfig], Iterable[Problem]], config: DictConfig) -> Iterator[Problem]:
+    if is_chosen(config):
+        yield from ask(config)
+
+
+def check(config: DictConfig, available_memory_bytes: int | None = None) -> list[Problem]:
+    """All problems of a verl configuration whose `trainer.v1.trainer_mode` is one of ours.
+
+    Args:
+        config: verl's configuration, resolved.
+        available_memory_bytes: memory of the machine; None leaves the memory unchecked where no limit is configured.
+    """
+    return ask_all(checks(available_memory_bytes), config)

@@ -1,0 +1,64 @@
+"""Does the staleness fit into the run at all?"""
+
+from collections.abc import Callable, Iterator
+
+from omegaconf import DictConfig
+
+from verl_m2po.ground.problem import Problem
+from verl_m2po.staleness.checks.numbers import (
+    TOTAL_EPOCHS,
+    TOTAL_STEPS,
+    TRAIN_BATCH_SIZE,
+    mode_and_settings,
+    staleness_steps,
+)
+from verl_m2po.staleness.rule.units import UpdateClock
+
+
+def problems(config: DictConfig, prompts: Callable[[DictConfig], int | None]) -> Iterator[Problem]:
+    """Yield a staleness that the run is too short for, as far as its length is known before it starts.
+
+    Args:
+        prompts: how many the training set has at most; None where only the trainer will know.
+    """
+    total_steps = planned_steps(config, prompts(config))
+    if total_steps is not None:
+        mode, _ = mode_and_settings(config)
+        clock, steps = staleness_steps(config)
+        yield from check_run_length(steps, clock, mode, total_steps)
+
+
+def planned_steps(config: DictConfig, prompts: int | None) -> int | None:
+    """Trainer steps after which verl ends the run: those of its epochs, or `trainer.total_training_steps` if fewer.
+
+    Args:
+        prompts: in the training set; None if unknown.
+
+    Returns:
+        None where neither the config nor the data set says.
+    """
+    steps = TOTAL_STEPS.of(config)
+    if prompts is None:
+        return steps
+    in_epochs = prompts // TRAIN_BATCH_SIZE.of(config) * TOTAL_EPOCHS.of(config)
+    return in_epochs if steps is None else min(steps, in_epochs)
+
+
+def check_run_length(staleness_steps: int, clock: UpdateClock, mode: str, total_steps: int) -> list[Problem]:
+    """Whether the staleness fits into a run.
+
+    Args:
+        total_steps: trainer steps of the whole run.
+    """
+    if staleness_steps == 0 or staleness_steps < total_steps:
+        return []
+    longest = max(0, clock.updates(total_steps - 1))
+    return [
+        Problem(
+            f"trainer.v1.{mode}.staleness_updates",
+            clock.updates(staleness_steps),
+            f"the run has {total_steps} trainer steps of {clock.updates_per_step} updates, so it would end before it "
+            "trains on a rollout of its own weights",
+            f"Set it to at most {longest}, or make the run longer (trainer.total_training_steps, trainer.total_epochs)",
+        )
+    ]

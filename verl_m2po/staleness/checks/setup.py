@@ -1,0 +1,68 @@
+"""Does the run use a part of verl that the mode replaces, or lack the devices that it needs?"""
+
+from collections.abc import Iterator
+
+from omegaconf import DictConfig
+
+from verl_m2po.ground.problem import Problem
+from verl_m2po.ground.settings import Number
+from verl_m2po.ground.verl_config import TRAINER_MODE, read
+from verl_m2po.staleness.config import SEPARATE_MODES
+
+_ROLLOUT = "actor_rollout_ref.rollout"
+_SWITCH = "trainer.v1.separate_async.hybrid_rollout.enable_switch"
+_SAMPLER = "trainer.v1.sampler.custom_sampler.path"
+_MANAGER = f"{_ROLLOUT}.agent.agent_loop_manager_class"
+_RULED_OUT = {
+    "algorithm.filter_groups.enable": "dynamic sampling (DAPO) replaces groups after generation, which the staleness "
+    "modes do not do yet",
+    "skip.rollout_tq.enable": "skipped rollouts have no weight version",
+    "actor_rollout_ref.actor.checkpoint.async_save": "verl would still be writing when the checkpoint is declared "
+    "whole",
+}
+"""What no mode can have switched on, and why."""
+
+_OPTION = "Add staleness=bounded_async or staleness=s64_separate, with hardware=eight_gpu_separate or cpu"
+
+
+def replaced(config: DictConfig) -> Iterator[Problem]:
+    """Yield what cannot work beside the mode."""
+    mode = read(config, TRAINER_MODE)
+    if not read(config, "trainer.use_v1", True):
+        why = f"the trainer mode {mode} exists in verl's v1 trainer only"
+        yield Problem("trainer.use_v1", False, why, "Set it to true")
+    for key, why in _RULED_OUT.items():
+        if read(config, key):
+            yield Problem(key, True, why, "Set it to false")
+    if read(config, _SWITCH) and mode in SEPARATE_MODES:
+        why = "lending the training devices to the rollout is driven by verl's own buffer"
+        yield Problem(_SWITCH, True, why, "Set it to false")
+    sampler = read(config, _SAMPLER)
+    # hardware=cpu sets one of ours, which only makes verl's own buffer poll faster; it is not used here.
+    if sampler is not None and not str(sampler).startswith("pkg://verl_m2po."):
+        yield Problem(_SAMPLER, sampler, f"the mode {mode} brings its own sampler", "Remove it")
+    manager = read(config, _MANAGER)
+    if manager is not None and not str(manager).startswith("verl_m2po."):
+        why = f"the mode {mode} needs verl_m2po.staleness.rollout.agent_loop.StalenessAgentLoopManager"
+        yield Problem(_MANAGER, manager, why, "Remove it; custom agent loops are not affected")
+
+
+def devices(config: DictConfig) -> Iterator[Problem]:
+    """Yield what a separate mode lacks to generate; verl asks in an assertion, and after Ray has started."""
+    mode = read(config, TRAINER_MODE)
+    if mode not in SEPARATE_MODES:
+        return
+    for name, what in (("nnodes", "node"), ("n_gpus_per_node", "device of such a node")):
+        value = Number(f"{_ROLLOUT}.{name}", 0, may_be_null=True).of(config)
+        if not value:
+            why = f"the mode {mode} generates on devices of its own, and no {what} is given to it"
+            yield Problem(f"{_ROLLOUT}.{name}", value, why, f"{_OPTION}, or set it to 1 or more")
+    backend = read(config, f"{_ROLLOUT}.checkpoint_engine.backend")
+    if backend in (None, "naive"):
+        why = "it moves weights within one process, and the rollout has processes of its own"
+        remedy = f"{_OPTION}, or set it to nccl (gloo on the CPU)"
+        yield Problem(f"{_ROLLOUT}.checkpoint_engine.backend", backend, why, remedy)
+    if read(config, "actor_rollout_ref.hybrid_engine") is not False:
+        why = f"verl keeps a second rollout on the training devices, which the mode {mode} never asks"
+        remedy = "Set it to false to have the memory"
+        yield Problem("actor_rollout_ref.hybrid_engine", True, why, remedy, is_fatal=False)
