@@ -3,7 +3,7 @@
 import pytest
 
 from staleness_study import plan
-from verl_m2po.launch import callback
+from verl_m2po.launch import registry
 from verl_m2po.one_process import setup as setups
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 
@@ -98,7 +98,7 @@ def test_refuses_what_the_preflight_refuses_in_its_words(overrides, key):
         setups.read(overrides)
     assert key in str(refused.value)
     config = setups._compose(setups.CONFIG, overrides)
-    said = [str(problem) for problem in callback.problems(config) if problem.is_fatal]
+    said = [str(problem) for problem in registry.problems(config, is_ours=True) if problem.is_fatal]
     assert all(line.removeprefix("  - ") in said for line in str(refused.value).splitlines())
 
 

@@ -190,5 +190,6 @@ def _longest_message_bytes(path: Path, column: str) -> int:
         texts = chunk.flatten()
         if texts.type.get_field_index("content") < 0 or not pyarrow.types.is_string(texts.type.field("content").type):
             return 0
-        longest = max(longest, compute.max(compute.binary_length(texts.field("content"))).as_py() or 0)
+        lengths = compute.binary_length(texts.field("content"))  # pyright: ignore[reportAttributeAccessIssue]
+        longest = max(longest, compute.max(lengths).as_py() or 0)  # pyright: ignore[reportAttributeAccessIssue]
     return longest
