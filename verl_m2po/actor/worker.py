@@ -22,7 +22,9 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
+from verl_m2po.actor.proof import ProvenTrainingWorker
 from verl_m2po.advantages.finite import require_finite
+from verl_m2po.ground.fields import AGE_FIELD
 from verl_m2po.losses.config import KEY, M2POConfig, StepScaleConfig
 from verl_m2po.losses.family import opsm
 from verl_m2po.losses.family.bapo import BAPOConfig, BoundsSearch
@@ -34,11 +36,6 @@ from verl_m2po.losses.kernel.token_pass import Tokens, add_tokens, as_tokens, we
 from verl_m2po.losses.step_scale import scaled_by_effective_share, sequence_log_weight
 from verl_m2po.patches.verl import around_optimizer_step
 from verl_m2po.second_moment import TrustRegionSearch
-
-# Optional field of the data, int [batch]: optimizer updates between the weights that generated the row and the weights
-# with which its `train_mini_batch` starts.
-AGE_FIELD = "age_updates"
-
 
 STATE_FILE = "m2po_worker.json"
 """Beside verl's shards in a checkpoint: what this worker knows besides them. The same on every rank."""
@@ -56,7 +53,7 @@ class Seen(NamedTuple):
     is_age_zero: Tensor | None
 
 
-class M2POTrainingWorker(TrainingWorker):
+class M2POTrainingWorker(ProvenTrainingWorker):
     """verl's training worker, with one decision for each optimizer mini-batch where the loss asks for it.
 
     With any loss that is not of this package, and without `policy_loss.diagnostics`, it is verl's own worker.

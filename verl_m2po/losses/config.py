@@ -115,6 +115,8 @@ class M2POPolicyLossConfig(PolicyLossConfig):
     Args:
         selected: Registered name of the loss to use, from `algorithm.policy_loss`. It wins over `loss_mode`; None
             leaves `loss_mode` as it is.
+        requested_mode: `trainer.v1.trainer_mode`, for the actor worker to see at its first update whether that is what
+            trains. None: it is not looked at.
         m2po: Settings of the loss `m2po`.
         m2po_clip: Settings of the loss `m2po_clip`.
         rec: Settings of the loss `rec`.
@@ -129,6 +131,7 @@ class M2POPolicyLossConfig(PolicyLossConfig):
     """
 
     selected: str | None = None
+    requested_mode: str | None = None
     m2po: M2POConfig = field(default_factory=M2POConfig)
     m2po_clip: M2POClipConfig = field(default_factory=M2POClipConfig)
     rec: RECConfig = field(default_factory=RECConfig)
