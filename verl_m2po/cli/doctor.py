@@ -5,10 +5,16 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import Distribution, PackageNotFoundError, entry_points, version
+from pathlib import Path
+from types import ModuleType
 
+from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
+
+SUPPORTED_VERL = ">=0.9.1,<0.10"
+"""As in pyproject.toml. 0.9.0 cannot be told to leave the age of rollouts to us."""
 
 # Versions that our end-to-end tests ran with. Others may work; doctor says which they are.
 TESTED_VERSIONS = {
@@ -37,8 +43,15 @@ class Registration:
 
 @dataclass
 class Findings:
-    """What one process sees."""
+    """What one process sees.
 
+    Args:
+        verl: Version and folder of the verl that it imported.
+        registrations: What is there of the plugin's table.
+        problems: What is wrong, each with its remedy.
+    """
+
+    verl: str = ""
     registrations: list[Registration] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -58,11 +71,12 @@ def inspect_process() -> Findings:
     """Import verl as any process does, and look for everything that the plugin's table promises."""
     findings = Findings()
     findings.problems += _entry_point_problems()
-    import verl  # noqa: F401  # loads the plugin, or does not: that is what we are here to see
+    import verl  # loads the plugin, or does not: that is what we are here to see
 
     from verl_m2po.cli import registries
     from verl_m2po.plugin import EXTENSIONS
 
+    findings.verl = f"{verl.__version__} from {_folder_of(verl)}"
     for extension in EXTENSIONS:
         try:
             origins = registries.origins(extension)
@@ -79,6 +93,47 @@ def inspect_process() -> Findings:
         if r.origin is None
     ]
     return findings
+
+
+def verl_problem() -> str | None:
+    """Return what is wrong with the verl that is imported here, as the one cause of all that follows; None if nothing.
+
+    What is imported need not be what is installed: a folder `verl` in the working directory or on PYTHONPATH is first.
+    """
+    found = importlib.util.find_spec("verl")
+    if found is None:
+        return None  # `version_problems` says so.
+    wanted = f"verl{SUPPORTED_VERL}"
+    hidden = _hidden_installation(Path(found.origin or next(iter(found.submodule_search_locations or [""]), "")))
+    remedy = (
+        f"Remedy: it hides the installed verl {installed_version('verl')}; take it off PYTHONPATH, or run from another "
+        "folder."
+        if hidden
+        else f"Remedy: pip install '{wanted}'."
+    )
+    try:
+        import verl
+
+        imported = verl.__version__
+    except Exception as error:
+        return f"verl cannot be imported from {found.origin}: {type(error).__name__}: {error}. {remedy}"
+    if SpecifierSet(SUPPORTED_VERL, prereleases=True).contains(imported):
+        return None
+    return f"verl {imported}, imported from {_folder_of(verl)}, is not supported: {wanted} is needed. {remedy}"
+
+
+def _folder_of(module: ModuleType) -> Path:
+    return Path(module.__file__ or "").parent
+
+
+def _hidden_installation(imported: Path) -> bool:
+    """Whether another verl is installed than the one at `imported`. One that is installed in place may be anywhere."""
+    try:
+        installed = Distribution.from_name("verl")
+    except PackageNotFoundError:
+        return False
+    files = {Path(str(installed.locate_file(file))).resolve() for file in installed.files or ()}
+    return bool(files) and not any(path.suffix == ".pth" for path in files) and imported.resolve() not in files
 
 
 def _entry_point_problems() -> Iterator[str]:
@@ -111,16 +166,13 @@ def inspect_ray_worker() -> Findings:
 def version_problems() -> Iterator[str]:
     """Yield what is missing or outside the range that this package supports."""
     for package, remedy in (
-        ("verl", "pip install 'verl>=0.9,<0.10'"),
-        ("ray", "pip install 'verl>=0.9,<0.10' (it brings Ray)"),
+        ("verl", f"pip install 'verl{SUPPORTED_VERL}'"),
+        ("ray", f"pip install 'verl{SUPPORTED_VERL}' (it brings Ray)"),
         ("TransferQueue", "pip install 'TransferQueue>=0.1.10' (verl's v1 trainer stores rollouts in it)"),
         ("vllm", "pip install vllm as verl's documentation says, or `make env` for the CPU build"),
     ):
         if installed_version(package) is None:
             yield f"{package} is not installed. Remedy: {remedy}."
-    found = installed_version("verl")
-    if found and not found.startswith("0.9."):
-        yield f"verl {found} is not supported. Remedy: pip install 'verl>=0.9,<0.10'."
 
 
 def device_line() -> str:
@@ -167,22 +219,41 @@ def run(console: Console, ray_worker: bool = True) -> bool:
     problems = list(version_problems())
     if importlib.util.find_spec("verl") is None:
         return _print_problems(console, problems)
+    if (cause := verl_problem()) is not None:
+        # All else would follow from it.
+        return _print_problems(console, [cause])
     here = inspect_process()
     problems += here.problems
+    if not here.problems:
+        with console.status("building what a run builds"):
+            problems += built_problems()
     worker = None
     if ray_worker:
         try:
             with console.status("looking inside a Ray worker"):
                 worker = inspect_ray_worker()
             problems += [f"in a Ray worker: {problem}" for problem in worker.problems]
+            if worker.verl != here.verl:
+                problems.append(
+                    f"a Ray worker imports verl {worker.verl}, this process {here.verl}. Remedy: one verl on all nodes."
+                )
         except Exception as error:
             problems.append(
                 f"could not look inside a Ray worker: {type(error).__name__}: {error}. "
                 "Remedy: `ray stop --force` if an old cluster is left behind; free some memory; see `ray start --head`."
             )
     console.print(_registrations_table(here, worker))
+    console.print(f"verl {here.verl}")
     console.print(f"device: {device_line()}")
     return _print_problems(console, problems)
+
+
+def built_problems() -> list[str]:
+    """Return what is registered and cannot be built: each of our losses, and each trainer mode with rule and buffer."""
+    from verl_m2po.cli import constructions
+    from verl_m2po.plugin import EXTENSIONS
+
+    return [problem for extension in EXTENSIONS for problem in constructions.problems(extension)]
 
 
 def _print_problems(console: Console, problems: list[str]) -> bool:
