@@ -27,12 +27,13 @@ from tensordict.tensorclass import NonTensorStack
 from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.buffer import StalenessReplayBuffer
 from verl_m2po.staleness.rows import codec
 from verl_m2po.staleness.rows.store import lot_partition
+from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow
 from verl_m2po.staleness.rule.records import Row
-from verl_m2po.staleness.rule.rules import ExactStale
 from verl_m2po.staleness.rule.units import UpdateClock
 from verl_m2po.staleness.watch.stop import StopRequest
 
@@ -184,10 +185,9 @@ def _fill_ours(depth: int, tokens: int) -> Take:
     rule.limit(depth)
     buffer = StalenessReplayBuffer(
         rule=rule,
-        clock=UpdateClock(PROMPTS, PROMPTS),
+        metrics=StalenessMetrics(UpdateClock(PROMPTS, PROMPTS)),
         failures=FailureWindow(),
         stop=StopRequest(wait_s=0.0),
-        ledger=None,
         dispatch=lambda _: None,
         trainer_mode="stale_k",
         trainer_config={},

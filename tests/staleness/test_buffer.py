@@ -14,14 +14,17 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger
+from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.buffer import StalenessReplayBuffer
 from verl_m2po.staleness.restart.journal import FinishedGroup, Journal, JournalError, RowsWriter
 from verl_m2po.staleness.rollout.masking import StoredRow, stand_in
 from verl_m2po.staleness.rows import codec
 from verl_m2po.staleness.rows.store import lot_partition
+from verl_m2po.staleness.rule.bounded import BoundedAsync
+from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow, TooManyFailures
 from verl_m2po.staleness.rule.records import GroupReport, Row
-from verl_m2po.staleness.rule.rules import BoundedAsync, ExactStale, StalenessViolation
+from verl_m2po.staleness.rule.rules import StalenessViolation
 from verl_m2po.staleness.rule.units import UpdateClock
 from verl_m2po.staleness.watch.liveness import WorkerDied
 from verl_m2po.staleness.watch.stop import StopRequest, StopRequested
@@ -155,10 +158,9 @@ class Run:
         self.is_asked_to_end = False
         self.buffer = StalenessReplayBuffer(
             rule=rule,
-            clock=UpdateClock(BATCH, BATCH // 2),
+            metrics=StalenessMetrics(UpdateClock(BATCH, BATCH // 2)),
             failures=FailureWindow(max_failed_fraction, window=10),
-            ledger=ledger,
-            journal=journal,
+            listeners=[listener for listener in (ledger, journal) if listener is not None],
             dispatch=self.dispatch,
             stop=StopRequest(wait_s=0.0, look=lambda: self.is_asked_to_end),
             trainer_mode="stale_k",
@@ -274,8 +276,7 @@ def test_bounded_async_trains_every_group_once_within_the_bound(transfer_queue):
 def test_over_age_tokens_leave_the_masks(transfer_queue, mask_share):
     run = Run(transfer_queue, BoundedAsync(1, BATCH, min_usable_share=0.0), "masked", mask_share=mask_share)
     run.buffer.pump()
-    while run.buffer.rule.ready < 2 * BATCH:
-        run.buffer._take_reports(0.1)
+    run.buffer.wait_until(lambda: run.buffer.rule.ready == 2 * BATCH, "both batches")
     # What is ready is of version 0, all of it over age; a new generation that began with version 0 is over age in part.
     run.workers.spans = lambda tokens, version: ((0, 1), (version, tokens - 1)) if tokens > 1 else ((version, 1),)
     run.buffer.advance(1)
@@ -374,7 +375,7 @@ def test_with_a_journal_a_crash_loses_only_what_was_being_generated(
         transfer_queue.load_checkpoint(tmp_path / "tq")
         again.buffer.load_state_dict(state, version=saved)
     in_flight = [ticket.uid for ticket in again.buffer.rule.in_flight_tickets()]
-    again.buffer.replay(journal.read(position["segment"], saved, in_flight, ["some"]), again.draw)
+    again.buffer.backlog.replay(journal.read(position["segment"], saved, in_flight, ["some"]), again.draw)
     journal.start(position["run"])
     again.buffer.begin(saved)
     tickets, prompts = again.buffer.reopen_groups()
@@ -408,7 +409,7 @@ def test_another_data_set_than_that_of_the_journal_is_refused(transfer_queue, tm
     again = Run(transfer_queue, ExactStale(0, BATCH), "x")
     again.dispatched = 7
     with pytest.raises(JournalError, match="dispatched prompt 0 at place 0, where the data set now gives prompt 7"):
-        again.buffer.replay(journal.read(1, 0, [], []), again.draw)
+        again.buffer.backlog.replay(journal.read(1, 0, [], []), again.draw)
     clear(transfer_queue)
 
 
@@ -475,7 +476,7 @@ def test_what_is_lost_with_a_process_ends_the_run_and_not_its_prompts(transfer_q
 def test_too_many_masked_trajectories_stop_the_run_as_well(transfer_queue):
     run = Run(transfer_queue, BoundedAsync(3, BATCH), "half", mask_share=1.0, max_failed_fraction=0.4)
     with pytest.raises(TooManyFailures, match=r"^5 of the last 10 prompt groups failed.*\n  10 x TimeoutError: slow$"):
-        run.buffer._wait_until(lambda: False, "it stops by itself")
+        run.buffer.wait_until(lambda: False, "it stops by itself")
     assert run.buffer.step_metrics()["staleness/masked_trajectories"] == 10
     assert run.buffer.rule.ready == 10, "what is masked is kept"
     clear(transfer_queue)

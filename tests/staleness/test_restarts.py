@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_simulation import Simulation, Workload
 
-from verl_m2po.staleness.rule.rules import BoundedAsync, ExactStale
+from verl_m2po.staleness.rule.bounded import BoundedAsync
+from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.units import exact_version
 
 pytestmark = pytest.mark.slow

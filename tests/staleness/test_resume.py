@@ -11,7 +11,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from verl_m2po.staleness.restart import random_states, resume
 from verl_m2po.staleness.restart.checkpoint import CheckpointError, Checkpoints, flaws
-from verl_m2po.staleness.rule.rules import BoundedAsync
+from verl_m2po.staleness.rule.bounded import BoundedAsync
 from verl_m2po.staleness.trainer import PPOTrainerBoundedAsync
 from verl_m2po.staleness.watch.stop import StopRequested
 

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_simulation import Simulation, Trace, Workload
 
+from verl_m2po.staleness.rule.bounded import BoundedAsync
+from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.records import Row
-from verl_m2po.staleness.rule.rules import BoundedAsync, ExactStale, StalenessViolation, UnknownGroup
+from verl_m2po.staleness.rule.rules import StalenessViolation, UnknownGroup
 from verl_m2po.staleness.rule.units import exact_version
 
 pytestmark = pytest.mark.slow

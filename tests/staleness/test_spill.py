@@ -56,7 +56,8 @@ def test_long_responses_wait_on_disk_and_come_back_as_they_were(folder):
     tq.kv_batch_put(keys=[row.key for row in rows], fields=packed, partition_id=lot_partition(0))
     assert on_disk(folder) == 2 * LONG * codec.BYTES_PER_RESPONSE_TOKEN, "what is short stays in memory"
 
-    batch = store.move_to_train((Group(ticket, tuple(rows)),), oldest_version=None)
+    batch = store.copy_to_train((Group(ticket, tuple(rows)),), oldest_version=None)
+    store.delete([(ticket, tuple(rows))])
     data = tq.kv_batch_get(keys=batch.keys, partition_id="train")
     for key in ("responses", "rollout_log_probs", "response_mask", "input_ids", "rm_scores"):
         for row, found in zip(fields, data[key].unbind(), strict=True):

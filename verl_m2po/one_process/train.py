@@ -26,8 +26,8 @@ from verl_m2po.one_process.learner import Learner
 from verl_m2po.one_process.rollouts import Generator, Problems, with_advantages
 from verl_m2po.one_process.setup import Setup
 from verl_m2po.staleness.account.metrics import StalenessMetrics
+from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.records import Row
-from verl_m2po.staleness.rule.rules import ExactStale
 from verl_m2po.staleness.rule.units import version_at_step
 from verl_m2po.tasks import supervision
 

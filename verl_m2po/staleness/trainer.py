@@ -38,6 +38,7 @@ from verl_m2po.patches import verl as verl_patches
 # As a module: where the buffer is imported first, verl imports this file before the buffer has its class.
 from verl_m2po.staleness import buffer, checks
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger
+from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.config import BoundedAsyncConfig, load_mode_config, make_clock
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.restart import random_states, resume
@@ -46,9 +47,12 @@ from verl_m2po.staleness.restart.journal import RUN_FILE, Journal
 from verl_m2po.staleness.rollout.client import SpanRecordingClient
 from verl_m2po.staleness.rollout.reports import WorkerReports
 from verl_m2po.staleness.rows.store import LOT_FIELD, lot_partition
+from verl_m2po.staleness.rule import events
+from verl_m2po.staleness.rule.bounded import BoundedAsync
+from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow
 from verl_m2po.staleness.rule.records import Ticket
-from verl_m2po.staleness.rule.rules import BoundedAsync, ExactStale, StalenessRule
+from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.watch.liveness import Watch
 from verl_m2po.staleness.watch.stop import StopRequest, StopRequested
 
@@ -175,10 +179,12 @@ class _StalenessTrainer(PPOTrainer):
         clock = make_clock(self.config)
         return buffer.StalenessReplayBuffer(
             rule=self._make_rule(clock.steps(settings.staleness_updates), clock.train_batch_size),
-            clock=clock,
+            metrics=StalenessMetrics(clock),
             failures=FailureWindow(settings.max_failed_fraction, settings.failed_window_groups),
-            ledger=TrainedRowsLedger(settings.ledger_path) if settings.ledger_path else None,
-            journal=self._journal,
+            listeners=[
+                *([TrainedRowsLedger(settings.ledger_path)] if settings.ledger_path else []),
+                *([self._journal] if self._journal is not None else []),
+            ],
             dispatch=self._add_prompts_to_generate,
             stop=self._stop,
             trainer_mode=self.trainer_mode,
@@ -200,7 +206,7 @@ class _StalenessTrainer(PPOTrainer):
         rule.limit(steps)
 
     def on_train_begin(self) -> None:
-        self.replay_buffer.metrics.begin()
+        self.replay_buffer.tell(events.Began())
         self._stop.announce_training()
         # Instead of verl's warm-up batches: the rule admits the ramp.
         self.replay_buffer.pump()
@@ -380,7 +386,7 @@ class _StalenessTrainer(PPOTrainer):
                 must_agree = [*must_agree, resume.MODEL]
             in_flight = [ticket.uid for ticket in self.replay_buffer.rule.in_flight_tickets()]
             replay = journal.read(position["segment"], self.global_steps, in_flight, must_agree)
-            self.replay_buffer.replay(replay, self._draw_prompts)
+            self.replay_buffer.backlog.replay(replay, self._draw_prompts)
         journal.start(position and position["run"], after=self._resumed_from)
 
     def _load_state(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.rule.records import Group, GroupReport
 
 
@@ -31,6 +32,20 @@ class TrainedRowsLedger:
         _end_torn_line(self._path)
         self._generated: dict[str, tuple[float, float]] = {}
         self._weights_at = time.time()
+
+    def on_event(self, event: events.Event) -> None:
+        """See `rule.events.Listener`."""
+        match event:
+            case events.Resumed(version):
+                self.resumed(version)
+            case events.Advanced():
+                self.advanced()
+            case events.Finished(_, report):
+                self.finished(report)
+            case events.Evicted(groups):
+                self.evicted(groups)
+            case events.Trained(step, version, selection):
+                self.trained(step, version, selection.oldest_version, selection.groups)
 
     def advanced(self) -> None:
         """The rollout holds new weights from now on."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.rule.records import Group, Row
 from verl_m2po.staleness.rule.units import UpdateClock
 
@@ -81,6 +82,29 @@ class StalenessMetrics:
         self._step = _Step()
         self._length_bias = LengthBias()
         self._generator_idle_since: float | None = None
+
+    def on_event(self, event: events.Event) -> None:
+        """See `rule.events.Listener`."""
+        match event:
+            case events.Began():
+                self.begin()
+            case events.Dispatched(tickets):
+                self.admitted(len(tickets))
+            case events.Finished(_, report):
+                self.masked(len(report.masked_errors))
+            case events.Failed(_, report) if report.was_aborted:
+                self.aborted(report.generated_tokens / report.responses)
+            case events.Failed():
+                self.failed()
+            case events.Evicted(groups):
+                for group in groups:
+                    self.dropped(group)
+            case events.Trained(_, version, selection):
+                self.trained(selection.groups, version, selection.oldest_version)
+            case events.TrainerWaited(seconds):
+                self.trainer_waited(seconds)
+            case events.GeneratorIdle(since):
+                self.generator_idle(since)
 
     def begin(self) -> None:
         """Training begins now; what came before, like starting the rollout servers, is no step's time."""

@@ -20,7 +20,7 @@ import struct
 import threading
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from safetensors.torch import load, save
 
 from verl_m2po.staleness.restart.checkpoint import Checkpoints, write_durably
 from verl_m2po.staleness.restart.resume import STATE_FILE
+from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.rule.records import Row, Ticket
 
 logger = logging.getLogger(__name__)
@@ -297,7 +298,15 @@ class Journal:
         """The file of an agent loop worker in the segment that is being written."""
         return self.root / f"{self._segment:06d}.worker-{worker}.rows"
 
-    def dispatched(self, tickets: list[Ticket], again: bool = False) -> None:
+    def on_event(self, event: events.Event) -> None:
+        """See `rule.events.Listener`. Finished groups are written by their agent loop workers."""
+        match event:
+            case events.Dispatched(tickets, again):
+                self.dispatched(tickets, again)
+            case events.Failed(ticket):
+                self.failed(ticket.uid)
+
+    def dispatched(self, tickets: Sequence[Ticket], again: bool = False) -> None:
         """These groups are about to be generated, for the first time or not."""
         self._write(["again" if again else "dispatched", [ticket.to_json() for ticket in tickets]])
 

@@ -133,8 +133,8 @@ class LotStore:
             per_lot[ticket.lot].append(ticket.uid)
         return per_lot
 
-    def move_to_train(self, groups: tuple[Group, ...], oldest_version: int | None) -> KVBatchMeta:
-        """Unpack the rows of `groups` into the partition that verl trains from, and delete them from their lots.
+    def copy_to_train(self, groups: tuple[Group, ...], oldest_version: int | None) -> KVBatchMeta:
+        """Unpack the rows of `groups` into the partition that verl trains from; their lots keep them.
 
         Args:
             groups: the batch, in the order in which it is trained.
@@ -153,7 +153,6 @@ class LotStore:
         tq.kv_batch_put(
             keys=keys, partition_id=TRAIN_PARTITION, fields=TensorDict(columns, batch_size=[len(keys)]), tags=tags
         )
-        self.delete([(group.ticket, group.rows) for group in groups])
         return KVBatchMeta(partition_id=TRAIN_PARTITION, keys=keys, tags=tags)
 
     @staticmethod

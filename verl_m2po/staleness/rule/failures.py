@@ -5,6 +5,8 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
+from verl_m2po.staleness.rule import events
+
 
 class TooManyFailures(RuntimeError):
     """More of the recent prompt groups failed than the run is willing to replace."""
@@ -25,6 +27,20 @@ class FailureWindow:
         self.max_failed_fraction = max_failed_fraction
         self._failed: deque[float] = deque(maxlen=window)
         self._errors: deque[str] = deque(maxlen=window)
+
+    def on_event(self, event: events.Event) -> None:
+        """See `rule.events.Listener`.
+
+        Raises:
+            TooManyFailures: as for `failed`.
+        """
+        match event:
+            case events.Returned(group):
+                self.kept(group.masked_share)
+            case events.Finished(group, report):
+                self.kept(group.masked_share, report.masked_errors)
+            case events.Failed(_, report) if report.error is not None and not report.was_aborted:
+                self.failed(report.error)
 
     def kept(self, masked_share: float = 0.0, errors: Sequence[str] = ()) -> None:
         """Count a group that is trained on.

@@ -134,12 +134,22 @@ class Selection:
     Args:
         groups: the batch, in the order in which it is trained.
         oldest_version: tokens of an older weight version must be masked; None if there are none.
-        evicted: groups that can no longer be used; their rows must be deleted. Their places are free again.
+        evicted: groups that can no longer be used, and were never trained; their rows must be deleted. Their places are
+            free again.
+        kept: uids of those of `groups` that may be selected again: their rows stay where they are.
+        retired: groups that were trained before and will not be again; their rows must be deleted.
     """
 
     groups: tuple[Group, ...]
     oldest_version: int | None
     evicted: tuple[Group, ...] = ()
+    kept: frozenset[str] = frozenset()
+    retired: tuple[Group, ...] = ()
+
+    @property
+    def used_up(self) -> tuple[Group, ...]:
+        """Those of `groups` whose rows nothing needs once the batch has been handed out."""
+        return tuple(group for group in self.groups if group.ticket.uid not in self.kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,54 @@ class UpdateClock:
         return self.updates(at_version - version)
 
 
+class UpdateCount:
+    """Optimizer updates that each trainer step really made, since they need not be those of the configuration.
+
+    verl cuts a batch into mini-batches by rows, so an agent loop that returns several trajectories for one prompt makes
+    more updates; `trainer.critic_warmup` makes steps without any.
+
+    Args:
+        clock: says what a step makes of which nothing else is known.
+    """
+
+    def __init__(self, clock: UpdateClock) -> None:
+        self.clock = clock
+        self._made: dict[int, int] = {}
+
+    def add(self, step: int, updates: int) -> None:
+        """Trainer step `step` makes that many updates, on top of those that it has been said to make."""
+        self._made[step] = self._made.get(step, 0) + updates
+
+    def in_step(self, step: int) -> int:
+        """Updates that step `step` has been said to make so far; 0 for one of which nothing is known."""
+        return self._made.get(step, 0)
+
+    def between(self, version: int, at_version: int) -> int:
+        """Updates between two weight versions: the age of a token of `version` when training starts from `at_version`.
+
+        The j-th update inside the step (from 0) adds j.
+        """
+        usual = self.clock.updates_per_step
+        return sum(self._made.get(step, usual) for step in range(version + 1, at_version + 1))
+
+    def oldest_within(self, bound_updates: int, at_version: int, oldest_version: int) -> int:
+        """The oldest version, `oldest_version` at least, that is at most `bound_updates` old at `at_version`."""
+        age_updates, version = 0, at_version
+        while version > oldest_version:
+            age_updates += self._made.get(version, self.clock.updates_per_step)
+            if age_updates > bound_updates:
+                break
+            version -= 1
+        return version
+
+    def state_dict(self) -> list[list[int]]:
+        """[step, updates] of the steps that made others than the clock says, as plain JSON."""
+        return [[step, n] for step, n in sorted(self._made.items()) if n != self.clock.updates_per_step]
+
+    def load_state_dict(self, state: list[list[int]]) -> None:
+        self._made = {step: updates for step, updates in state}
+
+
 def version_at_step(step: int) -> int:
     """The weight version that trainer step `step` (from 1) starts from, and that the rollout holds meanwhile."""
     return step - 1

@@ -1,0 +1,132 @@
+"""Bounded staleness: no token older than the bound is trained on, and hardly anything that is started is wasted."""
+
+import heapq
+from typing import Any
+
+from verl_m2po.staleness.rule.records import Group, Selection, Ticket
+from verl_m2po.staleness.rule.rules import StalenessRule
+from verl_m2po.staleness.rule.units import UpdateCount
+
+
+class BoundedAsync(StalenessRule):
+    """No token older than the bound is trained on; what is started is paced so that hardly anything is wasted.
+
+    The age of a token is counted from the version that generated it, time in the queue included. In this order:
+
+    1. *Pace.* At version v at most (v + bound + 1) batches are admitted in total, places of failed groups excepted.
+       As the oldest are trained first, a group that finishes at once is trained at an age of at most the bound,
+       however deep the queue is. Only a generation that itself outlives the bound can go over it.
+    2. *Abort.* A group in flight for `a` versions has about (bound + 1) / (a + 1) of its tokens within the bound; when
+       that falls below `min_usable_share` the rest of the generation is not worth its cost.
+    3. *Mask.* A finished group with at least `min_usable_share` of its tokens within the bound is trained; the older
+       tokens are masked. Long answers are kept that way, where dropping would teach the model to be short.
+    4. *Drop* the group otherwise.
+
+    Args:
+        min_usable_share: 0 never aborts and drops a group only if none of its tokens is within the bound; 1 never
+            masks: a group with one token over the bound is dropped.
+        updates: counts what each step really made. Where steps make more updates than configured, fewer of them are
+            within the bound. None: every step makes the same number.
+    """
+
+    name = "bounded_async"
+
+    def __init__(
+        self,
+        staleness_steps: int,
+        batch_size: int,
+        min_usable_share: float = 0.25,
+        updates: UpdateCount | None = None,
+    ) -> None:
+        super().__init__(staleness_steps, batch_size)
+        if not 0 <= min_usable_share <= 1:
+            raise ValueError(f"min_usable_share is {min_usable_share}; it is a share of tokens, from 0 to 1")
+        self.min_usable_share = min_usable_share
+        self._updates = updates
+        self._trained = 0
+        self._ready: list[tuple[int, int, Group]] = []
+
+    @property
+    def ready(self) -> int:
+        return len(self._ready)
+
+    def stored_groups(self) -> list[Group]:
+        return [group for _, _, group in sorted(self._ready, key=lambda item: item[:2])]
+
+    def oldest_usable(self, version: int) -> int:
+        oldest = super().oldest_usable(version)
+        if self._updates is None:
+            return oldest
+        return self._updates.oldest_within(self._updates.clock.updates(self.staleness_steps), version, oldest)
+
+    @property
+    def trained(self) -> int:
+        """Groups that were handed out for training since the run began."""
+        return self._trained
+
+    def admissible(self, version: int) -> int:
+        return max(0, self._horizon(version) * self.batch_size - self._trained - self.depth)
+
+    def _take_place(self, version: int) -> int:
+        place = self._next_place
+        self._next_place += 1
+        return place
+
+    def _check_finished(self, group: Group) -> None:
+        return
+
+    def _store(self, group: Group) -> None:
+        heapq.heappush(self._ready, (group.min_version, group.ticket.place, group))
+
+    def _release(self, ticket: Ticket) -> None:
+        return
+
+    def expired(self, version: int) -> list[str]:
+        uids, bound_steps = [], version - self.oldest_usable(version)
+        for ticket in self._in_flight.values():
+            if ticket.uid in self._postponed:
+                continue
+            share = (bound_steps + 1) / (version - ticket.dispatch_version + 1)
+            if share >= self.min_usable_share:
+                break  # in order of dispatch: the younger ones have a larger share
+            uids.append(ticket.uid)
+        return uids
+
+    def _is_usable(self, group: Group, oldest_version: int) -> bool:
+        share = group.usable_share(oldest_version)
+        return share > 0 and share >= self.min_usable_share
+
+    def select(self, version: int, count: int) -> Selection | None:
+        oldest_version = self.oldest_usable(version)
+        chosen: list[Group] = []
+        evicted: list[Group] = []
+        while self._ready and len(chosen) < count and len(self._ready) + len(chosen) >= count:
+            group = heapq.heappop(self._ready)[2]
+            (chosen if self._is_usable(group, oldest_version) else evicted).append(group)
+        if len(chosen) < count:
+            for group in chosen:
+                self._store(group)
+            return Selection((), None, tuple(evicted)) if evicted else None
+        self._trained += count
+        has_over_age = any(group.min_version < oldest_version for group in chosen)
+        return Selection(tuple(chosen), oldest_version if has_over_age else None, tuple(evicted))
+
+    def settled(self, version: int) -> bool:
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        ready = [group.to_json() for group in self.stored_groups()]
+        return super().state_dict() | {"trained": self._trained, "ready": ready}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._trained = state["trained"]
+        self._ready = []
+        for data in state["ready"]:
+            self._store(Group.from_json(data))
+
+    def reissue(self, uid: str, version: int) -> Ticket:
+        # Dispatch order is version order: `expired` reads the oldest first.
+        ticket = super().reissue(uid, version)
+        self._in_flight[uid] = self._in_flight.pop(uid)
+        return ticket
