@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from staleness_study.plan import WALL_CLOCK, Job
 from staleness_study.run import LOG, RECORD, is_whole
@@ -21,9 +22,6 @@ from verl_m2po.report.reading.summary import collapse_step
 
 # Validations that make the final accuracy.
 FINAL_POINTS = 4
-# Student's t, 97.5%, by degrees of freedom; beyond, the normal distribution's is near enough.
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-NORMAL = 1.96
 # For an interval that says anything
 LEAST_SEEDS = 3
 # Variant of a run through verl whose rollout has devices of its own.
@@ -325,12 +323,12 @@ def by_accuracy(results: Sequence[Result], staleness_updates: int) -> list[str]:
         for loss in {run.loss for run in results if run.stage in ("staleness", "methods")}
         if (runs := of_method(results, loss, staleness_updates))
     }
-    return sorted(finals, key=lambda loss: -finals[loss])
+    return sorted(finals, key=lambda loss: (-finals[loss], loss))
 
 
 def student_t(freedom: int) -> float:
     """97.5% quantile of Student's t with that many degrees of freedom."""
-    return STUDENT_T[freedom - 1] if freedom <= len(STUDENT_T) else NORMAL
+    return float(stats.t.ppf(0.975, freedom))
 
 
 @dataclass(frozen=True)
@@ -379,6 +377,7 @@ def recovered_gap(
         for factor, values in ((1.0, method), (1 - share, grpo), (share, reference))
     ]
     variance = sum(part for part, _ in parts)
+    # Rounded down, which errs on the wide side
     freedom = int(variance**2 / sum(part**2 / degrees for part, degrees in parts)) if variance else 1
     half_width = student_t(freedom) * float(np.sqrt(variance)) / gap
     return share, share - half_width, share + half_width
