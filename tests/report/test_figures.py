@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from matplotlib.collections import QuadMesh
@@ -9,6 +11,7 @@ from verl_m2po.report.build import build
 from verl_m2po.report.drawing import figures
 from verl_m2po.report.drawing.style import COLOURS, ON_POLICY, looks, plain
 from verl_m2po.report.drawing.write import PLOTS
+from verl_m2po.report.reading import metrics
 
 pytestmark = pytest.mark.slow
 
@@ -140,7 +143,7 @@ def test_accuracy_by_staleness_is_evenly_spaced_in_octaves_with_zero_to_the_left
 def test_an_exact_mode_is_one_cell_in_each_column(study):
     figure = figures.age_of_data(study.groups, study.tasks)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert "m2po, s=256: all of age 64 from step 65" in titles
+    assert "m2po, s=256\nall of age 64 from step 65" in titles
     group = next(group for group in study.groups if group.loss == "m2po")
     shares, unit = figures.age_shares(group)
     assert unit == "weight versions"
@@ -153,7 +156,7 @@ def test_steps_that_were_not_logged_are_neither_drawn_nor_claimed(tmp_path):
     name = "training/off_policy/trajectory_staleness"
     report = report_of(tmp_path, {s: {f"{name}/min": 4, f"{name}/max": 4} for s in (1, 2, 3, 50, 51, 52)})
     axes = figures.age_of_data(report.groups, report.tasks).axes[0]
-    assert axes.get_title(loc="left").endswith(": all of age 4 from step 50")
+    assert axes.get_title(loc="left").endswith("\nall of age 4 from step 50")
     mesh = next(drawn for drawn in axes.collections if isinstance(drawn, QuadMesh))
     edges = mesh.get_coordinates()[0, :, 0]
     cells = zip(edges[:-1], edges[1:], mesh.get_array().mask[0], strict=True)
@@ -263,3 +266,48 @@ def test_names_are_drawn_as_they_stand(tmp_path, name):
         figure = draw(report.groups, report.tasks)
         figure.draw_without_rendering()
     assert figures.accuracy(report.groups, report.tasks).legends[0].get_texts()[0].get_text() == plain(name)
+
+
+def y_labels(axes) -> list[str]:
+    axes.figure.draw_without_rendering()
+    low, high = axes.get_ylim()
+    return [label.get_text() for label in axes.get_yticklabels() if low <= label.get_position()[1] <= high]
+
+
+@pytest.mark.parametrize("decades", [0.3, 1, 2, 3, 5, 7, 8, 9, 12, 30])
+def test_a_log_axis_has_a_few_labels_however_many_decades_it_spans(tmp_path, decades):
+    rows = {step: {metrics.SECOND_MOMENT_BEFORE: 10.0 ** (-decades * step / 10)} for step in range(11)}
+    report = report_of(tmp_path, rows)
+    axes = figures.second_moment(report.groups, report.tasks).axes[0]
+    labels = y_labels(axes)
+    assert 2 <= len(labels) <= 9
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels() if label.get_text() in labels]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_an_axis_with_one_validation_shows_that_step(tmp_path):
+    report = report_of(tmp_path, {0: {ACC: 0.3}})
+    axes = figures.accuracy(report.groups, report.tasks).axes[0]
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [0]
+
+
+def test_results_at_one_staleness_are_no_line_against_staleness(tmp_path):
+    report = report_of(tmp_path, {1: {ACC: 0.3}, 2: {ACC: 0.4}})
+    with pytest.raises(figures.NothingToDraw, match=r"only one staleness \(8 updates\)"):
+        figures.accuracy_by_staleness(report.groups, report.tasks)
+
+
+def test_titles_over_neighbouring_panels_of_ages_do_not_overlap(tmp_path):
+    for name in ("decoupled_loglinear", "no_trust_region"):
+        ages = {step: {f"staleness/age_updates_{of}": 256.0 for of in ("mean", "max")} for step in range(1, 9)}
+        for ablation in ("a", "b"):
+            folder = tmp_path / f"{name}-with-a-long-name-of-its-own-{ablation}-s256"
+            write_log(folder / "attempt-1.jsonl", ages)
+    report = build([tmp_path])
+    figure = figures.age_of_data(report.groups, report.tasks)
+    figure.draw_without_rendering()
+    titles = [axes._left_title for axes in figure.axes if axes._left_title.get_text()]
+    assert len(titles) == 4 and all("all of age 256 from step 1" in title.get_text() for title in titles)
+    boxes = [title.get_window_extent() for title in titles]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))

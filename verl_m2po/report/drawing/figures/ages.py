@@ -8,15 +8,24 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from verl_m2po.report.drawing.figures.lines import NothingToDraw, Tasks, integer_steps, new_figure, styled
+from verl_m2po.report.drawing.figures.lines import (
+    NothingToDraw,
+    Tasks,
+    integer_steps,
+    new_figure,
+    styled,
+    whole_numbers,
+)
 from verl_m2po.report.drawing.style import plain
 from verl_m2po.report.reading import metrics
 from verl_m2po.report.reading.groups import Group
 from verl_m2po.report.reading.runs import Run
 
 MOST_HEAT_MAPS = 12
+# Characters over a panel half as wide as the page
+LONGEST_TITLE = 42
 
 
 def age_shares(group: Group) -> tuple[pd.DataFrame, str] | None:
@@ -104,7 +113,7 @@ def age_of_data(groups: list[Group], tasks: Tasks) -> Figure:
     mesh = None
     for axes, (group, (shares, unit)) in zip(all_axes, found, strict=False):
         mesh = _heat_map(axes, shares, colours)
-        axes.set_title(plain(group.label) + _exact_from(shares))
+        axes.set_title(f"{plain(group.label, LONGEST_TITLE)}\n{_exact_from(shares)}".rstrip(), fontsize=9.5)
         axes.set_ylabel(f"age ({unit})", fontsize=9)
     assert mesh is not None
     label = "share of the batch"
@@ -126,7 +135,7 @@ def _exact_from(shares: pd.DataFrame) -> str:
     steps = shares.index.to_numpy()
     goes_on = exact[:-1] & (np.diff(steps) == 1)
     first = len(steps) - 1 - (int(np.argmin(goes_on[::-1])) if not goes_on.all() else len(goes_on))
-    return f": all of age {age} from step {steps[first]}"
+    return f"all of age {age} from step {steps[first]}"
 
 
 def _with_gaps(shares: pd.DataFrame) -> pd.DataFrame:
@@ -150,6 +159,6 @@ def _heat_map(axes: Axes, shares: pd.DataFrame, colours: LinearSegmentedColormap
     room = max(1.0, 0.05 * (rows[-1] - rows[0]))
     axes.set_ylim(rows[0], rows[-1] + room)
     axes.grid(False)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.yaxis.set_major_locator(whole_numbers(6))
     integer_steps(axes)
     return mesh

@@ -78,8 +78,13 @@ def legend_of(figure: Figure, *all_axes: Axes) -> None:
     _legend(figure, list(handles.values()), list(handles))
 
 
+def whole_numbers(most: int) -> MaxNLocator:
+    """At most that many places of whole numbers; one where the axis spans less than a unit, as of a single step."""
+    return MaxNLocator(integer=True, nbins=most, min_n_ticks=1)
+
+
 def integer_steps(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.xaxis.set_major_locator(whole_numbers(7))
     axes.set_xlabel("trainer step")
 
 
@@ -97,9 +102,12 @@ def new_figure(
 
 
 def log_axis(axes: Axes) -> None:
-    """A log axis with plain numbers, labelled also where the data spans less than a decade."""
+    """A log axis with plain numbers: 1, 2 and 5 over up to two decades, then powers of ten, eight labels at most."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    low, high = axes.get_ylim()
+    # Between decades the locator labels nothing at all once it has to skip some.
+    subs = (1.0, 2.0, 5.0) if high <= 100 * low else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

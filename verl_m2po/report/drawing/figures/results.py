@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from verl_m2po.report.drawing.figures.lines import (
     NothingToDraw,
@@ -20,6 +19,7 @@ from verl_m2po.report.drawing.figures.lines import (
     new_figure,
     seeds_caption,
     styled,
+    whole_numbers,
 )
 from verl_m2po.report.drawing.style import Look, is_reference, looks, plain
 from verl_m2po.report.reading import metrics
@@ -54,7 +54,7 @@ def accuracy(groups: list[Group], tasks: Tasks) -> Figure:
     """Result against the trainer step; one line a group with its seed band, one panel a task."""
     figure = _result_figure(groups, tasks, result_seeds, "trainer step")
     for axes in figure.axes:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axes.xaxis.set_major_locator(whole_numbers(7))
     return figure
 
 
@@ -131,6 +131,8 @@ def accuracy_by_staleness(groups: list[Group], tasks: Tasks) -> Figure:
     known = [group for group in groups if group.staleness_updates is not None]
     if not known or not tasks:
         raise NothingToDraw("no run with a result and a known staleness (config beside the log, or s256 in the name)")
+    if len(ages := {group.staleness_updates for group in known}) == 1:
+        raise NothingToDraw(f"only one staleness ({ages.pop()} updates)")
     look = looks(groups)
     figure, all_axes = new_figure(7.0, 4.3 * len(tasks) + 0.3, rows=len(tasks))
     for axes, (task, names) in zip(all_axes, tasks.items(), strict=True):

@@ -4,7 +4,6 @@
 # pyright: reportArgumentType=false, reportReturnType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from verl_m2po.report.drawing.figures.lines import (
     NothingToDraw,
@@ -16,6 +15,7 @@ from verl_m2po.report.drawing.figures.lines import (
     positive,
     smoothed,
     styled,
+    whole_numbers,
 )
 from verl_m2po.report.drawing.style import looks
 from verl_m2po.report.reading import metrics
@@ -43,7 +43,7 @@ def _strip(groups: list[Group], panels: tuple[metrics.Panel, ...]) -> Figure:
             log_axis(axes)
         axes.set_title(panel.title, fontsize=9.5)
         axes.tick_params(labelsize=8.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        axes.xaxis.set_major_locator(whole_numbers(5))
     for axes in all_axes[max(0, len(shown) - columns) : len(shown)]:
         axes.set_xlabel("trainer step", fontsize=9.5)
     legend_of(figure, *all_axes)
