@@ -1,8 +1,11 @@
 """The wheel, installed outside the repository: complete, and enough for verl's entry point, the doctor and a run."""
 
+import ast
 import configparser
+import re
 import subprocess
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,31 @@ def test_every_file_of_the_package_is_in_it(contents):
 def test_nothing_else_is_in_it(contents):
     """verl's own wheel installs a top-level package `tests`; ours must not add to it."""
     assert {name.split("/")[0] for name in contents if ".dist-info/" not in name} == {"verl_m2po"}
+
+
+def test_it_is_the_plugin_and_no_workshop(contents):
+    """Benchmarks, the study and what draws the docs stay in the repository."""
+    workshop = {
+        file.name for folder in ("tests/benchmarks", "recipes/staleness_study", "docs") for file in python_files(folder)
+    }
+    assert {"authors_loop.py", "verl_runs.py", "generate_gallery.py"} <= workshop
+    common = {"__init__.py", "__main__.py", *(file.name for file in python_files("verl_m2po"))}
+    assert not {name for name in contents if Path(name).name in workshop - common}
+    assert not {name for name in contents if re.search(r"bench(mark|/)|study|gallery", name)}
+    assert not imported_by_the_package() & {"benchmarks", "staleness_study", "pages", "generate_gallery"}
+
+
+def python_files(folder: str) -> Iterator[Path]:
+    return (REPOSITORY / folder).rglob("*.py")
+
+
+def imported_by_the_package() -> set[str]:
+    trees = [ast.walk(ast.parse(file.read_text())) for file in python_files("verl_m2po")]
+    nodes = [node for tree in trees for node in tree if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {
+        m.split(".")[0] for m in modules | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    }
 
 
 def test_entry_points(wheel, contents):

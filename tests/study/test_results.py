@@ -99,8 +99,8 @@ def test_training_score_is_shown_where_it_is_kept():
 def test_interval_is_students_t():
     interval = Interval.of([0.1, 0.2, 0.3])
     assert interval is not None and interval.mean == pytest.approx(0.2)
-    # Sample deviation 0.1, t(2) = 4.3027.
-    assert interval.half_width == pytest.approx(4.3027 * 0.1 / np.sqrt(3), rel=1e-5)
+    # Sample deviation 0.1, t(2) = 4.302653.
+    assert interval.half_width == pytest.approx(4.302653 * 0.1 / np.sqrt(3), rel=1e-6)
     assert Interval.of([]) is None
     single = Interval.of([0.5])
     assert single is not None and np.isnan(single.half_width)

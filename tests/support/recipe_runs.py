@@ -13,8 +13,8 @@ HEADING = "## Two steps on the CPU"
 
 
 def names() -> list[str]:
-    """Every recipe."""
-    return sorted(readme.parent.name for readme in RECIPES.glob("*/README.md"))
+    """Every recipe that is one command of verl's; the study is a program of its own."""
+    return sorted(script.parent.name for script in RECIPES.glob("*/run_*.sh"))
 
 
 def cpu_command(recipe: str) -> list[str]:
