@@ -139,7 +139,7 @@ def dashboard(
 
 
 def timeline(
-    ledger: Annotated[Path, typer.Argument(help="The file that trainer.v1.<mode>.ledger_path names.", exists=True)],
+    ledger: Annotated[Path, typer.Argument(help="The file that trainer.v1.<mode>.ledger_path names.")],
     out: Annotated[Path, typer.Option(help="Picture to write: .svg, .png or .pdf.")] = Path("timeline.svg"),
     first: Annotated[int, typer.Option(help="Trainer step of the first row.", min=1)] = 1,
     steps: Annotated[int, typer.Option(help="Rows, a trainer step each.", min=1, max=64)] = 8,
@@ -150,17 +150,25 @@ def timeline(
     import matplotlib as mpl
 
     from verl_m2po.report.drawing.style import RC
-    from verl_m2po.report.drawing.timeline import LedgerError, read_ledger
     from verl_m2po.report.drawing.timeline import timeline as draw
+    from verl_m2po.report.reading.ledger import LedgerError, read_ledger
 
     if out.suffix not in (".svg", ".png", ".pdf"):
         raise typer.BadParameter(f"--out is {out}; its name must end in .svg, .png or .pdf")
     try:
-        figure = draw(read_ledger(ledger), first, steps, title)
+        history = read_ledger(ledger)
+        figure = draw(history, first, steps, title)
     except LedgerError as error:
         raise typer.BadParameter(str(error)) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # No date and no random ids in an SVG: the same ledger gives the same file.
-    with mpl.rc_context(RC):
-        figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-    Console().print(Text(f"written: {out}"), soft_wrap=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # No date and no random ids in an SVG: the same ledger gives the same file.
+        with mpl.rc_context(RC):
+            figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    except OSError as error:
+        raise typer.BadParameter(f"--out is {out}, which cannot be written: {error.strerror or error}") from error
+    console = Console()
+    if history.torn:
+        skipped = f"- {ledger}: skipped {history.torn} line(s) that a crash cut off or that are no JSON"
+        console.print(Text(skipped, style="yellow"), soft_wrap=True)
+    console.print(Text(f"written: {out}"), soft_wrap=True)

@@ -1,17 +1,11 @@
-"""When each batch was generated, by which weights, and when it was trained: a picture of a run's ledger.
-
-The ledger is the file that `trainer.v1.<mode>.ledger_path` names; its lines: `staleness/account/ledger.py`.
-"""
+"""When each batch was generated, by which weights, and when it was trained: a picture of a run's ledger."""
 
 # Pandas and matplotlib annotate wider types than they return.
 # pyright: reportArgumentType=false
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import statistics
+from collections import Counter
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -20,67 +14,24 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from verl_m2po.report.drawing.style import COLOURS, OTHERS, RC
+from verl_m2po.report.reading.ledger import History, LedgerError, Step
 
 # Weight version v has the colour v modulo their number; neighbours differ in hue.
 TRAINING = "#3A3A3A"
+DOWN = "#F3D9D9"
 VERSION_COLOURS = tuple(colour for colour in (*COLOURS.values(), *OTHERS) if colour != "#000000")
+# Of bars whose place in time is not known exactly
+GUESSED = {"alpha": 0.45, "hatch": "////", "edgecolor": "white"}
 
 
-class LedgerError(ValueError):
-    """The file is not a ledger from which a timeline can be drawn."""
-
-
-@dataclass
-class Step:
-    """One trainer step; times in seconds since the epoch.
-
-    Args:
-        step: trainer step, from 1.
-        version: weight version that training starts from.
-        weights_at: since when the rollout has held it.
-        sampled_at: when the first mini-batch was handed out.
-        generated: (began, ended) of each group.
-    """
-
-    step: int
-    version: int
-    weights_at: float
-    sampled_at: float
-    generated: list[tuple[float, float]] = field(default_factory=list)
-
-
-def read_ledger(path: Path) -> list[Step]:
-    """The trainer steps of a ledger, in order. Of a step that was trained again after a restart, the last counts.
-
-    Raises:
-        LedgerError: a line cannot be read, or has no times, as before version 0.1.
-    """
-    steps: dict[int, Step] = {}
-    last = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row: dict[str, Any] = json.loads(line)
-            if "resumed_from" in row:
-                continue
-            step = row["step"]
-            if step < last:  # a restart
-                steps = {s: kept for s, kept in steps.items() if s < step}
-            last = step
-            new = Step(step, row["version"], row["weights_at"], row["sampled_at"])
-            # verl's separate modes sample a step's mini-batches one by one.
-            steps.setdefault(step, new).generated += [(began, ended) for began, ended in filter(None, row["generated"])]
-        except (ValueError, KeyError, TypeError) as error:
-            raise LedgerError(f"line {number} of {path} is not a ledger's: {type(error).__name__}: {error}") from error
-    if not steps:
-        raise LedgerError(f"{path} is empty: no batch has been trained yet")
-    return [steps[step] for step in sorted(steps)]
-
-
-def timeline(steps: Sequence[Step], first: int = 1, count: int = 8, title: str = "") -> Figure:
+def timeline(history: History, first: int = 1, count: int = 8, title: str = "") -> Figure:
     """Each batch in a row: when its groups were generated, coloured by the weights of that moment, and when it trained.
 
+    Hatched is what the ledger does not know: groups that were kept over a restart are drawn over the time for which
+    the rollout held their weights, and a training whose end was not written as long as the median one.
+
     Args:
-        steps: of `read_ledger`.
+        history: of `read_ledger`.
         first: trainer step of the uppermost row.
         count: rows.
         title: above the picture; empty: none.
@@ -88,30 +39,31 @@ def timeline(steps: Sequence[Step], first: int = 1, count: int = 8, title: str =
     Raises:
         LedgerError: the run has no such steps.
     """
+    steps = history.steps
     shown = [step for step in steps if first <= step.step < first + count]
     if not shown:
         raise LedgerError(f"the ledger has trainer steps {steps[0].step} to {steps[-1].step}, none from {first} on")
-    # The end of a step is when the next weights are there; the last step's is not in the ledger.
-    ends = {step.step: after.weights_at for step, after in pairwise(steps)}
-    origin = min([moment for step in shown for moment, _ in step.generated] or [shown[0].sampled_at])
+    held = _held(history)
+    begins = [began for step in shown for began, _ in step.generated]
+    begins += [held[version][0] for step in shown for version in step.restored if version in held]
+    origin = min([*begins, shown[0].sampled_at])
     with mpl.rc_context(RC):
         figure = Figure(figsize=(9, 1.6 + 0.5 * len(shown)), layout="constrained")
         axes = figure.subplots()
         versions: set[int] = set()
+        usual = _usual_training(steps)
         for place, step in enumerate(shown):
-            versions |= _draw_generation(axes, place, step, steps, origin)
-            if step.step in ends:
-                _draw_training(axes, place, step.sampled_at - origin, ends[step.step] - origin)
-        for step in shown:
-            if step.weights_at > origin:
-                axes.axvline(step.weights_at - origin, color="#9A9A9A", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+            versions |= _draw_restored(axes, place, step, held, origin)
+            versions |= _draw_generation(axes, place, step, history.weights, origin)
+            _draw_training(axes, place, step, usual, origin)
+        _draw_changes(axes, shown, origin)
         axes.set_yticks(range(len(shown)), [f"{step.step}" for step in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlim(left=0)
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("batch (trainer step)")
-        axes.set_xlabel("seconds; dashed: new weights reach the rollout")
+        axes.set_xlabel("seconds; dashed: new weights reach the rollout; hatched: times not in the ledger")
         axes.set_title(title)
         handles = [Patch(color=_colour(version), label=f"v{version}") for version in sorted(versions)]
         figure.legend(
@@ -124,15 +76,55 @@ def _colour(version: int) -> str:
     return VERSION_COLOURS[version % len(VERSION_COLOURS)]
 
 
-def _draw_generation(axes: Axes, place: int, step: Step, steps: Sequence[Step], origin: float) -> set[int]:
+def _held(history: History) -> dict[int, tuple[float, float]]:
+    """Weight version to when the rollout first held it and until when: the next weights, or the end of that attempt."""
+    ends = sorted([step.down_since for step in history.steps if step.down_since is not None])
+    held: dict[int, tuple[float, float]] = {}
+    for (since, version), (until, _) in pairwise([*history.weights, (float("inf"), -1)]):
+        down = next((end for end in ends if end >= since), float("inf"))
+        held.setdefault(version, (since, min(until, down)))
+    return {version: span for version, span in held.items() if span[1] < float("inf")}
+
+
+def _usual_training(steps: list[Step]) -> float | None:
+    """Median seconds from the sample of a batch to the weights that it led to; None where no end is known."""
+    known = [step.ended_at - step.sampled_at for step in steps if step.ended_at is not None]
+    return statistics.median(known) if known else None
+
+
+def _draw_changes(axes: Axes, shown: list[Step], origin: float) -> None:
+    """Where new weights came, and where the run was down."""
+    for step in shown:
+        if step.weights_at > origin:
+            axes.axvline(step.weights_at - origin, color="#9A9A9A", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+        if step.down_since is not None and step.weights_at > origin:
+            start = max(0.0, step.down_since - origin)
+            axes.axvspan(start, step.weights_at - origin, color=DOWN, linewidth=0, zorder=0)
+            middle = (start + step.weights_at - origin) / 2
+            axes.text(middle, -0.42, "down", ha="center", va="top", fontsize=8, color="#8A3A3A")
+
+
+def _draw_restored(axes: Axes, place: int, step: Step, held: dict[int, tuple[float, float]], origin: float) -> set[int]:
+    """One hatched bar for all groups of a version whose times a restart has lost."""
+    kept = Counter(version for version in step.restored if version in held)
+    height = 0.8 / max(1, len(kept))
+    for i, (version, groups) in enumerate(sorted(kept.items())):
+        start, end = held[version]
+        bar, top = [(start - origin, end - start)], place - 0.4 + i * height
+        axes.broken_barh(bar, (top, height * 0.85), facecolors=_colour(version), linewidth=0, **GUESSED)
+        middle = ((start + end) / 2 - origin, top + height * 0.43)
+        axes.text(*middle, f"{groups} kept", ha="center", va="center", fontsize=7, clip_on=True)
+    return set(kept)
+
+
+def _draw_generation(axes: Axes, place: int, step: Step, weights: list[tuple[float, int]], origin: float) -> set[int]:
     """A thin bar for each group, in pieces where the weights changed; returns the versions drawn."""
-    changes = [(each.weights_at, each.version) for each in steps]
-    changes[0] = (float("-inf"), changes[0][1])
+    changes = [(float("-inf"), weights[0][1]), *weights[1:], (float("inf"), -1)]
     height = 0.8 / max(1, len(step.generated))
     drawn = set()
     for i, (began, ended) in enumerate(sorted(step.generated)):
         top = place - 0.4 + i * height
-        for (since, version), (until, _) in pairwise([*changes, (float("inf"), -1)]):
+        for (since, version), (until, _) in pairwise(changes):
             start, end = max(began, since), min(ended, until)
             if start < end:
                 bar = [(start - origin, end - start)]
@@ -141,6 +133,14 @@ def _draw_generation(axes: Axes, place: int, step: Step, steps: Sequence[Step], 
     return drawn
 
 
-def _draw_training(axes: Axes, place: int, start: float, end: float) -> None:
-    axes.broken_barh([(start, end - start)], (place - 0.4, 0.8), facecolors=TRAINING, alpha=0.85, linewidth=0)
-    axes.text((start + end) / 2, place, "train", color="white", ha="center", va="center", fontsize=8, clip_on=True)
+def _draw_training(axes: Axes, place: int, step: Step, usual: float | None, origin: float) -> None:
+    """From the sample to the next weights, or for as long as usual; a mark alone where no end is known at all."""
+    start = step.sampled_at - origin
+    known = None if step.ended_at is None else step.ended_at - step.sampled_at
+    seconds = usual if known is None else known
+    if seconds is None:
+        axes.text(start, place, "train", color=TRAINING, ha="left", va="center", fontsize=8)
+        return
+    look = {"alpha": 0.85} if known is not None else GUESSED
+    axes.broken_barh([(start, seconds)], (place - 0.4, 0.8), facecolors=TRAINING, linewidth=0, **look)
+    axes.text(start + seconds / 2, place, "train", color="white", ha="center", va="center", fontsize=8, clip_on=True)

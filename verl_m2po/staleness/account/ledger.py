@@ -3,12 +3,15 @@
 import json
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from verl_m2po.ground import ledger
+from verl_m2po.ground.ledger import surviving
 from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.rule.records import Group, GroupReport
+
+__all__ = ["TrainedRowsLedger", "read_ledger", "surviving"]
 
 
 class TrainedRowsLedger:
@@ -106,21 +109,4 @@ def _end_torn_line(path: Path) -> None:
 
 def read_ledger(path: str | Path) -> list[dict[str, Any]]:
     """All whole lines of a ledger, in order; lines that a crash cut off are left out."""
-    lines = []
-    for text in Path(path).read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
-
-
-def surviving(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The batches that the present weights were trained on: without the steps that a restart has thrown away."""
-    batches: list[dict[str, Any]] = []
-    for line in lines:
-        if "resumed_from" in line:
-            batches = [batch for batch in batches if batch["step"] <= line["resumed_from"]]
-        else:
-            batches.append(line)
-    return batches
+    return ledger.read(path).whole
