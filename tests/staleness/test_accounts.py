@@ -8,7 +8,7 @@ from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.account.metrics import LengthBias, StalenessMetrics
 from verl_m2po.staleness.rule.failures import FailureWindow, TooManyFailures
 from verl_m2po.staleness.rule.records import Group, GroupReport, Row, Ticket
-from verl_m2po.staleness.rule.units import UpdateClock
+from verl_m2po.staleness.rule.units import UpdateClock, UpdateCount
 
 
 def group(*rows: tuple[tuple[int, int], ...], uid: str = "u") -> Group:
@@ -69,6 +69,30 @@ def test_the_window_goes_on_where_it_was_and_reads_that_of_an_older_version():
     older.load_state_dict({"failed": [False, True, False], "errors": ["x"]})
     with pytest.raises(TooManyFailures, match="2 of the last 4"):
         older.failed("y")
+
+
+def test_ages_are_those_of_the_updates_that_were_made():
+    """Two updates a step are configured, four were made in step 5: what is one step behind is 4 updates old."""
+    clock = UpdateClock(8, 4)
+    count = UpdateCount(clock)
+    count.add(5, 4)
+    metrics = StalenessMetrics(clock, count)
+    metrics.trained((group(((4, 30), (5, 10))),), version=5, oldest_version=None)
+    taken = metrics.take(in_flight=0, ready=0)
+    assert taken["staleness/age_updates_max"] == 4
+    assert taken["staleness/age_updates_mean"] == pytest.approx(30 * 4 / 40)
+    assert taken["staleness/age_share/steps_to_1"] == 30 / 40, "steps are steps"
+
+
+def test_the_ledger_counts_the_updates_that_were_made(tmp_path):
+    count = UpdateCount(UpdateClock(8, 4))
+    ledger = TrainedRowsLedger(str(tmp_path / "rows.jsonl"), count)
+    for step in (1, 2):
+        for _ in range(2):  # mini-batches
+            ledger.trained(step, step - 1, None, (group(((0, 3),)),))
+            count.add(step, 2)
+    lines = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert [line["updates_before"] for line in lines] == [0, 2, 4, 6]
 
 
 def test_ages_are_weighted_by_tokens_and_counted_in_updates():

@@ -7,13 +7,9 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from verl_m2po.staleness.restart import random_states, resume
-from verl_m2po.staleness.restart.checkpoint import CheckpointError, Checkpoints, flaws
-from verl_m2po.staleness.rule.bounded import BoundedAsync
-from verl_m2po.staleness.trainer import PPOTrainerBoundedAsync
-from verl_m2po.staleness.watch.stop import StopRequested
+from verl_m2po.staleness.restart.checkpoint import CheckpointError, Checkpoints
 
 
 def config(root, mode: str = "stale_k", **changes):
@@ -174,99 +170,3 @@ def test_random_states_go_through_json():
     drawn = (random.random(), np.random.rand(), torch.rand(()).item())
     random_states.load(state)
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == drawn
-
-
-class Buffer:
-    """What the trainer asks of its buffer when it saves."""
-
-    rule = BoundedAsync(1, 8)
-
-    def state_dict(self):
-        return {"state_version": 2}
-
-
-class SavedTo:
-    """A user's `trainer.checkpoint_callback_class`."""
-
-    def __init__(self) -> None:
-        self.folders = []
-
-    def on_save(self, checkpoint_dir, global_step, **_kwargs):
-        assert flaws(Checkpoints(checkpoint_dir).root) == []
-        self.folders.append(checkpoint_dir)
-
-
-@pytest.fixture
-def trainer(tmp_path, monkeypatch):
-    """A trainer whose verl half writes one file and its pointer, where verl's configuration says."""
-
-    def verls(self):
-        root = self.config.trainer.default_local_dir
-        assert self.config.trainer.max_actor_ckpt_to_keep is None
-        with open(f"{root}/global_step_{self.global_steps}/data.pt", "w") as file:
-            file.write("position")
-        with open(f"{root}/latest_checkpointed_iteration.txt", "w") as file:
-            file.write(str(self.global_steps))
-        self.checkpoint_callback.on_save(trainer=self, global_step=self.global_steps, checkpoint_dir=root)
-
-    monkeypatch.setattr(PPOTrainer, "_save_checkpoint", verls)
-    trainer = object.__new__(PPOTrainerBoundedAsync)
-    trainer.config = config(tmp_path, "bounded_async")
-    OmegaConf.set_struct(trainer.config, True)
-    trainer.replay_buffer, trainer.checkpoint_callback = Buffer(), SavedTo()
-    trainer._checkpoints, trainer._resumed_from = Checkpoints(tmp_path), None
-    trainer._settings, trainer.use_critic, trainer._journal = {}, False, None
-    return trainer
-
-
-def test_verl_writes_beside_and_its_settings_are_as_they_were(trainer, tmp_path):
-    before = OmegaConf.to_container(trainer.config)
-    for step in (2, 4, 6):
-        trainer.global_steps = step
-        trainer._save_checkpoint()
-    assert OmegaConf.to_container(trainer.config) == before
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.steps() == [4, 6], "max_actor_ckpt_to_keep=2 keeps two whole checkpoints"
-    assert all(flaws(checkpoints.folder(step)) == [] for step in (4, 6))
-    assert checkpoints.latest() == tmp_path / "global_step_6"
-    assert trainer.checkpoint_callback.folders == [str(tmp_path / f"global_step_{step}") for step in (2, 4, 6)]
-
-
-def test_verl_without_checkpoint_callbacks(trainer, tmp_path):
-    """As in verl 0.9.0, whose trainer has no such attribute."""
-    del trainer.checkpoint_callback
-    trainer.global_steps = 2
-    trainer._save_checkpoint()
-    assert Checkpoints(tmp_path).steps() == [2]
-
-
-def test_when_verls_half_fails_nothing_has_changed(trainer, tmp_path, monkeypatch):
-    trainer.global_steps = 2
-    trainer._save_checkpoint()
-    before = OmegaConf.to_container(trainer.config)
-
-    def full(self):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(PPOTrainer, "_save_checkpoint", full)
-    trainer.global_steps = 4
-    with pytest.raises(CheckpointError, match=r"step 4 could not .*No space left .*global_step_2 is untouched"):
-        trainer._save_checkpoint()
-    assert OmegaConf.to_container(trainer.config) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_2", "latest_checkpointed_iteration.txt"]
-
-
-@pytest.mark.parametrize(("begun", "saved", "words"), [(4, 4, []), (4, 2, ["step 4 is lost", "that of step 2"])])
-def test_a_step_is_lost_only_if_it_was_not_saved(trainer, caplog, begun, saved, words):
-    """Asked to end after the updates of step 4, in the wait before its weights are pushed."""
-    trainer.global_steps, trainer._begun_step, trainer._saved_step = 4, begun, saved
-    trainer._leave_step(StopRequested("the run was asked to end"))
-    assert ("lost" in caplog.text) == bool(words) and all(word in caplog.text for word in words)
-    assert trainer._checkpoints.steps() == []
-
-
-def test_a_training_set_smaller_than_a_batch_is_refused_with_a_remedy(trainer, monkeypatch):
-    monkeypatch.setattr(PPOTrainer, "_init_dataloader", lambda self: None)
-    trainer.train_dataset = range(7)
-    with pytest.raises(ValueError, match=r"7 prompts, fewer than data.train_batch_size=8\. Lower it.*data.train_files"):
-        trainer._init_dataloader()

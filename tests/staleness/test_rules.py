@@ -14,7 +14,7 @@ from verl_m2po.staleness.rule.bounded import BoundedAsync
 from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.records import Row
 from verl_m2po.staleness.rule.rules import StalenessViolation, UnknownGroup
-from verl_m2po.staleness.rule.units import exact_version
+from verl_m2po.staleness.rule.units import UpdateClock, UpdateCount, exact_version
 
 pytestmark = pytest.mark.slow
 
@@ -295,3 +295,30 @@ def test_what_cannot_be_used_any_more_is_aborted():
     assert rule.expired(7) == []
     assert rule.expired(8) == ["a"]
     assert BoundedAsync(1, 1, min_usable_share=0.0).expired(10**6) == []
+
+
+@pytest.mark.parametrize(("made", "configured"), [(4, 2), (2, 1), (3, 2)])
+def test_an_exact_age_ends_at_the_first_step_that_makes_other_updates(made, configured):
+    with pytest.raises(StalenessViolation, match=rf"step 5 would make {made} .*64 rows.* {configured}.*bounded_async"):
+        ExactStale(1, 8).check_updates(5, 64, made, configured)
+    ExactStale(1, 8).check_updates(5, 64, configured, configured)
+    ExactStale(0, 8).check_updates(5, 64, made, configured)  # what is on-policy stays so
+    BoundedAsync(1, 8).check_updates(5, 64, made, configured)
+
+
+@settings(max_examples=30, deadline=None)
+@given(factor=st.integers(1, 4), k=st.integers(0, 4), seed=st.integers(0, 2**32))
+def test_the_bound_holds_in_the_updates_that_are_really_made(factor, k, seed):
+    """Steps make `factor` times the configured updates; a crowd of slow groups would be over age otherwise."""
+    clock = UpdateClock(8, 4)
+    count = UpdateCount(clock)
+    rule = BoundedAsync(k, 8, min_usable_share=0.25, updates=count)
+    simulation = Simulation(rule, Workload(length=lambda rng: rng.paretovariate(1.0) * 40), seed)
+    rule.limit(12)
+    for step in range(1, 13):
+        simulation._train(step)
+        count.add(step, factor * clock.updates_per_step)
+    assert len(simulation.trace.trained) == 12 * 8
+    for version, oldest, group in simulation.trace.trained:
+        trained = [v for row in group.rows for v, _ in row.spans if oldest is None or v >= oldest]
+        assert count.between(min(trained), version) <= clock.updates(k)

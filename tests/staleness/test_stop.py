@@ -13,6 +13,7 @@ from verl_m2po.launch import signals
 from verl_m2po.launch.signals import Listener
 from verl_m2po.staleness.watch import stop as stopping
 from verl_m2po.staleness.watch.stop import StopRequest, StopRequested
+from verl_m2po.staleness.watch.stopping import Stopping
 
 
 @pytest.fixture
@@ -163,3 +164,71 @@ def test_neither_processes_nor_their_shared_memory_stay(end):
         assert Path("/dev/shm/m2po_test_model").exists()
     finally:
         Path("/dev/shm/m2po_test_model").unlink(missing_ok=True)
+
+
+class Saves:
+    """A trainer that remembers what it wrote."""
+
+    def __init__(self, saved: int = 0) -> None:
+        self.saved, self.step, self.looks_until_asked = saved, 0, 10**9
+        self.stopping = Stopping(StopRequest(0.0, self.is_asked), lambda: self.saved)
+
+    def is_asked(self) -> bool:
+        self.looks_until_asked -= 1
+        return self.looks_until_asked < 0
+
+    def end(self) -> bool:
+        return self.stopping.ends_after(self.step, self.save)
+
+    def save(self) -> None:
+        self.saved = self.step
+
+    def validate(self, verls) -> dict:
+        return self.stopping.validate(self.step, verls, self.end)
+
+
+@pytest.mark.parametrize(("begun", "saved", "words"), [(4, 4, []), (4, 2, ["step 4 is lost", "that of step 2"])])
+def test_a_step_is_lost_only_if_it_was_not_saved(caplog, begun, saved, words):
+    """Asked to end after the updates of step 4, in the wait before its weights are pushed."""
+    trainer = Saves(saved)
+    trainer.stopping.begin(begun)
+    assert trainer.stopping.step_to_save(4, StopRequested("the run was asked to end")) is None
+    assert ("lost" in caplog.text) == bool(words) and all(word in caplog.text for word in words)
+
+
+@pytest.mark.parametrize(("saved", "to_save"), [(2, 3), (3, None)])
+def test_a_step_without_a_batch_saves_the_one_before(saved, to_save):
+    trainer = Saves(saved)
+    trainer.stopping.begin(3)
+    assert trainer.stopping.step_to_save(4, StopRequested("the run was asked to end")) == to_save
+
+
+def test_a_run_that_is_asked_to_end_saves_before_it_validates():
+    trainer = Saves(saved=2)
+    trainer.step, trainer.looks_until_asked = 7, 0
+    trainer.stopping.begin(7)
+    assert trainer.validate(lambda: pytest.fail("it validates")) == {} and trainer.saved == 7
+
+
+@pytest.mark.parametrize("gives_up", [True, False])
+def test_a_run_that_is_asked_to_end_while_it_validates_saves_then(caplog, gives_up):
+    trainer = Saves(saved=2)
+    trainer.step, trainer.looks_until_asked = 7, 1
+    trainer.stopping.begin(7)
+
+    def verls() -> dict:
+        if gives_up:
+            trainer.stopping.request.is_made()
+            trainer.stopping.request.give_up_waiting_for("the responses are not there yet")
+        return {"acc": 0.5}
+
+    assert trainer.validate(verls) == ({} if gives_up else {"acc": 0.5})
+    assert trainer.saved == 7 and ("validation after trainer step 7 is given up" in caplog.text) == gives_up
+
+
+def test_a_validation_that_nobody_interrupts_is_verls():
+    trainer = Saves(saved=2)
+    trainer.step = 7
+    assert trainer.validate(lambda: {"acc": 0.5}) == {"acc": 0.5}, "before training nothing is looked at"
+    trainer.stopping.begin(7)
+    assert trainer.validate(lambda: {"acc": 0.5}) == {"acc": 0.5} and trainer.saved == 2

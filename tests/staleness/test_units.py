@@ -1,12 +1,19 @@
 """The conversions between optimizer updates, trainer steps and weight versions."""
 
+import json
+import math
+
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tensordict import TensorDict
+from verl.utils.tensordict_utils import make_iterator
 
 from verl_m2po.staleness.rule.units import (
     StalenessUnitsError,
     UpdateClock,
+    UpdateCount,
     exact_version,
     version_after_step,
     version_at_step,
@@ -75,3 +82,47 @@ def test_staleness_that_is_not_a_count_is_refused_by_name(wrong):
 def test_impossible_batch_sizes_are_refused_by_name(sizes, key):
     with pytest.raises(StalenessUnitsError, match=key):
         UpdateClock(*sizes)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(1, 4))
+def test_updates_of_rows_are_the_mini_batches_that_verls_worker_iterates_over(mini, mini_batches, n, epochs, per_loop):
+    """`per_loop` trajectories for each response; verl pads the rows to a whole number of mini-batches."""
+    clock = UpdateClock(mini * mini_batches, mini, epochs)
+    rows = math.ceil(clock.train_batch_size * n * per_loop / (mini * n)) * mini * n
+    batches = make_iterator(TensorDict({"a": torch.arange(rows)}, batch_size=[rows]), mini * n, epochs)
+    assert clock.updates_of_rows(rows, n) == len(list(batches))
+    assert per_loop > 1 or clock.updates_of_rows(rows, n) == clock.updates_per_step
+
+
+@given(clocks(), st.integers(0, 20), st.integers(0, 20))
+def test_where_nothing_is_counted_the_clock_says_how_old_data_is(clock, version, steps):
+    assert UpdateCount(clock).between(version, version + steps) == clock.age_updates(version, version + steps)
+
+
+@given(clocks(), st.lists(st.integers(0, 30), max_size=12), st.data())
+def test_ages_add_up_what_the_steps_really_made(clock, made, data):
+    count = UpdateCount(clock)
+    for step, updates in enumerate(made, start=1):
+        for _ in range(updates):
+            count.add(step, 1)
+        count.add(step, 0)
+    again = UpdateCount(clock)
+    again.load_state_dict(json.loads(json.dumps(count.state_dict())))
+    version = data.draw(st.integers(0, len(made)))
+    at_version = data.draw(st.integers(version, len(made)))
+    assert count.between(version, at_version) == again.between(version, at_version) == sum(made[version:at_version])
+    bound = data.draw(st.integers(0, 60))
+    oldest = count.oldest_within(bound, at_version, 0)
+    assert count.between(oldest, at_version) <= bound
+    assert oldest == 0 or count.between(oldest - 1, at_version) > bound
+
+
+def test_a_loop_that_returns_its_trajectory_twice():
+    """Batch 8, mini-batch 4, 4 responses: 64 rows, so 4 updates a step, not 2; one step behind is 4 updates old."""
+    clock = UpdateClock(8, 4)
+    count = UpdateCount(clock)
+    for step in (1, 2, 3):
+        count.add(step, clock.updates_of_rows(64, responses=4))
+    assert count.in_step(2) == 4 and count.between(1, 2) == 4 != clock.updates_per_step
+    assert count.oldest_within(2, at_version=3, oldest_version=2) == 3, "within 2 updates is only what is on-policy"
+    assert count.oldest_within(4, at_version=3, oldest_version=1) == 2

@@ -27,9 +27,19 @@ STATE_VERSION = STATE_FORMATS[-1]
 
 
 class _ListsValidationOnly(ReplayBufferAsync):
-    """verl's buffer, whose listing of all rows is one of validation rows: the others are never listed."""
+    """verl's buffer, whose listing of all rows is one of validation rows: the others are never listed.
+
+    Args:
+        stop: ends a validation of a run that was asked to end.
+        of_verl: arguments of verl's.
+    """
+
+    def __init__(self, stop: StopRequest, **of_verl: Any) -> None:
+        super().__init__(**of_verl)
+        self._stop = stop
 
     def _sync_metadata_from_transfer_queue(self) -> None:
+        self._stop.give_up_waiting_for("the responses for validation are not there yet")
         by_status = {
             "pending": self.pending_keys,
             "running": self.running_keys,
@@ -49,8 +59,7 @@ class _ListsValidationOnly(ReplayBufferAsync):
 class StalenessReplayBuffer(_ListsValidationOnly):
     """Admits, waits, selects and deletes as its rule says, and tells its listeners.
 
-    Cost per trainer step is that of the rows of that step, whatever the depth. Validation samples are verl's business
-    and go through verl's code.
+    Cost per trainer step is that of the rows of that step, whatever the depth. Validation goes through verl's code.
 
     Args:
         rule: decides.
@@ -76,6 +85,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         trainer_config: Any,
     ) -> None:
         super().__init__(
+            stop,
             trainer_mode=trainer_mode,
             trainer_config=trainer_config,
             max_off_policy_threshold=None,

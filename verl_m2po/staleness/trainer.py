@@ -12,18 +12,14 @@ Importing this module registers them. verl's hooks decide when the rule is asked
     _save_checkpoint  waits likewise, then writes verl's checkpoint and the state of the buffer, whole or not at all
 """
 
-import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
 from transfer_queue import KVBatchMeta
@@ -41,9 +37,9 @@ from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.config import BoundedAsyncConfig, load_mode_config, make_clock
 from verl_m2po.staleness.needs import set_what_the_mode_needs
-from verl_m2po.staleness.restart import random_states, resume
-from verl_m2po.staleness.restart.checkpoint import Checkpoints, folder_name
-from verl_m2po.staleness.restart.journal import RUN_FILE, Journal
+from verl_m2po.staleness.prompts import indices, require_a_batch
+from verl_m2po.staleness.restart import resume
+from verl_m2po.staleness.restart.persistence import Persistence
 from verl_m2po.staleness.rollout.client import SpanRecordingClient
 from verl_m2po.staleness.rollout.reports import WorkerReports
 from verl_m2po.staleness.rows.store import LOT_FIELD, lot_partition
@@ -53,20 +49,16 @@ from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow
 from verl_m2po.staleness.rule.records import Ticket
 from verl_m2po.staleness.rule.rules import StalenessRule
+from verl_m2po.staleness.rule.units import UpdateCount, version_at_step
 from verl_m2po.staleness.watch.liveness import Watch
 from verl_m2po.staleness.watch.stop import StopRequest, StopRequested
+from verl_m2po.staleness.watch.stopping import Stopping
+from verl_m2po.staleness.watch.supervision import watch_storage, watch_workers
 
 logger = logging.getLogger(__name__)
 
 AGE_FIELD = "age_updates"
 """Field of a row in TransferQueue; `verl_m2po.actor.worker` reads it under the same name."""
-
-
-class NoCallback:
-    """Stands in for the user's checkpoint callback. verl 0.9.0 knows no callbacks, so this is no class of verl's."""
-
-    def on_save(self, **about: Any) -> None:
-        """Do nothing."""
 
 
 def require_sound(problems: list[checks.Problem]) -> None:
@@ -82,61 +74,31 @@ def require_sound(problems: list[checks.Problem]) -> None:
         raise checks.PreflightError("\n".join(map(str, fatal)))
 
 
-def _plain(index: Any) -> int | str:
-    """A data set's index as JSON can hold it: data sets number their prompts, or name them."""
-    value = index.item() if hasattr(index, "item") else index
-    return value if isinstance(value, int) else str(value)
-
-
-def _indices(batch: TensorDict) -> list[int | str]:
-    """Positions or names of prompts in the data set, -1 where it has none."""
-    return [_plain(index) for index in batch["index"]] if "index" in batch else [-1] * len(batch)
-
-
 class _StalenessTrainer(PPOTrainer):
-    """What the modes share. A mixin in front of verl's trainer classes."""
+    """What the modes share: verl's hooks, each a line or two to the object that does it. A mixin before verl's."""
 
     replay_buffer: "buffer.StalenessReplayBuffer"
 
     def __init__(self, config: DictConfig) -> None:
         require_sound(checks.check(config, available_memory_bytes=psutil.virtual_memory().total))
-        self._settings = resume.settings_of(config)
+        self._persistence = Persistence.open(config)
+        require_sound(self._persistence.problems(resume.ranks_of(config)))
         set_what_the_mode_needs(config)
-        self._checkpoints = Checkpoints(config.trainer.default_local_dir)
-        self._resumed_from = resume.find(config.trainer)
-        self._resumed_state: dict[str, Any] = {}
-        if self._resumed_from is not None:
-            self._resumed_state = self._read_checkpoint(self._resumed_from, config)
-        if config.trainer.save_freq > 0:
-            self._checkpoints.require_writable()
         settings = load_mode_config(config, config.trainer.v1.trainer_mode)
-        self._stop = StopRequest(settings.stop_wait_s)
+        self._stopping = Stopping(StopRequest(settings.stop_wait_s), lambda: self._persistence.saved_step)
         self._watch = Watch()
-        # Trainer steps: the last one that is on disk, and the last one that has taken rollouts to train on.
-        self._saved_step = self._begun_step = 0
-        self._journal: Journal | None = None
-        if settings.journal:
-            root = settings.journal_path or self._checkpoints.root / "journal"
-            self._journal = Journal(root, settings.journal_fsync, self._settings)
+        self._updates = UpdateCount(make_clock(config))
         super().__init__(config)
-
-    def _read_checkpoint(self, folder: Path, config: DictConfig) -> dict[str, Any]:
-        """The state in the checkpoint `folder`, if this run can go on from there; read before anything is started."""
-        state = resume.read_state(folder)
-        require_sound(resume.check(folder, state, self._settings, resume.ranks_of(config)))
-        return state
 
     def init(self) -> None:
         """As verl's; ends in an error if a process of the run dies meanwhile."""
-        self._watch.add("TransferQueue controller", [ray.get_actor("TransferQueueController", "transfer_queue")])
-        storage = [name for name in ray.util.list_named_actors() if name.startswith("TransferQueueStorageUnit")]
-        self._watch.add("TransferQueue storage unit", [ray.get_actor(name) for name in sorted(storage)])
+        watch_storage(self._watch)
         with self._watch.guard():
             super().init()
 
     def on_init_end(self) -> None:
         """As verl's, which pushes the first weights, and would wait for ever for a rollout server that died."""
-        self._watch_workers()
+        watch_workers(self._watch, self)
         super().on_init_end()
 
     def fit(self, agent_loop_manager: Any) -> None:
@@ -153,61 +115,36 @@ class _StalenessTrainer(PPOTrainer):
                 self._shutdown_dump_executor()
                 self._leave_step(stop)
 
-    def _watch_workers(self) -> None:
-        """Watch the processes that the run depends on, as far as they are there, under the names that an error says."""
-        managers = self._rollout_server_managers()
-        replicas = [replica for manager in managers for replica in manager.get_replicas()]
-        self._watch.add("actor worker", self.actor_rollout_wg.workers)
-        self._watch.add("rollout server", [server for manager in managers for server in manager.server_handles])
-        self._watch.add_engines("rollout engine", [a for manager in managers for a in manager.get_addresses()])
-        self._watch.add("rollout worker", [worker for replica in replicas for worker in replica.workers])
-        self._watch.add("rollout load balancer", [manager.global_load_balancer for manager in managers])
-        self._watch.add("reward worker", self.get_reward_handles() or [])
-        if (teachers := getattr(self, "teacher_model_manager", None)) is not None:
-            self._watch.add("teacher server", [each for of in teachers.server_handles.values() for each in of])
-            self._watch.add("teacher load balancer", list(teachers.load_balancer_handle.values()))
-        if self.use_critic:
-            self._watch.add("critic worker", self.critic_wg.workers)
-        if self.use_reference_policy:
-            self._watch.add("reference worker", self.ref_policy_wg.workers)
-
     def _make_rule(self, staleness_steps: int, batch_size: int) -> StalenessRule:
         return ExactStale(staleness_steps, batch_size)
 
     def _build_replay_buffer(self) -> "buffer.StalenessReplayBuffer":
         settings = load_mode_config(self.config, self.trainer_mode)
-        clock = make_clock(self.config)
+        clock, path = self._updates.clock, settings.ledger_path
+        ledger = None if path is None else TrainedRowsLedger(path, self._updates)
         return buffer.StalenessReplayBuffer(
             rule=self._make_rule(clock.steps(settings.staleness_updates), clock.train_batch_size),
-            metrics=StalenessMetrics(clock),
+            metrics=StalenessMetrics(clock, self._updates),
             failures=FailureWindow(settings.max_failed_fraction, settings.failed_window_groups),
-            listeners=[
-                *([TrainedRowsLedger(settings.ledger_path)] if settings.ledger_path else []),
-                *([self._journal] if self._journal is not None else []),
-            ],
+            listeners=[each for each in (ledger, self._persistence.journal) if each is not None],
             dispatch=self._add_prompts_to_generate,
-            stop=self._stop,
+            stop=self._stopping.request,
             trainer_mode=self.trainer_mode,
             trainer_config=self.config.trainer.v1[self.trainer_mode],
         )
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
-        prompts, batch = len(self.train_dataset), self.config.data.train_batch_size
-        if prompts < batch:
-            raise ValueError(
-                f"the training set has {prompts} prompts, fewer than data.train_batch_size={batch}. Lower it, with "
-                "actor_rollout_ref.actor.ppo_mini_batch_size, or give data.train_files more prompts; those longer than "
-                "data.max_prompt_length are left out where data.filter_overlong_prompts=true"
-            )
-        rule, clock = self.replay_buffer.rule, make_clock(self.config)
+        prompts, rule = len(self.train_dataset), self.replay_buffer.rule
+        require_a_batch(prompts, self.config.data.train_batch_size)
         steps = checks.planned_steps(self.config, prompts)
-        require_sound(checks.check_run_length(rule.staleness_steps, clock, self.trainer_mode, steps))
+        problems = checks.check_run_length(rule.staleness_steps, self._updates.clock, self.trainer_mode, steps)
+        require_sound(problems)
         rule.limit(steps)
 
     def on_train_begin(self) -> None:
         self.replay_buffer.tell(events.Began())
-        self._stop.announce_training()
+        self._stopping.request.announce_training()
         # Instead of verl's warm-up batches: the rule admits the ramp.
         self.replay_buffer.pump()
 
@@ -215,13 +152,13 @@ class _StalenessTrainer(PPOTrainer):
         return {}
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
-        self._generate(self.replay_buffer.open_groups(list(batch["uid"]), _indices(batch), batch), batch)
+        self._generate(self.replay_buffer.open_groups(list(batch["uid"]), indices(batch), batch), batch)
         return len(batch)
 
     def _draw_prompts(self, count: int) -> tuple[list[int | str], TensorDict]:
         """The next `count` prompts of the data set, with their names."""
         batch = self._next_train_batch(count)
-        return _indices(batch), batch
+        return indices(batch), batch
 
     def _generate(self, tickets: list[Ticket], prompts: TensorDict) -> None:
         # The step that starts from the present weights. It may be one ahead of verl's counter at the end of a step.
@@ -232,11 +169,10 @@ class _StalenessTrainer(PPOTrainer):
     def _reissue_inflight_prompts(self, partition_id: str = "train") -> int:
         # verl calls this once, when the agent loop workers are there and before the first step.
         manager = self.agent_loop_manager
-        self._reports = WorkerReports(manager.agent_loop_workers, manager.answer_timeout_s)
-        self._reports.depend_on(self._watch.actors())
-        self.replay_buffer.connect(self._reports, self._generate)
-        if self._journal is not None:
-            self._reports.journal_to(self._journal)
+        reports = WorkerReports(manager.agent_loop_workers, manager.answer_timeout_s)
+        reports.depend_on(self._watch.actors())
+        self.replay_buffer.connect(reports, self._generate)
+        self._persistence.journal_with(reports.journal_to)
         tickets, prompts = self.replay_buffer.reopen_groups()
         if prompts is not None:
             self._generate(tickets, prompts)
@@ -244,160 +180,77 @@ class _StalenessTrainer(PPOTrainer):
         return len(tickets)
 
     def on_sample_end(self) -> None:
-        self._begun_step = self.global_steps
+        self._stopping.begin(self.global_steps)
         super().on_sample_end()
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """As verl's, and the age of each row for the actor worker, which measures the mismatch floor at age zero."""
         batch = super()._compute_advantage(batch, metrics)
-        clock = make_clock(self.config)
-        ages = [
-            clock.age_at_call_updates(tag["min_global_steps"], self.global_steps, self.local_trigger_step)
-            for tag in batch.tags
-        ]
+        step, version = self.global_steps, version_at_step(self.global_steps)
+        self._updates.add(step, 0)  # none so far; trainer.critic_warmup leaves it there
+        before = self._updates.in_step(step)
+        ages = [self._updates.between(tag["min_global_steps"], version) + before for tag in batch.tags]
         fields = TensorDict({AGE_FIELD: torch.tensor(ages)}, batch_size=len(ages))
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """As verl's; counts the updates, and refuses those that would make an exact age another one."""
+        clock, rows = self._updates.clock, len(batch.keys)
+        made = clock.updates_of_rows(rows, self.config.actor_rollout_ref.rollout.n)
+        configured = clock.updates_per_step // self.parameter_sync_step
+        self.replay_buffer.rule.check_updates(self.global_steps, rows, made, configured)
+        batch = super()._update_actor(batch, metrics)
+        self._updates.add(self.global_steps, made)
+        return batch
+
     def _consume_sync_metrics(self) -> dict:
         return super()._consume_sync_metrics() | self.replay_buffer.step_metrics()
+
+    def _validate(self) -> dict[str, float]:
+        return self._stopping.validate(self.global_steps, super()._validate, self._end_validating_if_asked)
+
+    def _end_validating_if_asked(self) -> bool:
+        return self._end_if_asked(self._save_amid_generation)
+
+    def _save_amid_generation(self) -> None:
+        self._quieten_rollout()
+        self._save_checkpoint()
+
+    def _quieten_rollout(self) -> None:
+        """Hand the devices to the trainer, in the midst of generation."""
+
+    def _end_if_asked(self, save: Any = None) -> bool:
+        """If the run was asked to end: save, and let this step be verl's last."""
+        ends = self._stopping.ends_after(self.global_steps, self._save_checkpoint if save is None else save)
+        if ends:
+            self.total_training_steps = self.global_steps
+        return ends
+
+    def _leave_step(self, stop: StopRequested) -> None:
+        """Save what can be saved when the rollouts that the step needs did not come in time."""
+        step = self._stopping.step_to_save(self.global_steps, stop)
+        if step is not None:
+            self.global_steps = step
+            self._save_amid_generation()
 
     def _save_checkpoint(self) -> None:
         # What is in flight under exact staleness needs weights that a restart would no longer have, if they are not
         # those of the checkpoint.
         if isinstance(self.replay_buffer.rule, ExactStale) and self.replay_buffer.version < self.global_steps:
             self.replay_buffer.settle()
-        name, state = folder_name(self.global_steps), json.dumps(self._state(), separators=(",", ":"))
-        if self._journal is not None:
-            self._journal.next_segment()
-            self._reports.journal_to(self._journal)
-        with self._checkpoints.writing(self.global_steps, self._resumed_from) as incomplete:
-            (incomplete / name / resume.STATE_FILE).write_text(state)
-            if self._journal is not None:
-                (incomplete / name / RUN_FILE).write_text(json.dumps(self._journal.position()))
-            with self._verl_writes_into(incomplete):
-                super()._save_checkpoint()
-            resume.require_all_shards(incomplete / name)
-        self._checkpoints.prune(self.global_steps, self._checkpoints_to_keep())
-        if self._journal is not None:
-            self._journal.delete_unneeded(self._checkpoints)
-        self.checkpoint_callback.on_save(
-            trainer=self,
-            global_step=self.global_steps,
-            checkpoint_dir=str(self._checkpoints.folder(self.global_steps)),
-            async_save=False,
-        )
-        self._saved_step = self.global_steps
-
-    def _state(self) -> dict[str, Any]:
-        """What verl does not save, as plain JSON."""
-        state = self.replay_buffer.state_dict() | {"settings": self._settings, "random_states": random_states.save()}
+        state = self.replay_buffer.state_dict() | {"updates": self._updates.state_dict()}
         if self.config.algorithm.use_kl_in_reward:
             state["kl_coefficient"] = self.kl_ctrl_in_reward.value
-        return state
-
-    @contextmanager
-    def _verl_writes_into(self, folder: Path) -> Iterator[None]:
-        """Let verl's `_save_checkpoint` write its checkpoint, its pointer included, into `folder`, and delete nothing.
-
-        verl deletes the model of an old checkpoint before the new one is complete, and never the rest of it.
-        """
-        trainer, callback = self.config.trainer, getattr(self, "checkpoint_callback", NoCallback())
-        redirected = {
-            "default_local_dir": str(folder),
-            "max_actor_ckpt_to_keep": None,
-            "max_critic_ckpt_to_keep": None,
-            "remove_previous_ckpt_in_save": False,
-        }
-        configured = {key: trainer[key] for key in redirected if key in trainer}
-        self.checkpoint_callback = NoCallback()
-        try:
-            with open_dict(trainer):
-                trainer.update(redirected)
-            yield
-        finally:
-            with open_dict(trainer):
-                for key in redirected:
-                    del trainer[key]
-                trainer.update(configured)
-            self.checkpoint_callback = callback
-
-    def _checkpoints_to_keep(self) -> int | None:
-        """Whole checkpoints to keep: the most that verl's settings ask for, None for all."""
-        trainer = self.config.trainer
-        if trainer.get("remove_previous_ckpt_in_save"):
-            return 1
-        limits = [trainer.get("max_actor_ckpt_to_keep")]
-        if self.use_critic:
-            limits.append(trainer.get("max_critic_ckpt_to_keep"))
-        return None if None in limits else max(limits)
-
-    def _end_if_asked(self) -> bool:
-        """After the updates of a step: if the run was asked to end, save, and let this step be verl's last."""
-        if not self._stop.is_made():
-            return False
-        if self._saved_step < self.global_steps:
-            self._save_checkpoint()
-        self.total_training_steps = self.global_steps
-        return True
-
-    def _leave_step(self, stop: StopRequested) -> None:
-        """Save what can be saved when the rollouts that the step needs did not come in time.
-
-        A step without a batch has changed nothing: the checkpoint is that of the step before, with the rollouts that
-        have been generated since.
-        """
-        logger.warning("%s", stop)
-        if self._saved_step == self.global_steps:
-            return  # only the push of its weights was still to come
-        if self._begun_step == self.global_steps:
-            logger.warning(
-                "trainer step %d is lost: it waits for rollouts that only its own weights can generate. The last "
-                "checkpoint is that of step %d",
-                self.global_steps,
-                self._saved_step,
-            )
-            return
-        self.global_steps -= 1
-        if self._saved_step < self.global_steps:
-            self._quieten_rollout()
-            self._save_checkpoint()
-
-    def _quieten_rollout(self) -> None:
-        """Hand the devices to the trainer, in the midst of generation."""
+        self._persistence.save(self, state, super()._save_checkpoint)
 
     def _load_checkpoint(self) -> None:
-        self._watch_workers()  # verl has just started them, and takes as long again to start the rest
+        watch_workers(self._watch, self)  # verl has just started them, and takes as long again to start the rest
         super()._load_checkpoint()
-        if self._resumed_from is not None:
-            self._load_state()
-            self._saved_step = self.global_steps
-        if self._journal is not None:
-            self._replay_journal(self._journal)
-        self.replay_buffer.begin(self.global_steps)
-
-    def _replay_journal(self, journal: Journal) -> None:
-        """Take back what was generated since the checkpoint, or since the beginning where there is none."""
-        position = journal.position_of(self._resumed_from)
-        if self.config.trainer.resume_mode == "disable":
-            position = None
-        if position is not None:
-            must_agree = resume.refused_keys(self.trainer_mode)
-            if self._resumed_from is None:
-                must_agree = [*must_agree, resume.MODEL]
-            in_flight = [ticket.uid for ticket in self.replay_buffer.rule.in_flight_tickets()]
-            replay = journal.read(position["segment"], self.global_steps, in_flight, must_agree)
-            self.replay_buffer.backlog.replay(replay, self._draw_prompts)
-        journal.start(position and position["run"], after=self._resumed_from)
-
-    def _load_state(self) -> None:
-        """What verl does not load."""
-        state = self._resumed_state
-        self.replay_buffer.load_state_dict(state, version=self.global_steps)
-        if "random_states" in state:  # format 1 has none
-            random_states.load(state["random_states"])
+        state = self._persistence.state
+        self._updates.load_state_dict(state.get("updates", []))  # a version before this one counted none
         if "kl_coefficient" in state and self.config.algorithm.use_kl_in_reward:
             self.kl_ctrl_in_reward.value = state["kl_coefficient"]
-        self._resumed_state = {}
+        self._persistence.restore(self.replay_buffer, self.config, self.global_steps, self._draw_prompts)
 
 
 @register_trainer("stale_k")
@@ -456,4 +309,4 @@ class PPOTrainerBoundedAsync(_SeparateStalenessTrainer):
     def _make_rule(self, staleness_steps: int, batch_size: int) -> StalenessRule:
         settings = load_mode_config(self.config, self.trainer_mode)
         assert isinstance(settings, BoundedAsyncConfig)
-        return BoundedAsync(staleness_steps, batch_size, settings.min_usable_share)
+        return BoundedAsync(staleness_steps, batch_size, settings.min_usable_share, self._updates)

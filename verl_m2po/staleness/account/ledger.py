@@ -10,6 +10,7 @@ from verl_m2po.ground import ledger
 from verl_m2po.ground.ledger import surviving
 from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.rule.records import Group, GroupReport
+from verl_m2po.staleness.rule.units import UpdateCount
 
 __all__ = ["TrainedRowsLedger", "read_ledger", "surviving"]
 
@@ -19,17 +20,23 @@ class TrainedRowsLedger:
 
     One line per batch: {"step": trainer step, "version": weight version that training starts from, "oldest_version":
     older tokens were masked (or null), "groups": [[prompt_index, uid, place, [[key, [[version, tokens], ...]], ...]],
-    ...], and in seconds since the epoch, for the timeline, "weights_at": the rollout has held `version` since,
-    "sampled_at": the batch was handed out, "generated": [[began, ended] of each group, or null if that was before a
-    restart]}. One line per start: {"resumed_from": trainer step of the checkpoint, 0 without one}. Steps after it that
-    stand above that line were trained with weights that are gone; `surviving` drops them. A masked trajectory has the
-    weight versions of the one that it copies, with 0 tokens each.
+    ...], "updates_before": optimizer updates of the whole run before this batch, and in seconds since the epoch, for
+    the timeline, "weights_at": the rollout has held `version` since, "sampled_at": the batch was handed out,
+    "generated": [[began, ended] of each group, or null if that was before a restart]}. One line per start:
+    {"resumed_from": trainer step of the checkpoint, 0 without one}. Steps after it that stand above that line were
+    trained with weights that are gone; `surviving` drops them. A masked trajectory has the weight versions of the one
+    that it copies, with 0 tokens each.
 
     Args:
         path: the file; parents are created. An existing one is continued, as a resumed run does.
+        updates: counts the optimizer updates of the run; None writes no count of them.
+
+    Raises:
+        OSError: it cannot be written.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, updates: UpdateCount | None = None) -> None:
+        self._updates = updates
         self._path = Path(path).expanduser()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         _end_torn_line(self._path)
@@ -78,11 +85,17 @@ class TrainedRowsLedger:
                     ]
                     for group in groups
                 ],
+                **self._updates_made(step, version),
                 "weights_at": round(self._weights_at, 3),
                 "sampled_at": round(time.time(), 3),
                 "generated": [self._times(group) for group in groups],
             }
         )
+
+    def _updates_made(self, step: int, version: int) -> dict[str, int]:
+        if self._updates is None:
+            return {}
+        return {"updates_before": self._updates.between(0, version) + self._updates.in_step(step)}
 
     def _times(self, group: Group) -> list[float] | None:
         times = self._generated.pop(group.ticket.uid, None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.rule.records import Group, Row
-from verl_m2po.staleness.rule.units import UpdateClock
+from verl_m2po.staleness.rule.units import UpdateClock, UpdateCount
 
 AGE_BUCKETS_STEPS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 """Upper ends of the age histogram, in trainer steps; what is older is counted as `steps_over_128`."""
@@ -65,6 +65,7 @@ class _Step:
     tokens: int = 0
     over_age_tokens: int = 0
     age_by_steps: Counter[int] = field(default_factory=Counter)
+    age_by_updates: Counter[int] = field(default_factory=Counter)
     trainer_idle_s: float = 0.0
     generator_idle_s: float = 0.0
     began_at: float = field(default_factory=time.time)
@@ -75,10 +76,12 @@ class StalenessMetrics:
 
     Args:
         clock: converts trainer steps to optimizer updates.
+        updates: counts those that each step really made; None: what the clock says.
     """
 
-    def __init__(self, clock: UpdateClock) -> None:
+    def __init__(self, clock: UpdateClock, updates: UpdateCount | None = None) -> None:
         self.clock = clock
+        self._updates = UpdateCount(clock) if updates is None else updates
         self._step = _Step()
         self._length_bias = LengthBias()
         self._generator_idle_since: float | None = None
@@ -156,6 +159,7 @@ class StalenessMetrics:
             else:
                 self._step.tokens += tokens
                 self._step.age_by_steps[version - span_version] += tokens
+                self._step.age_by_updates[self._updates.between(span_version, version)] += tokens
 
     def state_dict(self) -> dict[str, Any]:
         """What outlives a step, as plain JSON."""
@@ -194,10 +198,9 @@ class StalenessMetrics:
         if step.rows:
             metrics["staleness/spans_mean"] = step.spans / step.rows
         if step.tokens:
-            ages = step.age_by_steps
-            mean = sum(age * tokens for age, tokens in ages.items()) / step.tokens
-            metrics["staleness/age_updates_mean"] = mean * self.clock.updates_per_step
-            metrics["staleness/age_updates_max"] = self.clock.updates(max(ages))
+            ages = step.age_by_updates
+            metrics["staleness/age_updates_mean"] = sum(age * n for age, n in ages.items()) / step.tokens
+            metrics["staleness/age_updates_max"] = max(ages)
             metrics |= self._histogram()
         rates = self._length_bias.drop_rates()
         metrics |= {f"staleness/drop_rate/length_decile_{i}": rate for i, rate in enumerate(rates, start=1)}

@@ -114,6 +114,17 @@ class ExactStale(StalenessRule):
             self._next_row = 0
         return Selection(groups, oldest_version=None)
 
+    def check_updates(self, step: int, rows: int, made: int, configured: int) -> None:
+        if made == configured or self.staleness_steps == 0:
+            return
+        raise StalenessViolation(
+            f"trainer step {step} would make {made} optimizer updates of {rows} rows, where the batch sizes say "
+            f"{configured}: verl cuts mini-batches by rows, and an agent loop returned several trajectories for one "
+            "response. Ages in updates would no longer be exact. Let it return one, or set "
+            "trainer.v1.trainer_mode=bounded_async, which bounds the updates that are really made, or "
+            "staleness_updates=0"
+        )
+
     def settled(self, version: int) -> bool:
         return len(self._in_flight) == len(self._postponed) and self.admissible(version) == 0
 

@@ -140,6 +140,19 @@ class StalenessRule(ABC):
         A group may be selected again at a later call, as long as each selection before says that it is kept.
         """
 
+    def check_updates(self, step: int, rows: int, made: int, configured: int) -> None:
+        """Whether the rule can hold what it promises when trainer step `step` makes `made` optimizer updates.
+
+        Args:
+            rows: trajectories that are about to be trained, padding included.
+            made: updates that verl makes of them.
+            configured: updates that the configuration says.
+
+        Raises:
+            StalenessViolation: it cannot.
+        """
+        return
+
     def check(self, selection: Selection, version: int) -> None:
         """Row by row, right before training: no token that stays is older than the bound, none is from the future.
 

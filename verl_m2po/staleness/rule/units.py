@@ -59,6 +59,15 @@ class UpdateClock:
         """Optimizer updates per trainer step, and so per weight version."""
         return self.mini_batches_per_step * self.ppo_epochs
 
+    def updates_of_rows(self, rows: int, responses: int) -> int:
+        """Optimizer updates that verl's worker makes of a batch: it cuts mini-batches by rows, padding included.
+
+        Args:
+            rows: trajectories of the batch, as the worker gets them.
+            responses: `actor_rollout_ref.rollout.n`. An agent loop may return more trajectories for each.
+        """
+        return rows // (self.ppo_mini_batch_size * responses) * self.ppo_epochs
+
     def steps(self, staleness_updates: int, key: str = "staleness_updates") -> int:
         """Staleness in trainer steps.
 
@@ -86,16 +95,6 @@ class UpdateClock:
     def updates(self, steps: int) -> int:
         """Optimizer updates in `steps` trainer steps."""
         return steps * self.updates_per_step
-
-    def age_at_call_updates(self, version: int, step: int, mini_batch: int) -> int:
-        """Age of a row of weight `version` when the actor worker gets it, in optimizer updates.
-
-        Args:
-            version: weight version of its oldest token.
-            step: trainer step, from 1.
-            mini_batch: mini-batches of this step that were trained before, where verl hands them over one by one.
-        """
-        return self.age_updates(version, version_at_step(step)) + mini_batch * self.ppo_epochs
 
     def age_updates(self, version: int, at_version: int) -> int:
         """Age of a token of weight `version`, in optimizer updates, when training starts from `at_version`.
