@@ -6,6 +6,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import TaskFunction
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,10 +37,10 @@ class PreflightCallback(Callback):
         """Give a single run the room that its staleness needs; called by Hydra before it passes `config` on."""
         memory.make_room(config)
 
-    def on_job_start(self, config: DictConfig, **_kwargs: Any) -> None:
-        """Check `config`; called by Hydra before the job."""
+    def on_job_start(self, config: DictConfig, task_function: TaskFunction | None = None, **_kwargs: Any) -> None:
+        """Check `config`; called by Hydra before the job, which is a call of `task_function`."""
         is_ours = uses_this_package(config)
-        require_none(registry.problems(config, is_ours))
+        require_none(registry.problems(config, is_ours, task_function))
         # First of what follows: it depends on nothing, and a run that cannot be ended is worse than one without a log.
         if is_chosen(config) and threading.current_thread() is threading.main_thread():
             self._listener = Listener()

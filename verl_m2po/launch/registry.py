@@ -1,25 +1,57 @@
 """Every question that is asked of a config before a run, in the order of what it costs to answer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import psutil
 from omegaconf import DictConfig
 
 from verl_m2po.ground.check import Check, ask_all
 from verl_m2po.ground.problem import Problem
-from verl_m2po.launch.checks import data, devices, keys, losses, machine, model, numbers, outputs
+from verl_m2po.ground.verl_config import TRAINER_MODE
+from verl_m2po.launch.checks import (
+    data,
+    devices,
+    effects,
+    entry_point,
+    inactive,
+    keys,
+    losses,
+    machine,
+    model,
+    models,
+    numbers,
+    outputs,
+)
+from verl_m2po.losses import requirements
 from verl_m2po.staleness import checks
 
-OF_ALL_RUNS = (Check("the names of keys", keys.problems, "hydra.overrides.task"),)
-"""Asked of verl's other runs too: a misspelt key of ours is why a run may seem to be none of our business."""
+OF_ALL_RUNS = (
+    Check("the names of keys", keys.problems, "hydra.overrides.task"),
+    Check("settings of other trainer modes", inactive.problems, TRAINER_MODE),
+)
+"""Asked of verl's other runs too: a key of ours that is misspelt, or whose mode was forgotten, is why a run may seem to
+be none of our business."""
 
 
-def of_our_runs() -> Iterator[Check]:
-    """The checks of runs that use this package."""
+def of_our_runs(main: Callable[..., Any] | None = None) -> Iterator[Check]:
+    """The checks of runs that use this package.
+
+    Args:
+        main: the function that Hydra calls with the config; None: unknown.
+    """
     prompts = partial(data.known_rows, key=data.TRAIN)
     yield Check("verl's numbers", numbers.problems, "trainer")
+    yield Check("the entry point", partial(entry_point.problems, main=main), TRAINER_MODE)
     yield Check("the policy loss", losses.problems, "actor_rollout_ref.actor.policy_loss")
+    yield Check("distillation", effects.distillation, effects.TASK_REWARDS)
+    yield Check("the advantage estimator", effects.estimator, requirements.ESTIMATOR)
+    yield Check("bypass mode", effects.bypassed, requirements.BYPASS)
+    yield Check("the KL in the reward", effects.kl_in_reward, effects.KL_IN_REWARD)
+    yield Check("the clip range", effects.clip, effects.CLIP)
+    yield Check("images and video", models.more_than_text, model.PATH.key)
+    yield Check("LoRA", models.lora, models.MERGE)
     yield from checks.checks(psutil.virtual_memory().total, prompts)
     yield Check("the log", outputs.log, outputs.NAME.key)
     yield Check("the ledger", outputs.ledger, "trainer.v1")
@@ -38,11 +70,12 @@ def of_our_runs() -> Iterator[Check]:
     yield Check("this machine", machine.problems, "trainer.device")
 
 
-def problems(config: DictConfig, is_ours: bool) -> list[Problem]:
+def problems(config: DictConfig, is_ours: bool, main: Callable[..., Any] | None = None) -> list[Problem]:
     """Everything that is wrong with `config`.
 
     Args:
         config: the composed config of a job, with Hydra's own section.
         is_ours: whether it uses this package.
+        main: the function that Hydra calls with it; None: unknown.
     """
-    return ask_all([*OF_ALL_RUNS, *(of_our_runs() if is_ours else ())], config)
+    return ask_all([*OF_ALL_RUNS, *(of_our_runs(main) if is_ours else ())], config)

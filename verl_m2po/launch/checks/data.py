@@ -107,6 +107,14 @@ def known_rows(config: DictConfig, key: str) -> int | None:
     return min(rows, most) if most is not None and most > 0 else rows
 
 
+def has_column(config: DictConfig, name: Any) -> bool:
+    """Whether a training file that is on this machine has a column `name`; a broken file has none."""
+    try:
+        return any(name in table_of(TRAIN, path).columns for path in _local_tables(config, TRAIN))
+    except WrongValue:
+        return False  # said by `columns`
+
+
 def files(config: DictConfig, key: str) -> list[str]:
     """What `data.train_files` or `data.val_files` names, in order; a file may stand several times, to weigh more."""
     found = read(config, key)

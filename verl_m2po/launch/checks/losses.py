@@ -11,6 +11,8 @@ from verl_m2po.ground.verl_config import read
 from verl_m2po.losses import requirements
 from verl_m2po.losses.kernel.settings import KEY
 
+CONTEXT_PARALLEL = "actor_rollout_ref.actor.megatron.dynamic_context_parallel"
+
 
 def problems(config: DictConfig) -> Iterator[Problem]:
     """Yield what is wrong with the policy loss of `config`."""
@@ -35,6 +37,11 @@ def _actor_worker(config: DictConfig) -> Iterator[Problem]:
     from verl_m2po.actor import worker
 
     reason = worker.why_not_installed()
+    if reason is None and read(config, CONTEXT_PARALLEL) and read(config, requirements.STRATEGY) == "megatron":
+        reason = (
+            f"{CONTEXT_PARALLEL}=true gives no group of ranks that holds each token once. Switch one of them off "
+            "(scope=micro_batch decides for each micro-batch)"
+        )
     for key in (key for key, needs in needing.items() if needs and reason):
         value = read(config, key)
         yield Problem(key, value, f"{key}={value} cannot be honoured: {reason}.", "")

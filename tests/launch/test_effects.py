@@ -1,0 +1,305 @@
+"""What verl's trainer would not act on is said before the start, by the key."""
+
+import functools
+import subprocess
+import sys
+import types
+
+import pandas as pd
+import pytest
+from compose import composed, verl_hydra
+from hydra import compose
+
+from verl_m2po.ground.check import ask_all
+from verl_m2po.ground.problem import Problem
+from verl_m2po.launch import callback, registry
+from verl_m2po.launch.checks import data, effects, entry_point, inactive, losses, models
+from verl_m2po.staleness import checks
+
+M2PO = "algorithm.policy_loss=m2po"
+STALE = ("trainer.v1.trainer_mode=stale_k", "trainer.v1.stale_k.staleness_updates=8")
+SIZES = ("data.train_batch_size=16", "actor_rollout_ref.actor.ppo_mini_batch_size=4")
+BYPASS = "algorithm.rollout_correction.bypass_mode"
+
+
+@functools.cache
+def verls(*overrides: str):
+    """verl's own config with `overrides`, Hydra's section included. Shared: do not change it."""
+    with verl_hydra():
+        return compose("ppo_trainer", overrides=list(overrides), return_hydra_config=True)
+
+
+def one(problems) -> Problem:
+    (problem,) = problems
+    return problem
+
+
+def test_distillation_that_throws_the_policy_loss_away_is_refused():
+    on = ("distillation.enabled=true", "distillation.distillation_loss.use_task_rewards=false")
+    problem = one(effects.distillation(verls(M2PO, *on)))
+    assert problem.key == "distillation.distillation_loss.use_task_rewards" and problem.is_fatal
+    assert "the loss m2po would be without effect" in problem.why
+    assert not list(effects.distillation(verls(*on)))
+    assert not list(effects.distillation(verls(M2PO, on[0])))
+
+
+@pytest.mark.parametrize("name", ["remax", "optimal_token_baseline", "tir_optimal_token_baseline", "gdpo"])
+def test_estimators_that_the_v1_trainer_does_not_feed_are_refused(name):
+    problem = one(effects.estimator(verls(M2PO, f"algorithm.adv_estimator={name}")))
+    assert (problem.key, problem.value, problem.is_fatal) == ("algorithm.adv_estimator", name, True)
+    assert not list(effects.estimator(verls(M2PO, f"algorithm.adv_estimator={name}", "trainer.use_v1=false")))
+    assert not list(effects.estimator(verls(M2PO, "algorithm.adv_estimator=grpo")))
+
+
+@pytest.mark.parametrize(("key", "value"), [("rollout_rs", "token_k1"), ("loss_type", "reinforce")])
+def test_what_bypass_mode_drops_is_refused(key, value):
+    setting = f"algorithm.rollout_correction.{key}={value}"
+    problem = one(effects.bypassed(verls(M2PO, f"{BYPASS}=true", setting)))
+    assert (problem.key, problem.value) == (f"algorithm.rollout_correction.{key}", value) and problem.is_fatal
+    assert not list(effects.bypassed(verls(M2PO, f"{BYPASS}=false", setting)))
+    assert not list(effects.bypassed(verls("algorithm.policy_loss=bypass_mode", f"{BYPASS}=true", setting)))
+
+
+def test_a_kl_in_the_reward_of_stale_data_is_mentioned():
+    problem = one(effects.kl_in_reward(verls(M2PO, *STALE, "algorithm.use_kl_in_reward=true")))
+    assert problem.key == "algorithm.use_kl_in_reward" and not problem.is_fatal and "behaviour policy" in problem.why
+    assert not list(effects.kl_in_reward(verls(M2PO, "algorithm.use_kl_in_reward=true")))
+    assert not list(effects.kl_in_reward(verls(M2PO, *STALE)))
+
+
+def test_a_clip_range_that_the_loss_does_not_have_is_one_line():
+    low_high = ("actor_rollout_ref.actor.clip_ratio_low=0.1", "actor_rollout_ref.actor.clip_ratio_high=0.28")
+    problem = one(effects.clip(verls(M2PO, *low_high)))
+    assert "clip_ratio_low, actor_rollout_ref.actor.clip_ratio_high=0.1, 0.28" in str(problem) and not problem.is_fatal
+    assert not list(effects.clip(verls(M2PO)))
+    assert not list(effects.clip(verls(*low_high)))
+
+
+def test_context_parallel_under_mini_batch_scope_is_refused_before_anything_loads():
+    megatron = ("model_engine=megatron", "actor_rollout_ref.actor.megatron.dynamic_context_parallel=true")
+    message = str(one(losses.problems(verls(M2PO, *megatron))))
+    assert "policy_loss.m2po.scope=mini_batch cannot be honoured" in message and "scope=micro_batch" in message
+    micro = "actor_rollout_ref.actor.policy_loss.m2po.scope=micro_batch"
+    assert not list(losses.problems(verls(M2PO, *megatron, micro)))
+
+
+class TestInactiveModes:
+    """Someone would publish curves "at staleness 256" that are on-policy."""
+
+    def test_a_staleness_without_its_mode_is_refused_even_where_nothing_else_is_ours(self):
+        with pytest.raises(SystemExit) as refusal:
+            callback.PreflightCallback().on_job_start(verls("trainer.v1.stale_k.staleness_updates=2"))
+        assert "trainer.v1.stale_k.staleness_updates=2: trainer.v1.trainer_mode=sync does not read it" in str(
+            refusal.value
+        )
+        assert "Add trainer.v1.trainer_mode=stale_k" in str(refusal.value)
+
+    def test_every_key_of_another_mode_is(self):
+        found = list(inactive.problems(verls(*STALE, "trainer.v1.bounded_async.min_usable_share=0.5")))
+        assert [problem.key for problem in found] == ["trainer.v1.bounded_async.min_usable_share"]
+
+    def test_keys_of_the_chosen_mode_and_of_verls_are_not(self):
+        assert not list(inactive.problems(verls(*STALE, "trainer.v1.separate_async.parameter_sync_step=2")))
+
+
+class TestModels:
+    """What a mode cannot keep or push; verl's own can."""
+
+    @pytest.mark.parametrize("on", [(), ("data.image_key=images",)])
+    def test_images_named_on_the_command_line(self, on):
+        found = list(models.more_than_text(verls(*STALE, *on)))
+        assert [problem.key for problem in found] == ["data.image_key"] * len(on)
+        assert not list(models.more_than_text(verls(*on)))
+
+    def test_a_model_with_a_vision_tower(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"vision_config": {}}')
+        problem = one(models.more_than_text(verls(*STALE, f"actor_rollout_ref.model.path={tmp_path}")))
+        assert problem.key == "actor_rollout_ref.model.path" and "text only" in problem.why
+
+    def test_data_with_images(self, tmp_path):
+        pd.DataFrame({"prompt": ["a"], "images": ["b"]}).to_parquet(tmp_path / "a.parquet")
+        problem = one(models.more_than_text(verls(*STALE, f"data.train_files={tmp_path / 'a.parquet'}")))
+        assert problem.key == "data.image_key"
+
+    @pytest.mark.parametrize("rank", ["lora_rank=8", "lora.rank=8", "lora_adapter_path=/a"])
+    def test_an_adapter_that_is_not_merged_in_a_separate_mode(self, rank):
+        rank = f"actor_rollout_ref.model.{rank}"
+        problem = one(models.lora(verls("trainer.v1.trainer_mode=bounded_async", rank)))
+        assert (problem.key, problem.remedy) == ("actor_rollout_ref.model.lora.merge", "Set it to true")
+        merged = "actor_rollout_ref.model.lora.merge=true"
+        assert not list(models.lora(verls("trainer.v1.trainer_mode=bounded_async", rank, merged)))
+        assert not list(models.lora(verls(*STALE, rank)))
+
+
+def main_of(name: str, source: str, tmp_path):
+    """The main of a module with this name and source, as `python -m <name>` would run it."""
+    (tmp_path / "program.py").write_text(source)
+    module = types.ModuleType(name)
+    module.__spec__ = types.SimpleNamespace(name=name)
+    module.__file__ = str(tmp_path / "program.py")
+    sys.modules[name] = module
+    exec(compile(source, module.__file__, "exec"), vars(module))
+    return module.main
+
+
+OWN = """
+class RayDAPOTrainer: ...
+class TaskRunner:
+    def run(self, config): RayDAPOTrainer()
+def main(config):
+    from verl.trainer.main_ppo import run_ppo
+    run_ppo(config, TaskRunner)
+"""
+V1 = """
+def main(config):
+    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+    run_ppo(config, TaskRunnerV1)
+"""
+WRAPPER = "from verl.trainer.main_ppo import main as verls\ndef main(config): verls(config)"
+
+
+class TestEntryPoints:
+    """A main with a trainer of its own never reads `trainer.v1`: it would train synchronously and exit with 0."""
+
+    @pytest.fixture(autouse=True)
+    def modules(self, monkeypatch):
+        monkeypatch.setattr(sys, "modules", dict(sys.modules))
+
+    def test_verls_main_runs_every_mode(self):
+        from verl.trainer.main_ppo import main
+
+        assert not list(entry_point.problems(verls(M2PO, *STALE), main))
+
+    @pytest.mark.parametrize("source", [V1, WRAPPER], ids=["v1", "wrapper"])
+    def test_own_mains_that_start_verls_v1_trainer_do_too(self, source, tmp_path):
+        assert not list(entry_point.problems(verls(M2PO, *STALE), main_of("mine.main", source, tmp_path)))
+
+    @pytest.mark.parametrize("name", ["recipe.dapo.main_dapo", "mine.main"])
+    def test_own_trainers_are_refused_by_the_mode_and_named(self, name, tmp_path):
+        main = main_of(name, OWN, tmp_path)
+        problem = one(entry_point.problems(verls(M2PO, *STALE), main))
+        assert problem.key == "trainer.v1.trainer_mode" and problem.is_fatal and name in problem.why
+        assert not list(entry_point.problems(verls(M2PO), main))
+
+    @pytest.mark.parametrize(
+        "module",
+        ["verl.experimental.one_step_off_policy.main_ppo", "verl.experimental.fully_async_policy.fully_async_main"],
+    )
+    def test_verls_experimental_mains(self, module):
+        """By their source: importing them needs what a GPU machine has."""
+        import importlib.util
+
+        spec = importlib.util.find_spec(module)
+        found = types.ModuleType(module)
+        found.__spec__, found.__file__ = spec, spec.origin
+        sys.modules[module] = found
+        assert entry_point.trainer_of(found) == "own"
+        main = types.FunctionType((lambda config: None).__code__, vars(found))
+        main.__module__ = module
+        assert one(entry_point.problems(verls(M2PO, *STALE, f"{BYPASS}=true"), main)).key == "trainer.v1.trainer_mode"
+        # The age disappears whatever the key of a trainer that they do not use says, and that one is not blamed.
+        problem = one(entry_point.problems(verls(M2PO, f"{BYPASS}=false"), main))
+        assert (
+            problem.key == BYPASS and "age of the data disappears" in problem.why and "trainer_mode" not in problem.why
+        )
+        assert not list(entry_point.problems(verls(M2PO, f"{BYPASS}=true"), main))
+        assert not list(entry_point.problems(verls(f"{BYPASS}=false"), main))
+
+    def test_what_cannot_be_told_is_mentioned(self, tmp_path):
+        main = main_of("mine.main", "def main(config): ...", tmp_path)
+        problem = one(entry_point.problems(verls(M2PO, *STALE), main))
+        assert problem.key == "trainer.v1.trainer_mode" and not problem.is_fatal
+
+    @pytest.mark.slow
+    def test_through_hydra_as_a_program(self, tmp_path):
+        """Through `python main.py`: nothing of it runs."""
+        path_and_name = 'config_path="pkg://verl.trainer.config", config_name="ppo_trainer"'
+        decorated = f"import hydra, verl\n@hydra.main({path_and_name}, version_base=None)\ndef main"
+        source = OWN.replace("def main", decorated) + "main()\n"
+        (tmp_path / "main_mine.py").write_text(source)
+        command = [sys.executable, "main_mine.py", M2PO, *STALE]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and "main_mine.py has a trainer of its own" in done.stderr
+
+
+ROW = {"prompt": [{"role": "user", "content": "1+1"}], "data_source": "a", "reward_model": {"ground_truth": "2"}}
+
+
+class TestData:
+    """verl takes it, or can be known not to."""
+
+    @pytest.fixture
+    def config(self, tmp_path):
+        def make(rows: int, columns: dict, *overrides: str):
+            pd.DataFrame({name: [value] * rows for name, value in columns.items()}).to_parquet(tmp_path / "a.parquet")
+            return verls(
+                f"data.train_files={tmp_path / 'a.parquet'}",
+                f"data.val_files={tmp_path / 'a.parquet'}",
+                *SIZES,
+                *overrides,
+            )
+
+        return make
+
+    @staticmethod
+    def found(config) -> list[Problem]:
+        asked = [check for check in registry.of_our_runs() if check.about in (data.TRAIN, data.VALIDATION, data.FILTER)]
+        return ask_all(asked, config)
+
+    def test_another_name_of_the_prompts(self, config):
+        row = {"question": ROW["prompt"], **{key: ROW[key] for key in ("data_source", "reward_model")}}
+        assert not self.found(config(16, row, "data.prompt_key=question"))
+        assert "lacks the column(s) prompt" in str(self.found(config(16, row))[0])
+
+    def test_a_data_set_class_of_the_users_reads_what_it_wants(self, config):
+        changes = ("data.custom_cls.path=/my/data.py", "data.custom_cls.name=Mine", "data.train_files=[hub/name]")
+        assert not self.found(config(1, {"a": 1}, *changes))
+
+    def test_a_reward_model_needs_no_answer(self, config):
+        row = {"prompt": ROW["prompt"]}
+        assert not self.found(config(16, row, "reward.reward_model.enable=true"))
+        function = "reward.custom_reward_function.path=/my/reward.py"
+        assert "data_source, reward_model" in str(
+            self.found(config(16, row, "reward.reward_model.enable=true", function))[0]
+        )
+
+    @pytest.mark.parametrize("rows", [0, 15])
+    def test_fewer_rows_than_a_batch_are_refused_by_the_batch(self, config, rows):
+        found = {problem.key: problem for problem in self.found(config(rows, ROW))}
+        assert f"has {rows} prompts, fewer than a batch" in found["data.train_batch_size"].why
+        assert ("data.val_files" in found) == (rows == 0)
+        assert not self.found(config(16, ROW))
+        few = self.found(config(16, ROW, "data.train_max_samples=15"))
+        assert "has 15 prompts" in one(few).why
+
+    def test_prompts_that_would_be_cut_are_mentioned(self, config):
+        long = ROW | {"prompt": [{"role": "user", "content": "1+1" * 100}]}
+        problem = one(self.found(config(16, long, "data.max_prompt_length=64")))
+        assert problem.key == "data.filter_overlong_prompts" and not problem.is_fatal and "300 bytes" in problem.why
+        assert not self.found(config(16, long, "data.max_prompt_length=64", "data.filter_overlong_prompts=true"))
+
+    def test_epochs_end_a_run_too(self, config):
+        """64 rows, batch 8, one epoch: 8 steps, whatever total_training_steps says."""
+        changes = (
+            *STALE[:1],
+            "trainer.v1.stale_k.staleness_updates=20",
+            "data.train_batch_size=8",
+            "trainer.total_epochs=1",
+        )
+        made = config(
+            64, ROW, *changes, "actor_rollout_ref.actor.ppo_mini_batch_size=4", "trainer.total_training_steps=40"
+        )
+        found = registry.problems(made, is_ours=True)
+        problem = one(problem for problem in found if problem.key == "trainer.v1.stale_k.staleness_updates")
+        assert "the run has 8 trainer steps of 2 updates" in problem.why and "at most 14" in problem.remedy
+
+    @pytest.mark.parametrize(
+        ("steps", "prompts", "planned"), [(40, 64, 8), (4, 64, 4), (None, 64, 8), (40, None, 40), (None, None, None)]
+    )
+    def test_the_planned_steps_are_the_smaller_of_the_two(self, steps, prompts, planned):
+        config = composed(
+            "data.train_batch_size=8",
+            f"trainer.total_training_steps={steps}".replace("None", "null"),
+            "trainer.total_epochs=1",
+        )
+        assert checks.planned_steps(config, prompts) == planned
