@@ -9,7 +9,8 @@ same panels for wandb.
 
 from pathlib import Path
 
-LAYOUT_SUFFIX = ".layout"
+from verl_m2po.report.reading.runs import LAYOUT_SUFFIX
+
 # Group to chart title to regular expressions of tags; TensorBoard draws all tags that match in one chart.
 LAYOUT: dict[str, dict[str, list[str]]] = {
     "1 result": {

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from verl_m2po.report.drawing.dashboard import LAYOUT_SUFFIX
 from verl_m2po.report.reading.read import Log, is_json_log, read_event_file, read_json_lines
 from verl_m2po.report.reading.settings import Settings, read_config, settings
 
@@ -21,6 +20,8 @@ ATTEMPT = re.compile(r"^attempt-(\d+)\.jsonl$")
 # Logs that verl_m2po.ground.logs moved aside for a later attempt, which has the name without the number.
 EARLIER = re.compile(r"^(.+)\.attempt-(\d+)\.jsonl$")
 EVENTS = "events.out.tfevents."
+# Ending of an event file that arranges panels and holds no metric.
+LAYOUT_SUFFIX = ".layout"
 # File names that say nothing about the run: the folder's name is the run's.
 GENERIC_STEMS = ("metrics", "log", "logs", "train", "run", "verl", "file")
 # Folders that never hold a log but may hold very many files.

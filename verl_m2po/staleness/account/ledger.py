@@ -71,6 +71,14 @@ class TrainedRowsLedger:
             self._generated.pop(group.ticket.uid, None)
 
     def trained(self, step: int, version: int, oldest_version: int | None, groups: tuple[Group, ...]) -> None:
+        """These groups are trained in trainer step `step`, from weight `version`; their line is written now.
+
+        Args:
+            step: verl's global step, from 1.
+            version: weight version that the step starts from.
+            oldest_version: tokens of older versions are masked; None masks none.
+            groups: the batch, in the order in which it is trained.
+        """
         self._append(
             {
                 "step": step,

@@ -31,6 +31,7 @@ class LengthBias:
         self._groups: deque[tuple[float, bool]] = deque(maxlen=window)
 
     def add(self, tokens_per_response: float, was_dropped: bool) -> None:
+        """A group has ended; its mean response was that many tokens long."""
         self._groups.append((tokens_per_response, was_dropped))
 
     def drop_rates(self) -> list[float]:
@@ -50,6 +51,7 @@ class LengthBias:
         return [list(group) for group in self._groups]
 
     def load_state_dict(self, state: list[list[Any]]) -> None:
+        """Put back what `state_dict` returned."""
         self._groups.extend((length, was_dropped) for length, was_dropped in state)
 
 
@@ -115,6 +117,7 @@ class StalenessMetrics:
         self._step.generator_idle_s = 0.0
 
     def admitted(self, groups: int) -> None:
+        """That many groups were started."""
         self._step.admitted += groups
         if self._generator_idle_since is not None:
             self._step.generator_idle_s += max(0.0, time.time() - self._generator_idle_since)
@@ -125,9 +128,11 @@ class StalenessMetrics:
         self._generator_idle_since = since
 
     def trainer_waited(self, seconds: float) -> None:
+        """The trainer had no batch for that many seconds."""
         self._step.trainer_idle_s += seconds
 
     def failed(self) -> None:
+        """A group failed and is replaced."""
         self._step.failed += 1
 
     def masked(self, trajectories: int) -> None:
@@ -135,10 +140,12 @@ class StalenessMetrics:
         self._step.masked_trajectories += trajectories
 
     def aborted(self, tokens_per_response: float) -> None:
+        """A group was aborted as too old, after that many tokens a response."""
         self._step.aborted += 1
         self._length_bias.add(tokens_per_response, was_dropped=True)
 
     def dropped(self, group: Group) -> None:
+        """A finished group is too old to be trained."""
         self._step.dropped += 1
         self._length_bias.add(group.tokens_per_response, was_dropped=True)
 
@@ -166,6 +173,7 @@ class StalenessMetrics:
         return {"length_bias": self._length_bias.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` returned."""
         self._length_bias.load_state_dict(state["length_bias"])
 
     def _histogram(self) -> dict[str, float]:

@@ -158,6 +158,7 @@ class Checkpoints:
         return sorted(int(match[1]) for match in map(FOLDER.match, os.listdir(self.root)) if match)
 
     def folder(self, step: int) -> Path:
+        """Where the checkpoint of trainer step `step` lies, or would lie."""
         return self.root / folder_name(step)
 
     def latest(self) -> Path | None:

@@ -48,6 +48,7 @@ class Session:
 
     @property
     def generated_tokens(self) -> int:
+        """Tokens generated so far, by all weight versions."""
         return sum(tokens for _, tokens in self.spans)
 
     def abort(self) -> None:

@@ -132,5 +132,6 @@ class WorkerReports:
             )
 
     def abort(self, uids: list[str]) -> None:
+        """Tell every worker to stop generating these groups; those that it does not have are ignored."""
         for worker in self._workers:
             worker.abort_groups.remote(uids)

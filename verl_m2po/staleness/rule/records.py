@@ -33,6 +33,7 @@ class Row:
 
     @property
     def generated_tokens(self) -> int:
+        """Tokens generated, by all weight versions; 0 in a masked row."""
         return sum(tokens for _, tokens in self.spans)
 
     @property
@@ -49,10 +50,12 @@ class Row:
         return sum(tokens for version, tokens in self.spans if version >= oldest_version)
 
     def to_json(self) -> list[Any]:
+        """As plain JSON."""
         return [self.key, self.prompt_tokens, self.response_tokens, [list(span) for span in self.spans]]
 
     @classmethod
     def from_json(cls, data: list[Any]) -> "Row":
+        """From what `to_json` returned."""
         key, prompt_tokens, response_tokens, spans = data
         return cls(key, prompt_tokens, response_tokens, tuple((version, tokens) for version, tokens in spans))
 
@@ -76,10 +79,12 @@ class Ticket:
     prompt_index: int | str = -1
 
     def to_json(self) -> list[Any]:
+        """As plain JSON."""
         return [self.uid, self.place, self.dispatch_version, self.lot, self.prompt_index]
 
     @classmethod
     def from_json(cls, data: list[Any]) -> "Ticket":
+        """From what `to_json` returned."""
         return cls(*data)
 
 
@@ -92,14 +97,17 @@ class Group:
 
     @property
     def min_version(self) -> int:
+        """Weight version of its oldest generated token."""
         return min(row.min_version for row in self.rows)
 
     @property
     def max_version(self) -> int:
+        """Weight version of its newest generated token."""
         return max(row.max_version for row in self.rows)
 
     @property
     def generated_tokens(self) -> int:
+        """Tokens generated in all its rows."""
         return sum(row.generated_tokens for row in self.rows)
 
     @property
@@ -119,10 +127,12 @@ class Group:
         return sum(row.tokens_since(oldest_version) for row in self.rows) / self.generated_tokens
 
     def to_json(self) -> list[Any]:
+        """As plain JSON."""
         return [self.ticket.to_json(), [row.to_json() for row in self.rows]]
 
     @classmethod
     def from_json(cls, data: list[Any]) -> "Group":
+        """From what `to_json` returned."""
         ticket, rows = data
         return cls(Ticket.from_json(ticket), tuple(Row.from_json(row) for row in rows))
 

@@ -149,6 +149,7 @@ class UpdateCount:
         return [[step, n] for step, n in sorted(self._made.items()) if n != self.clock.updates_per_step]
 
     def load_state_dict(self, state: list[list[int]]) -> None:
+        """Put back what `state_dict` returned."""
         self._made = {step: updates for step, updates in state}
 
 

@@ -32,10 +32,12 @@ def _key(what: str) -> bytes:
 
 
 def is_set(what: str) -> bool:
+    """Whether `what` was put into Ray's store by any process of this job."""
     return bool(internal_kv._internal_kv_exists(_key(what), namespace=_NAMESPACE))
 
 
 def put(what: str) -> None:
+    """Put `what` into Ray's store, where every process of this job sees it."""
     internal_kv._internal_kv_put(_key(what), b"1", namespace=_NAMESPACE)
 
 

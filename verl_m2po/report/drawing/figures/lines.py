@@ -23,6 +23,8 @@ class NothingToDraw(Exception):
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw under the settings of `style.RC`, whatever matplotlib was told before."""
+
     @wraps(draw)
     def wrapper(*args, **kwargs) -> Figure:
         with mpl.rc_context(RC):
@@ -71,6 +73,7 @@ def _legend(figure: Figure, handles: list, labels: list[str]) -> None:
 
 
 def legend_of(figure: Figure, *all_axes: Axes) -> None:
+    """One legend of all these axes; a label that stands in several of them stands in it once."""
     handles: dict[str, object] = {}
     for axes in all_axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -84,11 +87,13 @@ def whole_numbers(most: int) -> MaxNLocator:
 
 
 def integer_steps(axes: Axes) -> None:
+    """Trainer steps on the x axis, at whole numbers."""
     axes.xaxis.set_major_locator(whole_numbers(7))
     axes.set_xlabel("trainer step")
 
 
 def seeds_caption(seeds: list[Seeds]) -> str:
+    """What a line and a band mean where these are drawn."""
     most = max((one.count for one in seeds), default=1)
     return "line: mean, band: lowest to highest seed" if most > 1 else "one seed each"
 
@@ -96,6 +101,7 @@ def seeds_caption(seeds: list[Seeds]) -> str:
 def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
+    """A figure of that size in inches, and its axes row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     return figure, list(axes.flat)
