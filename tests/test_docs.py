@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,9 @@ GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if any(folder.glob("
 EXPLICIT_ANCHOR = re.compile(r"^\(([\w-]+)\)=$", re.MULTILINE)
 MAKE = re.compile(r"^(?:[A-Z_]+=\S+ +)*make((?: +[\w.=/-]+)+)", re.MULTILINE)
 COMMAND = re.compile(r"^(?:\S*/)?verl-m2po ([a-z][\w-]*)", re.MULTILINE)
+# A name of the package in code, and a file of the repository; not as part of a longer name.
+DOTTED = re.compile(r"(?<![\w./-])verl_m2po(?:\.\w+)+(?![\w/])")
+FILE = re.compile(r"(?<![\w./-])(?:verl_m2po|tests|recipes|docs)/[\w./*-]*\w(?:\.\w+)?")
 MODULE = re.compile(r"python -m (verl_m2po(?:\.\w+)*)")
 # Not after a dot or a letter: `data.task=` is another key. Values in capitals, <...> or $... are placeholders.
 OPTION = re.compile(rf"(?<![\w.$/-])({'|'.join(GROUPS)})=([a-z0-9_]+(?:,[a-z0-9_]+)*)(?![\w.(])")
@@ -122,6 +126,37 @@ def unknown_names(page: Path) -> Iterator[str]:
             known = {option.stem for option in (CONFIGS / group).glob("*.yaml")} | {"null"}
             yield from (f"{group}={value}" for value in values.split(",") if value not in known)
 
+    yield from (name for piece in code for name in DOTTED.findall(piece) if not is_there(name))
+    yield from (path for piece in code for path in FILE.findall(piece) if not list(REPOSITORY.glob(path)))
+
+
+def is_there(name: str) -> bool:
+    """Whether a dotted name of the package is a module, or stands in one."""
+    folder, parts = REPOSITORY, name.split(".")
+    for index, part in enumerate(parts):
+        if (folder / part).is_dir():
+            folder = folder / part
+            continue
+        module = (folder / part).with_suffix(".py")
+        names = parts[index + 1 :] if module.is_file() else parts[index:]
+        return not names or names[0] in names_in(module if module.is_file() else folder / "__init__.py")
+    return True
+
+
+@cache
+def names_in(module: Path) -> set[str]:
+    """What a module defines or imports at its top level."""
+    found = set()
+    for node in ast.parse(module.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name for alias in node.names}
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
 
 def make_targets() -> set[str]:
     return set(re.findall(r"^([\w-]+):(?!=)", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
@@ -208,6 +243,8 @@ def test_the_checks_can_fail(tmp_path):
         "| a |\n| - |\n| [in a table](gone.md) |\n\n"
         "`make test` `LOSS=grpo make nonsense STEPS=3` `verl-m2po doctor` `verl-m2po surgeon`\n"
         "`python -m verl_m2po.tasks` `python -m verl_m2po.none` to make sense\n\n"
+        "`verl_m2po.second_moment.keep_mask` `verl_m2po.second_moment.drop_mask`\n\n"
+        "`tests/test_docs.py` `tests/none.py`\n\n"
         "```bash\npython -m verl.trainer.main_ppo x.loss=none loss=m2po,typo staleness=s64 task=none hardware=$HW\n"
         "verl-m2po report\n```\n```text\nverl-m2po refuses this run\n```\n"
         "```{toctree}\n:hidden:\n\nabsent\n```\n"
@@ -224,7 +261,10 @@ def test_the_checks_can_fail(tmp_path):
         "make nonsense",
         "python -m verl_m2po.none",
         "task=none",
+        "tests/none.py",
         "verl-m2po surgeon",
+        "verl_m2po.none",
+        "verl_m2po.second_moment.drop_mask",
     ]
 
 
