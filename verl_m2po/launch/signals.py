@@ -70,21 +70,21 @@ class Listener:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None or not ray.is_initialized():
-            self._leave(signal.Signals(number))
+            self._end_at_once(signal.Signals(number))
         self.received = signal.Signals(number)
         # Not here: the handler may have interrupted a call into Ray.
         threading.Thread(target=self._ask, args=(self.received,), daemon=True).start()
 
     def _ask(self, number: signal.Signals) -> None:
         if not stop.is_set(stop.TRAINING):
-            self._leave(number)
+            self._end_at_once(number)
         _say(
             f"{number.name}: finishing the step and saving a checkpoint; the same command goes on from there. "
             "Send it again to leave at once"
         )
         stop.put(stop.STOP)
 
-    def _leave(self, number: signal.Signals) -> NoReturn:
+    def _end_at_once(self, number: signal.Signals) -> NoReturn:
         """End this process and all that it has started."""
         _say(f"{number.name}: leaving at once")
         _Left.besides(self._others).remove(grace_s=0.0)

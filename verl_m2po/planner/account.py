@@ -49,10 +49,12 @@ class Outcome:
 
     @property
     def mean_step_s(self) -> float:
+        """Mean seconds of a trainer step."""
         return float(np.mean(self.step_s))
 
     @property
     def p95_step_s(self) -> float:
+        """Seconds that 95% of the trainer steps stay below."""
         return float(np.quantile(self.step_s, 0.95))
 
     @property
@@ -62,6 +64,7 @@ class Outcome:
 
     @property
     def largest_age(self) -> int:
+        """Age of the oldest trained token, in trainer steps; 0 if nothing was trained."""
         return max(self.age_tokens, default=0)
 
     @property

@@ -55,6 +55,7 @@ class QuantileLengths:
         self._logs = [math.log(tokens) for _, tokens in points]
 
     def draw(self, rng: np.random.Generator, groups: int, responses: int, version: int) -> list[list[int]]:
+        """The lengths of so many groups; the weight version makes no difference."""
         logs = np.interp(rng.random((groups, responses)), self._shares, self._logs)
         return np.exp(logs).round().astype(int).tolist()
 
@@ -72,6 +73,7 @@ class MeasuredLengths:
             raise PlanError("no response length is known; give --lengths, such as --lengths 0.5:900,0.9:3000")
 
     def draw(self, rng: np.random.Generator, groups: int, responses: int, version: int) -> list[list[int]]:
+        """The lengths of so many groups as they were measured; the weight version makes no difference."""
         return [self._one(rng, self._groups[i], responses) for i in rng.integers(len(self._groups), size=groups)]
 
     @staticmethod
@@ -116,6 +118,7 @@ class EngineCurve:
 
     @property
     def peak_tokens_per_s(self) -> float:
+        """Tokens per second of one server at the best number of requests."""
         return max(self.server_tokens_per_s(min(n, self.max_requests)) for n in (*dict(self.points), self.max_requests))
 
 
