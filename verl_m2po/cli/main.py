@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from verl_m2po.one_process import command as one_process_command
+from verl_m2po.planner import command as plan_command
 from verl_m2po.report import command as report_command
 
 app = typer.Typer(help="Learn from stale rollouts in verl.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -15,6 +16,7 @@ app = typer.Typer(help="Learn from stale rollouts in verl.", no_args_is_help=Tru
 app.command()(report_command.report)
 app.command()(report_command.dashboard)
 app.command()(report_command.timeline)
+app.command()(plan_command.plan)
 app.command(name="try")(one_process_command.try_loss)
 
 

@@ -1,0 +1,194 @@
+"""Every mode, split and staleness that was asked for, simulated; which of them is best, and why."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from verl_m2po.planner.account import Outcome
+from verl_m2po.planner.facts import Assumed, Facts
+from verl_m2po.planner.simulate import Setting, simulate
+from verl_m2po.planner.workload import PlanError
+
+CLOSE = 0.02
+"""Settings that are less than this share apart in speed count as equally fast; the younger data win."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting on so many devices, and what became of it.
+
+    Args:
+        setting: mode and staleness.
+        devices: of the whole run.
+        server_devices: that generate; in the shared modes all of them.
+        updates_per_step: optimizer updates of a trainer step.
+        buffer_gib: memory of the waiting rollouts if every response has its full length.
+        outcome: simulated.
+    """
+
+    setting: Setting
+    devices: int
+    server_devices: int
+    updates_per_step: int
+    buffer_gib: float
+    outcome: Outcome
+
+    @property
+    def staleness_updates(self) -> int:
+        return self.setting.staleness_steps * self.updates_per_step
+
+    @property
+    def mean_age_updates(self) -> float:
+        """Of a trained token when the first update of its step is made."""
+        return self.outcome.mean_age * self.updates_per_step
+
+    @property
+    def tokens_per_device_hour(self) -> float:
+        """Trained tokens."""
+        return self.outcome.tokens_per_s * 3600 / self.devices
+
+    def hours(self, steps: int) -> float:
+        """Of a run of so many trainer steps."""
+        return (self.outcome.ramp_s + steps * self.outcome.mean_step_s) / 3600
+
+    def overrides(self) -> list[tuple[str, str]]:
+        """Hydra overrides, ready to paste, each with the reason in one sentence."""
+        mode, outcome = self.setting.mode, self.outcome
+        reasons = [
+            (
+                f"trainer.v1.trainer_mode={mode}",
+                f"{outcome.mean_step_s:.1f} s a trainer step, of which the trainer waits {outcome.trainer_idle:.0%}.",
+            )
+        ]
+        if mode != "sync":
+            kept = "exactly" if mode != "bounded_async" else "at most"
+            reasons.append(
+                (
+                    f"trainer.v1.{mode}.staleness_updates={self.staleness_updates}",
+                    f"Trained tokens are {kept} that old, {self.mean_age_updates:.1f} updates on average.",
+                )
+            )
+        if not self.setting.is_shared:
+            reasons.append(
+                (
+                    "actor_rollout_ref.hybrid_engine=false",
+                    f"{self.server_devices} of the {self.devices} devices only generate: give them as "
+                    "actor_rollout_ref.rollout.nnodes x n_gpus_per_node.",
+                )
+            )
+        return reasons
+
+
+def stalenesses(mode: str, most_steps: int) -> list[int]:
+    """Powers of two, 0 and the largest: in trainer steps."""
+    if mode == "sync":
+        return [0]
+    powers = [1 << i for i in range(most_steps.bit_length()) if 1 << i <= most_steps]
+    return sorted({0, *powers, most_steps})
+
+
+def splits(devices: int, server_size: int, shares: Sequence[float]) -> list[int]:
+    """How many devices may generate where they do nothing else: whole servers, and at least one device to train.
+
+    Raises:
+        PlanError: there are too few devices for a server and a trainer.
+    """
+    most = (devices - 1) // server_size
+    if not most:
+        raise PlanError(
+            f"--devices {devices} cannot be split into a server of {server_size} and a trainer; add devices"
+        )
+    servers = {min(most, max(1, round(devices * share / server_size))) for share in shares}
+    return sorted(count * server_size for count in servers)
+
+
+def settings(modes: Sequence[str], most_updates: int, facts: Facts) -> list[Setting]:
+    """All that are compared.
+
+    Raises:
+        PlanError: the largest staleness is no whole number of trainer steps; the nearest ones are named.
+    """
+    per_step = facts.updates_per_step or 1
+    steps, rest = divmod(most_updates, per_step)
+    if most_updates < 0 or rest:
+        below, above = max(0, steps) * per_step, (max(-1, steps) + 1) * per_step
+        raise PlanError(
+            f"--max-staleness {most_updates} updates is no whole number of trainer steps of {per_step}; set it to "
+            f"{below} or {above}"
+        )
+    return [Setting(mode, staleness) for mode in modes for staleness in stalenesses(mode, steps)]
+
+
+def compare(
+    facts: Facts,
+    assumed: Assumed,
+    modes: Sequence[str],
+    most_updates: int,
+    shares: Sequence[float],
+    steps: int,
+    seed: int,
+    buffer_bytes: Callable[[Facts, Setting], int],
+) -> Iterator[Choice]:
+    """Simulate them one by one.
+
+    Args:
+        facts: whole.
+        assumed: the rest.
+        modes: trainer modes.
+        most_updates: largest staleness, optimizer updates.
+        shares: of the devices that generate, where these are separate.
+        steps: trainer steps that count in each simulation.
+        seed: of the simulations.
+        buffer_bytes: memory of the waiting rollouts.
+    """
+    assert facts.devices is not None and facts.updates_per_step is not None
+    for setting in settings(modes, most_updates, facts):
+        shared = [facts.devices]
+        for generating in shared if setting.is_shared else splits(facts.devices, facts.server_devices or 1, shares):
+            trainer_devices = facts.devices if setting.is_shared else facts.devices - generating
+            outcome = simulate(setting, facts.workload(generating, trainer_devices, assumed), steps, seed)
+            gib = buffer_bytes(facts, setting) / 2**30
+            yield Choice(setting, facts.devices, generating, facts.updates_per_step, gib, outcome)
+
+
+def pareto(choices: Sequence[Choice]) -> list[Choice]:
+    """Those for which no other is faster and younger."""
+    best: list[Choice] = []
+    for choice in sorted(choices, key=lambda each: (each.outcome.mean_step_s, each.outcome.mean_age)):
+        if not best or choice.outcome.mean_age < best[-1].outcome.mean_age:
+            best.append(choice)
+    return best
+
+
+def recommend(
+    choices: Sequence[Choice], target_age_updates: float | None, deadline_h: float | None, run_steps: int
+) -> Choice:
+    """The fastest that keeps the limits; of those that are nearly as fast the one with the youngest data.
+
+    Args:
+        choices: simulated.
+        target_age_updates: largest mean age of a trained token, optimizer updates; None: any.
+        deadline_h: hours of the whole run; None: any.
+        run_steps: trainer steps of the whole run.
+
+    Raises:
+        PlanError: none keeps them; says what the best would need.
+    """
+    young = [each for each in choices if target_age_updates is None or each.mean_age_updates <= target_age_updates]
+    if not young:
+        least = min(each.mean_age_updates for each in choices)
+        raise PlanError(
+            f"--target-age {target_age_updates:g}: the youngest data are {least:.1f} updates old on average"
+        )
+    fastest = min(each.outcome.mean_step_s for each in young)
+    best = min(
+        (each for each in young if each.outcome.mean_step_s <= fastest * (1 + CLOSE)),
+        key=lambda each: (each.outcome.mean_age, each.outcome.mean_step_s),
+    )
+    if deadline_h is None:
+        return best
+    in_time = [each for each in young if each.hours(run_steps) <= deadline_h]
+    if not in_time:
+        needed = min(each.hours(run_steps) for each in young)
+        raise PlanError(f"--deadline {deadline_h:g}: {run_steps} trainer steps take {needed:.1f} hours at best")
+    # Time enough: the youngest data that come home in it.
+    return min(in_time, key=lambda each: (each.outcome.mean_age, each.outcome.mean_step_s))
