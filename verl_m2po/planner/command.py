@@ -2,12 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from verl_m2po.planner.compare import Choice
+    from verl_m2po.planner.facts import Facts
+    from verl_m2po.planner.simulate import Setting
 
 # Without numpy and the rules: `verl-m2po --help` stays fast.
 ALL_MODES = ["sync", "stale_k", "stale_k_separate", "bounded_async"]
@@ -26,6 +32,18 @@ def _pairs(option: str, text: str | None) -> list[tuple[float, float]] | None:
         raise PlanError(f"{option} {text} is no list of pairs of numbers, such as 0.5:900,0.9:3000") from error
 
 
+def _shares(text: str) -> list[float]:
+    from verl_m2po.planner.workload import PlanError
+
+    try:
+        shares = [float(share) for share in text.split(",")]
+    except ValueError:
+        shares = [0.0]
+    if not all(0 < share < 1 for share in shares):
+        raise PlanError(f"--splits {text} are no shares of the devices; give numbers between 0 and 1, such as 0.5,0.75")
+    return shares
+
+
 def _push_s(push_s: float | None, model_billions: float | None, push_gb_per_s: float) -> float | None:
     """Two bytes a parameter."""
     from verl_m2po.planner.workload import PlanError
@@ -39,7 +57,7 @@ def _push_s(push_s: float | None, model_billions: float | None, push_gb_per_s: f
     return 2 * model_billions / push_gb_per_s
 
 
-def buffer_bytes(facts: Any, setting: Any) -> int:
+def buffer_bytes(facts: "Facts", setting: "Setting") -> int:
     """Memory of the waiting rollouts at full length, as the trainer modes check it before they start."""
     from omegaconf import OmegaConf
 
@@ -117,8 +135,7 @@ def plan(
     """
     from verl_m2po.planner.compare import compare, recommend
     from verl_m2po.planner.facts import Assumed, Facts
-    from verl_m2po.planner.readings import read_ledger_facts, read_run
-    from verl_m2po.planner.workload import SECONDS_PER_YEAR, Failures, PlanError, QuantileLengths
+    from verl_m2po.planner.workload import SECONDS_PER_YEAR, Failures, PlanError
 
     try:
         from verl_m2po.planner import show
@@ -142,18 +159,7 @@ def plan(
             update_devices=update_devices,
             push_s=_push_s(push_s, model_billions, push_gb_per_s),
         )
-        read = Facts() if run is None else read_run(run)
-        if update_s is not None and update_devices is None:
-            # The measured number of devices belongs to the measured time.
-            read = Facts(**(vars(read) | {"update_devices": None}))
-        facts = given.over(read)
-        if ledger is not None:
-            facts = facts.over(read_ledger_facts(ledger, read.measured_servers or 1))
-        if lengths is not None:
-            if facts.longest is None:
-                raise PlanError("--lengths needs the limit on a response: give --max-length")
-            quantiles = dict(_pairs("--lengths", lengths) or ())
-            facts = Facts(**(vars(facts) | {"lengths": QuantileLengths(quantiles, facts.longest)}))
+        facts = _facts(given, run, ledger, _pairs("--lengths", lengths))
         facts.require_whole(f" from {run}" if run else "")
         assumed = Assumed(
             prefill_tokens_per_s,
@@ -162,7 +168,7 @@ def plan(
             failures_per_device_year / SECONDS_PER_YEAR,
             Failures(restart_s=restart_s, checkpoint_steps=checkpoint_steps),
         )
-        shares = [float(share) for share in splits.split(",")]
+        shares = _shares(splits)
         compared = compare(
             facts, assumed, modes or _possible(facts.devices), max_staleness, shares, simulate_steps, seed, buffer_bytes
         )
@@ -178,12 +184,36 @@ def plan(
             Console().print(Text(f"written: {out}"), soft_wrap=True)
 
 
+def _facts(
+    given: "Facts", run: Path | None, ledger: Path | None, quantiles: list[tuple[float, float]] | None
+) -> "Facts":
+    """What the options say, and where they say nothing the run."""
+    from verl_m2po.planner.facts import Facts
+    from verl_m2po.planner.readings import read_ledger_facts, read_run
+    from verl_m2po.planner.workload import PlanError, QuantileLengths
+
+    read = Facts() if run is None else read_run(run)
+    if given.update_s is not None:
+        # The number of devices that a time was measured on belongs to that time.
+        read = replace(read, update_devices=None)
+    facts = given.over(read)
+    if ledger is not None:
+        facts = facts.over(read_ledger_facts(ledger, read.measured_servers or 1))
+    if quantiles is None:
+        return facts
+    if facts.longest is None:
+        raise PlanError("--lengths needs the limit on a response: give --max-length")
+    return replace(facts, lengths=QuantileLengths(dict(quantiles), facts.longest))
+
+
 def _possible(devices: int | None) -> list[str]:
     """One device cannot be split."""
     return ALL_MODES[:2] if devices == 1 else ALL_MODES
 
 
-def _tell(choices: list[Any], chosen: Any, run_steps: int, cost_per_hour: float | None, as_json: bool) -> None:
+def _tell(
+    choices: list["Choice"], chosen: "Choice", run_steps: int, cost_per_hour: float | None, as_json: bool
+) -> None:
     from verl_m2po.planner import show
 
     if as_json:
@@ -194,7 +224,8 @@ def _tell(choices: list[Any], chosen: Any, run_steps: int, cost_per_hour: float 
         }
         typer.echo(json.dumps(told, indent=1))
         return
-    console = Console()
+    # Where the output is no terminal, rich takes 80 columns, in which no number would be whole.
+    console = Console(width=max(Console().width, 132))
     console.print(show.table(choices, run_steps, cost_per_hour))
     console.print("Recommended:", style="bold")
     for override, reason in chosen.overrides():
