@@ -16,7 +16,8 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.buffer import StalenessReplayBuffer
-from verl_m2po.staleness.restart.journal import FinishedGroup, Journal, JournalError, RowsWriter
+from verl_m2po.staleness.restart.frames import FinishedGroup, JournalError, RowsWriter
+from verl_m2po.staleness.restart.journal import Journal
 from verl_m2po.staleness.rollout.masking import StoredRow, stand_in
 from verl_m2po.staleness.rows import codec
 from verl_m2po.staleness.rows.store import lot_partition

@@ -190,7 +190,7 @@ def test_large_files_are_hashed_in_blocks_that_find_another_file(tmp_path, monke
         assert checkpoint.fingerprint(path) != whole, position
 
 
-@pytest.mark.parametrize("text", ["", "4\x00", "latest", "-2"])
+@pytest.mark.parametrize("text", ["", "4\x00", "latest", "-2", "9" * 5000, "\u0664", "2 4"])
 def test_a_pointer_that_is_no_step_is_named(tmp_path, text):
     checkpoints = Checkpoints(tmp_path)
     write(checkpoints, 2)
@@ -224,3 +224,57 @@ def test_the_oldest_checkpoints_are_deleted_whole_and_nobody_elses(tmp_path):
     checkpoints.prune(6, keep=2)
     assert checkpoints.steps() == [1, 4, 6, 8], "8 is of a run that was rewound"
     assert json.loads((checkpoints.folder(4) / MANIFEST).read_text())["step"] == 4
+
+
+def rewritten(checkpoints: Checkpoints, step: int, change) -> None:
+    """Change the manifest of a checkpoint."""
+    path = checkpoints.folder(step) / MANIFEST
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda manifest: manifest["files"]["data.pt"].pop("bytes"), "its entry for data.pt lacks bytes or sha256"),
+        (lambda manifest: manifest["files"].update({"data.pt": None}), "its entry for data.pt lacks"),
+        (lambda manifest: manifest.update(files={}), "it lists no file"),
+        (lambda manifest: manifest.update(files=[]), "it lists no file"),
+        (lambda manifest: manifest.update(step="x"), "is that of global_step_x"),
+    ],
+)
+def test_a_manifest_that_says_nothing_of_a_file_is_no_whole_checkpoint(tmp_path, change, words):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (2, 4):
+        write(checkpoints, step)
+    rewritten(checkpoints, 4, change)
+    with pytest.raises(CheckpointError, match=f"{words}.*Whole are: global_step_2"):
+        checkpoints.require_whole(checkpoints.folder(4))
+
+
+def test_a_file_with_the_name_of_a_checkpoint_is_none(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    write(checkpoints, 2)
+    (tmp_path / "global_step_5").write_text("")
+    assert checkpoints.steps() == [2]
+    (tmp_path / POINTER).write_text("5")
+    with pytest.raises(CheckpointError, match=r"names .*global_step_5, which is not there. Whole are: global_step_2"):
+        checkpoints.latest()
+    assert flaws(tmp_path / "global_step_5") == [
+        "manifest.json cannot be read (NotADirectoryError: [Errno 20] "
+        f"Not a directory: '{tmp_path}/global_step_5/manifest.json')"
+    ]
+    write(checkpoints, 5)
+    assert_is_checkpoint_of(checkpoints.latest(), 5)
+    checkpoints.prune(5, keep=1)
+    assert checkpoints.steps() == [5]
+
+
+def test_a_pointer_that_is_a_folder_is_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    write(checkpoints, 2)
+    (tmp_path / POINTER).unlink()
+    (tmp_path / POINTER).mkdir()
+    with pytest.raises(CheckpointError, match=f"{POINTER} cannot be read .*Whole are: global_step_2"):
+        checkpoints.latest()

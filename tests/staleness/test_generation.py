@@ -16,9 +16,10 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopO
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
-from verl_m2po.staleness.restart.journal import JournalError, RowsWriter, decode, read_frames
-from verl_m2po.staleness.rollout.agent_loop import StalenessAgentLoopWorker, check_output, spans_of
+from verl_m2po.staleness.restart.frames import JournalError, RowsWriter, decode, read_frames
+from verl_m2po.staleness.rollout.agent_loop import StalenessAgentLoopWorker
 from verl_m2po.staleness.rollout.client import GenerationAborted, Session, SpanRecordingClient, current_session
+from verl_m2po.staleness.rollout.outputs import check_output, spans_of
 from verl_m2po.staleness.rows.store import LOT_FIELD
 from verl_m2po.staleness.watch.liveness import RunActors
 

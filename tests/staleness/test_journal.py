@@ -9,10 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_m2po.staleness.restart.checkpoint import Checkpoints
-from verl_m2po.staleness.restart.journal import (
-    RUN_FILE,
+from verl_m2po.staleness.restart.frames import (
     FinishedGroup,
-    Journal,
     JournalError,
     RowsWriter,
     decode,
@@ -21,6 +19,7 @@ from verl_m2po.staleness.restart.journal import (
     read_frames,
     to_json,
 )
+from verl_m2po.staleness.restart.journal import RUN_FILE, Journal
 from verl_m2po.staleness.restart.resume import STATE_FILE
 from verl_m2po.staleness.rows import codec
 from verl_m2po.staleness.rule.records import Row, Ticket

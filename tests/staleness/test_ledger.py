@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,3 +63,18 @@ def test_a_line_is_plain_json_with_every_row(tmp_path):
         "oldest_version": None,
         "groups": [[4, "s4a0", 4, [["s4a0_0_0", [[3, 3]]]]]],
     }
+
+
+@pytest.mark.parametrize("name", ["", "file/rows.jsonl"])
+def test_a_ledger_that_cannot_be_written_is_one_clear_error(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"ledger_path=.*the ledger cannot be written .*or to null"):
+        TrainedRowsLedger(str(tmp_path / name))
+
+
+def test_bytes_that_are_no_text_are_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    train(TrainedRowsLedger(str(path)), 1, 2, attempt=0)
+    path.write_bytes(path.read_bytes() + b"\xff\xfe{\n")
+    train(TrainedRowsLedger(str(path)), 3, 3, attempt=0)
+    assert [batch["step"] for batch in surviving(read_ledger(path))] == [1, 2, 3]

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from verl_m2po.staleness.restart import random_states, resume
 from verl_m2po.staleness.restart.checkpoint import CheckpointError, Checkpoints
+from verl_m2po.staleness.restart.persistence import Persistence
 
 
 def config(root, mode: str = "stale_k", **changes):
@@ -151,6 +152,10 @@ def test_a_broken_state_file_is_named_before_it_is_parsed(tmp_path):
     [
         ({"trainer__resume_mode": "resume_path"}, "resume_from_path=None: not a checkpoint folder"),
         ({"trainer__resume_mode": "resume_path", "trainer__resume_from_path": "/nowhere/global_step_4"}, "/nowhere"),
+        (
+            {"trainer__resume_mode": "resume_path", "trainer__resume_from_path": 3},
+            "resume_from_path=3: not",
+        ),
         ({"trainer__resume_mode": "latest"}, "resume_mode=latest: it is one of auto, disable, resume_path"),
     ],
 )
@@ -170,3 +175,19 @@ def test_random_states_go_through_json():
     drawn = (random.random(), np.random.rand(), torch.rand(()).item())
     random_states.load(state)
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == drawn
+
+
+@pytest.mark.parametrize("end", ["", "/", "//"])
+def test_a_path_with_a_trailing_slash_is_the_same_checkpoint(tmp_path, end):
+    write(tmp_path)
+    path = f"{tmp_path / 'global_step_4'}{end}"
+    asked = config(tmp_path, trainer__resume_mode="resume_path", trainer__resume_from_path=path, trainer__save_freq=-1)
+    assert resume.find(asked.trainer) == tmp_path / "global_step_4" and resume.problems(asked) == []
+    Persistence.open(asked)
+    assert asked.trainer.resume_from_path.split("global_step_")[-1] == "4", "what verl takes for the step"
+
+
+def test_of_verls_own_modes_verl_takes_the_slash_for_a_part_of_the_step(tmp_path):
+    (tmp_path / "global_step_4").mkdir()
+    slash = {"trainer__resume_mode": "resume_path", "trainer__resume_from_path": f"{tmp_path}/global_step_4/"}
+    assert "Remove the last slash" in str(the_problem(config(tmp_path, "sync", **slash)))

@@ -33,7 +33,7 @@ from torchdata.stateful_dataloader.sampler import RandomSampler
 from trained_rows import Promise, broken, redone_steps
 
 from verl_m2po.launch.signals import _segments
-from verl_m2po.staleness.restart.journal import decode, read_frames
+from verl_m2po.staleness.restart.frames import decode, read_frames
 from verl_m2po.tasks import arithmetic, tiny_model
 
 BATCH, MINI_BATCH, RESPONSES, STALENESS_STEPS, SAVE_EVERY = 8, 4, 4, 2, 2

@@ -18,7 +18,7 @@ from verl_m2po.staleness.rows.store import LotStore
 from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.rule.failures import FailureWindow
 from verl_m2po.staleness.rule.records import Group, Selection, Ticket
-from verl_m2po.staleness.rule.rules import StalenessRule, StalenessViolation
+from verl_m2po.staleness.rule.rules import StalenessRule, StalenessViolation, require_within
 from verl_m2po.staleness.rule.units import version_at_step
 from verl_m2po.staleness.watch.stop import StopRequest
 
@@ -191,7 +191,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
                 f"trainer step {global_steps} trains from weight version {version}, the rollout holds {self.version}"
             )
         selection = self._wait_for_selection(batch_size)
-        self.rule.check(selection, version)
+        require_within(self.rule, selection, version)
         batch = self._store.copy_to_train(selection.groups, selection.oldest_version)
         self._delete(selection.used_up)
         self.tell(events.Trained(global_steps, version, selection))

@@ -4,14 +4,14 @@ Every task and data set of this package shares one schema, because verl concaten
 ``datasets.concatenate_datasets`` refuses files whose nested columns differ.
 """
 
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from verl_m2po.ground.files import replacing
 
 SCHEMA = pa.schema(
     [
@@ -95,17 +95,11 @@ def write(rows: Iterable[Row], path: Path) -> Path:
         raise ValueError(f"a row for {path.name} does not fit verl's columns: {error}") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with replacing(path) as part:
+            pq.write_table(table, part)
+            check(part, expected_rows=len(rows))
     except OSError as error:
         raise OSError(f"cannot write to {path.parent}: {error.strerror}. Choose another output folder.") from error
-    os.close(handle)
-    try:
-        pq.write_table(table, part)
-        check(Path(part), expected_rows=len(rows))
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
     return path
 
 

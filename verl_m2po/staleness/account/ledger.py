@@ -38,7 +38,14 @@ class TrainedRowsLedger:
     def __init__(self, path: str, updates: UpdateCount | None = None) -> None:
         self._updates = updates
         self._path = Path(path).expanduser()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.open("a").close()
+        except OSError as error:
+            raise OSError(
+                f"ledger_path={path}: the ledger cannot be written ({error.strerror}). Set it to a file in a "
+                "folder that can be written, or to null"
+            ) from error
         _end_torn_line(self._path)
         self._generated: dict[str, tuple[float, float]] = {}
         self._weights_at = time.time()
@@ -120,7 +127,7 @@ class TrainedRowsLedger:
 
 def _end_torn_line(path: Path) -> None:
     """What a crash cut off in the middle of a line must not swallow the next one."""
-    if not path.exists() or not path.stat().st_size:
+    if not path.stat().st_size:
         return
     with path.open("rb+") as file:
         file.seek(-1, os.SEEK_END)

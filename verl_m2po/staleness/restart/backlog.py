@@ -10,7 +10,8 @@ from typing import Any
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
 
-from verl_m2po.staleness.restart.journal import JournalError, Replay
+from verl_m2po.staleness.restart.frames import JournalError
+from verl_m2po.staleness.restart.replay import Replay
 from verl_m2po.staleness.rows.store import LotStore
 from verl_m2po.staleness.rule.records import Group, Ticket
 from verl_m2po.staleness.rule.rules import StalenessRule

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from verl_m2po.ground.files import sync_folder, write_durably
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -39,7 +41,11 @@ single flipped bit between the blocks.
 BLOCKS = 64
 BLOCK_BYTES = 2**20
 
-FOLDER = re.compile(r"^global_step_(\d+)$")
+FOLDER = re.compile(r"^global_step_(\d{1,18})$", re.ASCII)
+_STEP = re.compile(r"^\d{1,18}$", re.ASCII)
+
+LONGEST_SHOWN = 40
+"""Characters of a broken pointer that an error repeats."""
 
 
 class CheckpointError(RuntimeError):
@@ -49,26 +55,6 @@ class CheckpointError(RuntimeError):
 def folder_name(step: int) -> str:
     """verl's name of the checkpoint after trainer step `step`."""
     return f"global_step_{step}"
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write `text` beside `path`, force it to disk and put it in its place: a reader sees the old text or the new."""
-    beside = path.with_name(f"{path.name}.tmp")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force the names in `folder` to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def fingerprint(path: Path) -> str:
@@ -107,7 +93,7 @@ def seal(folder: Path, step: int) -> None:
         folder / MANIFEST, json.dumps({"format": MANIFEST_FORMAT, "step": step, "files": described}, indent=1)
     )
     for subfolder in {path.parent for path in files.values()}:
-        _sync_folder(subfolder)
+        sync_folder(subfolder)
 
 
 def flaws(folder: Path) -> list[str]:
@@ -116,18 +102,28 @@ def flaws(folder: Path) -> list[str]:
     Files that the manifest does not list are no flaw: nothing loads them.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        listed = manifest["files"]
-        step = manifest["step"]
+        step, listed = _read_manifest(folder / MANIFEST)
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     if folder.name != folder_name(step):
         return [f"{MANIFEST} is that of {folder_name(step)}"]
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda name: _flaw(folder / name, listed[name]), listed)
     return [f"{name} {flaw}" for name, flaw in zip(listed, found, strict=True) if flaw]
+
+
+def _read_manifest(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The step and the files that a manifest lists; raises ValueError, KeyError or TypeError where it is none."""
+    manifest = json.loads(path.read_text())
+    listed = manifest["files"]
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError("it lists no file")
+    for name, entry in listed.items():
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise ValueError(f"its entry for {name} lacks bytes or sha256")
+    return manifest["step"], listed
 
 
 def _flaw(path: Path, listed: dict[str, Any]) -> str | None:
@@ -155,7 +151,8 @@ class Checkpoints:
         """Trainer steps with a folder of their own, whole or not, in order."""
         if not self.root.is_dir():
             return []
-        return sorted(int(match[1]) for match in map(FOLDER.match, os.listdir(self.root)) if match)
+        names = (path.name for path in self.root.iterdir() if path.is_dir())
+        return sorted(int(match[1]) for match in map(FOLDER.match, names) if match)
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint of trainer step `step` lies, or would lie."""
@@ -165,7 +162,7 @@ class Checkpoints:
         """What the pointer names; None without a pointer, where a run starts from scratch.
 
         Raises:
-            CheckpointError: the pointer is no number, or names a folder that is not there.
+            CheckpointError: the pointer cannot be read, is no number, or names a folder that is not there.
         """
         pointer = self.root / POINTER
         if not pointer.exists():
@@ -178,9 +175,13 @@ class Checkpoints:
                     self.folder(steps[-1]),
                 )
             return None
-        text = pointer.read_text(errors="replace").strip()
-        if not text.isdecimal():
-            raise CheckpointError(f"{pointer} holds {text!r}, not a trainer step. {self._advice()}")
+        try:
+            text = pointer.read_text(errors="replace").strip()
+        except OSError as error:
+            raise CheckpointError(f"{pointer} cannot be read ({_reason(error)}). {self._advice()}") from error
+        if not _STEP.match(text):
+            shown = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+            raise CheckpointError(f"{pointer} holds {shown!r}, not a trainer step. {self._advice()}")
         folder = self.folder(int(text))
         if not folder.is_dir():
             raise CheckpointError(f"{pointer} names {folder}, which is not there. {self._advice(int(text))}")
@@ -274,7 +275,7 @@ class Checkpoints:
             self._point_away_from(step, resumed_from)
             os.rename(final, written.parent / f"replaced_{final.name}")
         os.rename(written, final)
-        _sync_folder(self.root)
+        sync_folder(self.root)
         write_durably(self.root / POINTER, str(step))
         shutil.rmtree(written.parent, ignore_errors=True)
 

@@ -6,9 +6,6 @@
 
 Every start and every checkpoint begins a new segment, with the next number. A checkpoint names its segment: what stands
 in that one and in all later ones came after it. Segments that no checkpoint needs are deleted.
-
-A frame is a magic word, the length and the crc32 of what follows: safetensors, whose metadata holds a group's JSON. A
-frame that a crash cut off, or that does not fit its checksum, is dropped, and its group is generated again.
 """
 
 import hashlib
@@ -16,208 +13,25 @@ import json
 import logging
 import os
 import re
-import struct
-import threading
 import uuid
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import load, save
-
-from verl_m2po.staleness.restart.checkpoint import Checkpoints, write_durably
+from verl_m2po.ground.files import write_durably
+from verl_m2po.staleness.restart.checkpoint import Checkpoints
+from verl_m2po.staleness.restart.frames import JournalError
+from verl_m2po.staleness.restart.replay import Replay
 from verl_m2po.staleness.restart.resume import STATE_FILE
 from verl_m2po.staleness.rule import events
-from verl_m2po.staleness.rule.records import Row, Ticket
+from verl_m2po.staleness.rule.records import Ticket
 
 logger = logging.getLogger(__name__)
-
-MAGIC = b"M2J1"
-_FRAME = struct.Struct("<4sQI")
 
 _SEGMENT_FILE = re.compile(r"^(\d{6,})\.(?:events\.jsonl|worker-\d+\.rows)$")
 
 RUN_FILE = "journal.json"
 """Also the name of the file in a checkpoint that says where in the journal it stands."""
-
-
-class JournalError(RuntimeError):
-    """The journal cannot be written, or does not fit the run."""
-
-
-@dataclass(frozen=True)
-class FinishedGroup:
-    """A finished group as its agent loop worker wrote it.
-
-    Args:
-        uid: verl's group id.
-        rows: its trajectories.
-        packed: their fields, see codec.py, in the order of `rows`.
-    """
-
-    uid: str
-    rows: tuple[Row, ...]
-    packed: tuple[dict[str, Any], ...]
-
-    @property
-    def newest_version(self) -> int:
-        """The newest weight version that generated a token of it."""
-        return max(row.max_version for row in self.rows)
-
-
-def to_json(value: Any, where: str = "rest") -> Any:
-    """`value` as plain JSON; what JSON does not have becomes an object with one key that begins with "$".
-
-    Raises:
-        JournalError: a type that is not stored, with the field that has it.
-    """
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, np.generic):
-        return {"$scalar": [value.dtype.str, value.item()]}
-    if isinstance(value, (int, float)):
-        return value
-    if isinstance(value, (list, tuple)):
-        items = [to_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
-        return items if isinstance(value, list) else {"$tuple": items}
-    if isinstance(value, np.ndarray):
-        return {"$array": [value.dtype.str, list(value.shape), [to_json(v, where) for v in value.reshape(-1).tolist()]]}
-    if isinstance(value, torch.Tensor):
-        name = str(value.dtype).removeprefix("torch.")
-        return {"$tensor": [name, list(value.shape), value.reshape(-1).tolist()]}
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {key: to_json(item, f"{where}.{key}") for key, item in value.items()}
-        return {"$dict": [[to_json(k, where), to_json(v, f"{where}.{k}")] for k, v in value.items()]}
-    raise JournalError(
-        f"the journal cannot store {where} of type {type(value).__name__}, which the agent loop or the reward function "
-        "returned: it stores what JSON, NumPy and torch have. Return that, or set journal=false"
-    )
-
-
-def from_json(value: Any) -> Any:
-    """What `to_json` was given."""
-    if isinstance(value, list):
-        return [from_json(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    match value:
-        case {"$scalar": [dtype, item]}:
-            return np.dtype(dtype).type(item)
-        case {"$tuple": items}:
-            return tuple(from_json(item) for item in items)
-        case {"$array": [dtype, shape, items]}:
-            array = np.empty(len(items), dtype=np.dtype(dtype))
-            for i, item in enumerate(items):
-                array[i] = from_json(item)
-            return array.reshape(shape)
-        case {"$tensor": [name, shape, items]}:
-            return torch.tensor(items, dtype=getattr(torch, name)).reshape(shape)
-        case {"$dict": pairs}:
-            return {from_json(key): from_json(item) for key, item in pairs}
-    return {key: from_json(item) for key, item in value.items()}
-
-
-def encode(group: FinishedGroup) -> bytes:
-    """`group` as safetensors: one tensor per field, that of all rows joined, and the rest as JSON metadata."""
-    names = dict.fromkeys(name for row in group.packed for name in row if name != "rest")
-    tensors, shapes = {}, {}
-    for name in names:
-        values = [row.get(name) for row in group.packed]
-        shapes[name] = [None if value is None else list(value.shape) for value in values]
-        tensors[name] = torch.cat([value.reshape(-1) for value in values if value is not None])
-    about = {
-        "uid": group.uid,
-        "rows": [row.to_json() for row in group.rows],
-        "shapes": shapes,
-        "rest": [to_json(row["rest"]) for row in group.packed],
-    }
-    return save(tensors, metadata={"group": json.dumps(about, separators=(",", ":"))})
-
-
-def _about(data: bytes) -> dict[str, Any]:
-    header_bytes = int.from_bytes(data[:8], "little")
-    return json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["group"])
-
-
-def decode(data: bytes) -> FinishedGroup:
-    """What `encode` was given."""
-    about = _about(data)
-    packed: list[dict[str, Any]] = [{"rest": from_json(rest)} for rest in about["rest"]]
-    for name, joined in load(data).items():
-        first = 0
-        for row, shape in zip(packed, about["shapes"][name], strict=True):
-            if shape is not None:
-                size = int(np.prod(shape, dtype=np.int64))
-                row[name] = joined[first : first + size].reshape(shape).clone()
-                first += size
-    return FinishedGroup(about["uid"], tuple(map(Row.from_json, about["rows"])), tuple(packed))
-
-
-class RowsWriter:
-    """Appends finished groups to one file; safe to call from several threads.
-
-    Args:
-        path: the file, which is created.
-        fsync: wait until each group is on disk. Without it a group outlives a crash of any process, not of the machine.
-    """
-
-    def __init__(self, path: str | Path, fsync: bool) -> None:
-        self._file = Path(path).open("ab", buffering=0)  # noqa: SIM115 (as long as the writer lives)
-        self._fsync = fsync
-        self._lock = threading.Lock()
-
-    def append(self, group: FinishedGroup) -> None:
-        """Write `group`.
-
-        Raises:
-            JournalError: it could not be written whole.
-        """
-        data = encode(group)
-        frame = _FRAME.pack(MAGIC, len(data), zlib.crc32(data)) + data
-        with self._lock:
-            try:
-                if self._file.write(frame) != len(frame):
-                    raise OSError("written in part only")
-                if self._fsync:
-                    os.fsync(self._file.fileno())
-            except OSError as error:
-                raise JournalError(
-                    f"the journal {self._file.name} cannot be written: {error}. Make room, or set another journal_path"
-                ) from error
-
-
-def read_frames(path: Path) -> Iterator[bytes]:
-    """The whole frames of a file. A frame that is cut off ends it, one that does not fit its checksum is left out."""
-    with path.open("rb") as file:
-        while header := file.read(_FRAME.size):
-            position = file.tell() - len(header)
-            magic, length, crc = _FRAME.unpack(header) if len(header) == _FRAME.size else (b"", 0, 0)
-            data = file.read(length) if magic == MAGIC else b""
-            if magic != MAGIC or len(data) < length:
-                logger.warning("%s: what stands after byte %d is no whole record, and is dropped", path, position)
-                return
-            if zlib.crc32(data) == crc:
-                yield data
-            else:
-                logger.warning("%s: the record at byte %d does not fit its checksum, and is dropped", path, position)
-
-
-@dataclass
-class Replay:
-    """What the journal knows beyond a checkpoint.
-
-    Args:
-        events: ("dispatched" | "again", tickets) or ("failed", uid), in the order in which they happened.
-        finished: groups that have been generated, by uid.
-    """
-
-    events: list[tuple[str, Any]] = field(default_factory=list)
-    finished: dict[str, FinishedGroup] = field(default_factory=dict)
 
 
 def _identity(checkpoint: Path | None) -> str | None:
@@ -380,14 +194,12 @@ class Journal:
         replay, newest = Replay(), {}
         segments = {number: paths for number, paths in self._segments().items() if number >= segment - 1}
         for number, paths in segments.items():
-            settings = self._read_events(paths, number >= segment, replay)
+            settings = replay.take_events(paths, is_wanted=number >= segment)
             self._require_agreement(settings, must_agree)
             newest[number] = None if settings == self._settings else version
-        wanted = {*in_flight, *(ticket.uid for kind, what in replay.events if kind != "failed" for ticket in what)}
+        wanted = {*in_flight, *replay.dispatched_uids()}
         for number, paths in segments.items():
-            for path in paths:
-                if path.suffix == ".rows":
-                    self._read_rows(path, newest[number], wanted, replay)
+            replay.take_rows(paths, wanted, newest[number])
         return replay
 
     def _require_agreement(self, settings: dict[str, Any], keys: Iterable[str]) -> None:
@@ -397,30 +209,3 @@ class Journal:
                     f"{key}={self._settings[key]}: the journal {self.root} was written with {settings[key]!r}. Resume "
                     "with the old value, or set trainer.resume_mode=disable to begin anew"
                 )
-
-    @staticmethod
-    def _read_events(paths: list[Path], is_wanted: bool, replay: Replay) -> dict[str, Any]:
-        settings: dict[str, Any] = {}
-        for path in paths:
-            for line in path.read_text(errors="replace").splitlines() if path.suffix == ".jsonl" else []:
-                try:
-                    kind, what = json.loads(line)
-                except ValueError:
-                    logger.warning("%s ends in a line that a crash cut off", path)
-                    break
-                if kind == "settings":
-                    settings = what
-                elif is_wanted:
-                    replay.events.append(
-                        (kind, what if kind == "failed" else [Ticket.from_json(each) for each in what])
-                    )
-        return settings
-
-    @staticmethod
-    def _read_rows(path: Path, newest_version: int | None, wanted: set[str], replay: Replay) -> None:
-        for data in read_frames(path):
-            if _about(data)["uid"] not in wanted:
-                continue
-            group = decode(data)
-            if newest_version is None or group.newest_version <= newest_version:
-                replay.finished[group.uid] = group

@@ -70,6 +70,9 @@ class Persistence:
         checkpoints = Checkpoints(config.trainer.default_local_dir)
         resumed_from = resume.find(config.trainer)
         state = resume.read_state(resumed_from) if resumed_from is not None else None
+        if resumed_from is not None and config.trainer.resume_mode == "resume_path":
+            # verl takes the step from what follows the last "global_step_", a trailing slash included.
+            config.trainer.resume_from_path = str(resumed_from)
         if config.trainer.save_freq > 0:
             checkpoints.require_writable()
         mode = load_mode_config(config, config.trainer.v1.trainer_mode)

@@ -14,7 +14,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_m2po.ground.problem import Problem
-from verl_m2po.staleness.restart.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from verl_m2po.staleness.config import is_chosen
+from verl_m2po.staleness.restart.checkpoint import FOLDER, MANIFEST, CheckpointError, Checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +117,12 @@ def find(trainer: DictConfig) -> Path | None:
             return Checkpoints(trainer.default_local_dir).latest()
         case "resume_path":
             path = trainer.resume_from_path
-            if not path or not Path(path).is_dir() or not re.search(r"global_step_\d+$", str(path)):
+            folder = Path(path) if isinstance(path, str) and path else None
+            if folder is None or not FOLDER.match(folder.name) or not folder.is_dir():
                 raise CheckpointError(
-                    f"trainer.resume_from_path={path}: not a checkpoint folder, whose name ends in global_step_N"
+                    f"trainer.resume_from_path={path}: not a checkpoint folder, whose name is global_step_N"
                 )
-            return Path(path).absolute()
+            return folder.absolute()
         case other:
             raise CheckpointError(f"trainer.resume_mode={other}: it is one of auto, disable, resume_path")
 
@@ -161,6 +163,9 @@ def problems(config: DictConfig) -> list[Problem]:
         folder = find(config.trainer)
     except CheckpointError as error:
         return [Problem("trainer.resume_mode", config.trainer.resume_mode, str(error), "")]
+    if folder is not None and not is_chosen(config) and str(config.trainer.resume_from_path).endswith("/"):
+        why = "verl reads the step from what follows global_step_, and a slash is no number"
+        return [Problem("trainer.resume_from_path", config.trainer.resume_from_path, why, "Remove the last slash")]
     path = folder / STATE_FILE if folder else None
     if folder is None or path is None or not path.exists() or _state_version(path) is None:
         return []  # a broken file is named, with all others, when the checkpoint is loaded

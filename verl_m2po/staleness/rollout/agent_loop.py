@@ -9,7 +9,6 @@ trainer, which waits for it without polling. Validation is verl's own, untouched
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +22,10 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ, apply_greedy_sampling_params
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from verl_m2po.staleness.restart.journal import FinishedGroup, JournalError, RowsWriter
+from verl_m2po.staleness.restart.frames import FinishedGroup, JournalError, RowsWriter
 from verl_m2po.staleness.rollout.client import GenerationAborted, Session, current_session
 from verl_m2po.staleness.rollout.masking import StoredRow, row_key, stand_in
+from verl_m2po.staleness.rollout.outputs import check_output, first_line, spans_of
 from verl_m2po.staleness.rollout.reports import answer_timeout_s, wait_for_all
 from verl_m2po.staleness.rows import codec
 from verl_m2po.staleness.rows.store import LOT_FIELD
@@ -55,55 +55,30 @@ class _RunningGroup:
         """What there is of all sessions, in the order of the keys."""
         return sorted((row for rows in self.stored.values() for row in rows), key=lambda stored: stored.row.key)
 
+    def can_be_masked(self, run_actors: RunActors) -> bool:
+        """Whether some trajectory is there and the others failed.
 
-def spans_of(session: Session, output: AgentLoopOutput) -> tuple[tuple[int, int], ...]:
-    """Weight versions of the tokens that `output` kept of what its session generated.
+        What was aborted is no longer wanted, and what is lost with a process ends the run: neither is a failure. Where
+        the group as a whole raised, nobody knows which trajectories are missing.
+        """
+        return bool(self.stored and self.failed) and not any(
+            isinstance(error, GenerationAborted) or run_actors.is_death(error) for error in self.failed.values()
+        )
 
-    The response may have been cut to its limit, so the spans are cut too. Where an agent loop generated tokens that it
-    did not put into the response in order, which token is whose is unknown: all count as the oldest.
-    """
-    kept = sum(output.response_mask)
-    if kept > session.generated_tokens or (kept < session.generated_tokens and 0 in output.response_mask):
-        return ((min(version for version, _ in session.spans), kept),) if session.spans and kept else ()
-    spans = []
-    for version, tokens in session.spans:
-        taken = min(tokens, kept)
-        if taken:
-            spans.append((version, taken))
-        kept -= taken
-    return tuple(spans)
-
-
-def check_output(
-    output: AgentLoopOutput, needs_log_probs: bool, max_response_tokens: int, needs_reward: bool = False
-) -> None:
-    """Refuse a trajectory that must not be trained on.
-
-    Raises:
-        ValueError: empty, too long, or with a mask, log-probs or a reward that are missing, misaligned or not finite.
-    """
-    tokens = len(output.response_ids)
-    if len(output.response_mask) != tokens:
-        raise ValueError(f"a mask of {len(output.response_mask)} for {tokens} response tokens")
-    if not tokens or not sum(output.response_mask):
-        raise ValueError("empty response")
-    if tokens > max_response_tokens:
-        raise ValueError(f"response of {tokens} tokens, more than the {max_response_tokens} allowed")
-    if needs_log_probs:
-        log_probs = output.response_logprobs
-        if log_probs is None or len(log_probs) != tokens:
-            found = "no" if log_probs is None else len(log_probs)
-            raise ValueError(f"{found} behaviour log-probs for {tokens} response tokens")
-        if not all(math.isfinite(value) for value in log_probs):
-            raise ValueError("behaviour log-probs that are not finite")
-    if output.reward_score is None and needs_reward:
-        raise ValueError("the reward function returned nothing")
-    if output.reward_score is not None and not math.isfinite(output.reward_score):
-        raise ValueError(f"reward {output.reward_score} is not finite")
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    def report(self, error: BaseException | None, run_actors: RunActors) -> GroupReport:
+        """How it ended; `error` is what it ended with."""
+        return GroupReport(
+            uid=self.uid,
+            rows=tuple(stored.row for stored in self.stored_rows()),
+            error=None if error is None else first_line(error),
+            was_aborted=isinstance(error, GenerationAborted),
+            was_lost=error is not None and run_actors.is_death(error),
+            generated_tokens=sum(session.generated_tokens for session in self.sessions),
+            responses=max(1, len(self.sessions)),
+            began_at=self.began_at,
+            finished_at=time.time(),
+            masked_errors=() if error is not None else tuple(map(first_line, self.failed.values())),
+        )
 
 
 class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
@@ -157,25 +132,12 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         group = _RunningGroup(uid=prompt["uid"], lot=prompt.pop(LOT_FIELD))
         self._running[group.uid] = group
         error = await self._first_error(group, self._generate_group(group, prompt, sampling_params, trajectory, trace))
-        if error is not None and self._masks_failures and self._can_be_masked(group):
+        if error is not None and self._masks_failures and group.can_be_masked(self._run_actors):
             error = await self._mask_failed(group)
         del self._running[group.uid]
         if error is None and self._journal is not None:
             await self._write_to_journal(self._journal, group)
-        self._reports.append(
-            GroupReport(
-                uid=group.uid,
-                rows=tuple(stored.row for stored in group.stored_rows()),
-                error=None if error is None else _first_line(error),
-                was_aborted=isinstance(error, GenerationAborted),
-                was_lost=error is not None and self._run_actors.is_death(error),
-                generated_tokens=sum(session.generated_tokens for session in group.sessions),
-                responses=max(1, len(group.sessions)),
-                began_at=group.began_at,
-                finished_at=time.time(),
-                masked_errors=() if error is not None else tuple(map(_first_line, group.failed.values())),
-            )
-        )
+        self._reports.append(group.report(error, self._run_actors))
         self._has_report.set()
 
     async def _write_to_journal(self, journal: RowsWriter, group: _RunningGroup) -> None:
@@ -189,19 +151,9 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
             # An agent loop may return anything. Without its report the trainer would wait for this group for ever.
             logger.exception("a prompt group could not be written to the journal")
             self._journal_error = JournalError(
-                f"the journal cannot store group {group.uid}: {_first_line(error)}. Let the agent loop and the reward "
+                f"the journal cannot store group {group.uid}: {first_line(error)}. Let the agent loop and the reward "
                 f"function return plain values, or set trainer.v1.{self.config.trainer.v1.trainer_mode}.journal=false"
             )
-
-    def _can_be_masked(self, group: _RunningGroup) -> bool:
-        """Whether some trajectory is there and the others failed.
-
-        What was aborted is no longer wanted, and what is lost with a process ends the run: neither is a failure. Where
-        the group as a whole raised, nobody knows which trajectories are missing.
-        """
-        return bool(group.stored and group.failed) and not any(
-            isinstance(error, GenerationAborted) or self._run_actors.is_death(error) for error in group.failed.values()
-        )
 
     async def _first_error(self, group: _RunningGroup, work: Awaitable[None]) -> BaseException | None:
         """The error that a group ends with, if any. It travels to the trainer in the report, not as an exception."""

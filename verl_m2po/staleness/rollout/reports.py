@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayActorError
 
-from verl_m2po.staleness.restart.journal import Journal, JournalError
+from verl_m2po.staleness.restart.frames import JournalError
+from verl_m2po.staleness.restart.journal import Journal
 from verl_m2po.staleness.rule.records import GroupReport
 
 BLOCKED = (

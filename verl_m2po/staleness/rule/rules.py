@@ -153,25 +153,6 @@ class StalenessRule(ABC):
         """
         return
 
-    def check(self, selection: Selection, version: int) -> None:
-        """Row by row, right before training: no token that stays is older than the bound, none is from the future.
-
-        Raises:
-            StalenessViolation: with the rows that are.
-        """
-        oldest = self.oldest_usable(version)
-        wrong = [
-            f"row {row.key}, spans {row.spans}"
-            for group in selection.groups
-            for row in group.rows
-            if row.max_version > version or (selection.oldest_version is None and row.min_version < oldest)
-        ]
-        if wrong or (selection.oldest_version is not None and selection.oldest_version < oldest):
-            raise StalenessViolation(
-                f"{self.name} at weight version {version} allows versions {oldest} to {version}, but "
-                f"{len(wrong)} rows of the batch are outside: " + "; ".join(wrong[:8])
-            )
-
     @abstractmethod
     def settled(self, version: int) -> bool:
         """Whether the weights may move on from `version` without spoiling a group in flight."""
@@ -230,3 +211,26 @@ class StalenessRule(ABC):
         ticket = Ticket(uid, old.place, version, old.lot, old.prompt_index)
         self._in_flight[uid] = ticket
         return ticket
+
+
+def require_within(rule: StalenessRule, selection: Selection, version: int) -> None:
+    """Row by row, right before training: no token that stays is older than the bound, none is from the future.
+
+    Args:
+        version: weight version that training starts from.
+
+    Raises:
+        StalenessViolation: with the rows that are.
+    """
+    oldest = rule.oldest_usable(version)
+    wrong = [
+        f"row {row.key}, spans {row.spans}"
+        for group in selection.groups
+        for row in group.rows
+        if row.max_version > version or (selection.oldest_version is None and row.min_version < oldest)
+    ]
+    if wrong or (selection.oldest_version is not None and selection.oldest_version < oldest):
+        raise StalenessViolation(
+            f"{rule.name} at weight version {version} allows versions {oldest} to {version}, but "
+            f"{len(wrong)} rows of the batch are outside: " + "; ".join(wrong[:8])
+        )
