@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import verl
 
 from verl_m2po.patches import verl as patches
@@ -44,3 +45,14 @@ def test_both_ends_of_a_run_meet_at_a_socket_that_no_other_run_has(ends, monkeyp
 def test_verl_still_names_the_sockets_that_way(module):
     source = Path(verl.__file__).parent / "workers" / "rollout" / "vllm_rollout" / f"{module}.py"
     assert 'f"ipc:///tmp/rl-colocate-zmq-{job_id}-replica-' in source.read_text()
+
+
+def test_a_critic_attends_as_its_configuration_says(tiny):
+    """verl's own asks for flash attention, and calls its refusal a model without a value head."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(tiny, num_labels=1, attn_implementation="sdpa")
+    module = SimpleNamespace(load_valuehead_model=lambda *_: pytest.fail("verl's own was called"))
+    patches.load_critics_without_flash_attention(module)
+    critic = module.load_valuehead_model(tiny, torch.float32, config, False)
+    assert critic.config._attn_implementation == "sdpa" and critic.score.out_features == 1

@@ -116,6 +116,30 @@ def test_every_trained_row_is_exactly_k_steps_old(train, tmp_path, mode, k_steps
     assert_every_place_was_trained_once(ledger, steps, batch, responses)
 
 
+def test_a_critic_a_reference_policy_and_two_epochs(train, tmp_path, tiny):
+    """GAE on stale rollouts, the KL to the reference in the loss, every rollout in two updates: four updates a step."""
+    steps, updates_per_step = 3, 2 * UPDATES_PER_STEP
+    result, ledger = run_mode(
+        train,
+        tmp_path,
+        "stale_k",
+        updates_per_step,
+        "algorithm.adv_estimator=gae",
+        f"critic.model.path={tiny}",
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.actor.ppo_epochs=2",
+        steps=steps,
+    )
+    assert versions_by_step(ledger) == {step: {max(0, step - 2)} for step in range(1, steps + 1)}
+    assert result.series("staleness/age_updates_max") == [0, updates_per_step, updates_per_step]
+    for trained in ("critic/vf_loss", "critic/grad_norm", "actor/grad_norm"):
+        values = result.series(trained)
+        assert len(values) == steps and all(math.isfinite(value) and value > 0 for value in values), trained
+    # The first update has the reference's own weights, every later one has left them.
+    assert result.series("actor/kl_loss")[-1] > 0
+    assert max(result.series("actor/m2po/mismatch_floor")) < 1e-9
+
+
 def test_a_prompt_that_fails_is_replaced_by_the_same_weights_and_a_trajectory_masked(train, tmp_path):
     """A tenth fail in the reward function, which raises, returns NaN, infinity or None, or never ends.
 

@@ -206,6 +206,14 @@ def test_vllm_not_installed(config, healthy_machine, monkeypatch):
     assert "vLLM is not installed" in one(machine.problems(config()))
 
 
+def test_an_executor_of_one_worker_for_two(config, healthy_machine):
+    two = "actor_rollout_ref.rollout.tensor_model_parallel_size=2"
+    key = "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend"
+    message = one(machine.problems(config(two)))
+    assert message.startswith(f"{key}=uni: it runs one worker") and message.endswith(f"Set {key}=mp.")
+    assert list(machine.problems(config(two, f"{key}=mp"))) == []
+
+
 def test_ray_cluster_left_behind(config, healthy_machine, monkeypatch):
     monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda temp_dir: "10.0.0.1:6379")
     message = one(machine.problems(config()))

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -46,6 +47,32 @@ def copy_saved_parameters(fsdp_utils: ModuleType) -> None:
     replace(fsdp_utils, "fsdp2_sharded_save_to_cpu", make)
 
 
+def load_critics_without_flash_attention(model: ModuleType) -> None:
+    """Let a critic attend with what its model's configuration says.
+
+    Symptom: ``RuntimeError: model(...) is not a value head model, please install trl to make it valid``.
+    Cause: verl/utils/model.py (0.9.1, l.649, `load_valuehead_model`) asks for ``flash_attention_2`` whatever
+    `critic.model.override_config.attn_implementation` says, and takes its refusal for another kind of model.
+    Delete when: verl passes the attention of the configuration on.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def load(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
+            from transformers import AutoModelForTokenClassification
+
+            return AutoModelForTokenClassification.from_pretrained(
+                local_path,
+                torch_dtype=torch_dtype,
+                config=model_config,
+                attn_implementation=model_config._attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+
+        return load
+
+    replace(model, "load_valuehead_model", make)
+
+
 def _of_this_cluster(handle: str) -> str:
     """`handle` with the process id of this node's raylet, which Ray's workers have and hand on to vLLM's processes."""
     return handle.replace("rl-colocate-zmq-", f"rl-colocate-zmq-{os.environ.get('RAY_RAYLET_PID', '')}-", 1)
@@ -86,6 +113,83 @@ def find_the_weight_sockets_of_this_cluster(utils: ModuleType) -> None:
         return handle
 
     replace(utils.vLLMColocateWorkerExtension, "_get_zmq_handle", make)
+
+
+_loading: ContextVar[Any] = ContextVar("verl_m2po_loading", default=None)
+"""What the engine's worker answers, once it has loaded the weights that are being sent, as Ray's reference."""
+
+_LOOK_EVERY_MS = 500
+
+
+def remember_what_loads_the_weights(vllm_rollout: ModuleType) -> None:
+    """Keep hold of the answer of the engine that weights are pushed to; see `fail_with_the_engine`.
+
+    Symptom: the same.
+    Cause: the sender does not know for whose answer it could look.
+    Delete when: that one is deleted.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def execute(self: Any, method: str, non_block: bool = False, **kwargs: Any) -> Any:
+            answer = await original(self, method, non_block=non_block, **kwargs)
+            if non_block:
+                _loading.set(answer)
+            return answer
+
+        return execute
+
+    replace(vllm_rollout.ServerAdapter, "_execute_method", make)
+
+
+class _Socket:
+    """A socket of zmq on which one does not wait for an engine that has failed."""
+
+    def __init__(self, socket: Any, answer: Any) -> None:
+        self._socket, self._answer = socket, answer
+
+    def send_pyobj(self, message: Any) -> None:
+        """Send what verl sends, or raise the error of the engine that will not take it."""
+        import zmq
+
+        self._wait(zmq.POLLOUT)
+        self._socket.send_pyobj(message)
+
+    def recv(self) -> bytes:
+        """What the engine sends, or its error, raised."""
+        import zmq
+
+        self._wait(zmq.POLLIN)
+        return self._socket.recv()
+
+    def _wait(self, event: int) -> None:
+        import ray
+
+        while not self._socket.poll(_LOOK_EVERY_MS, event):
+            if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+                ray.get(self._answer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+
+def fail_with_the_engine(transfer: ModuleType) -> None:
+    """Let a push of weights end with the error of the engine that cannot load them.
+
+    Symptom: the run hangs in a push of weights; the engine's error, for example an AttributeError of its model, is at
+    most in a log.
+    Cause: the sender (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py, 0.9.1) waits for the engine in
+    its socket without a limit, and verl looks at the engine's answer only after that (vllm_rollout.py, l.246).
+    Delete when: verl looks at the answer while it sends.
+    """
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def initialize(self: Any) -> None:
+            original(self)
+            self.socket = _Socket(self.socket, _loading.get())
+
+        return initialize
+
+    replace(transfer.BucketedWeightSender, "_init_socket", make)
 
 
 @contextmanager
@@ -148,6 +252,12 @@ PATCHES = (
         after="verl.utils.fsdp_utils",
     ),
     Patch(
+        load_critics_without_flash_attention,
+        replaces="verl.utils.model.load_valuehead_model",
+        scope=Scope.CPU,
+        after="verl.utils.model",
+    ),
+    Patch(
         give_each_cluster_its_weight_sockets,
         replaces=f"{_ROLLOUT}.vllm_rollout.ServerAdapter.__init__",
         scope=Scope.CPU,
@@ -158,6 +268,18 @@ PATCHES = (
         replaces=f"{_ROLLOUT}.utils.vLLMColocateWorkerExtension._get_zmq_handle",
         scope=Scope.CPU,
         after=f"{_ROLLOUT}.utils",
+    ),
+    Patch(
+        remember_what_loads_the_weights,
+        replaces=f"{_ROLLOUT}.vllm_rollout.ServerAdapter._execute_method",
+        scope=Scope.CPU,
+        after=f"{_ROLLOUT}.vllm_rollout",
+    ),
+    Patch(
+        fail_with_the_engine,
+        replaces=f"{_ROLLOUT}.bucketed_weight_transfer.BucketedWeightSender._init_socket",
+        scope=Scope.CPU,
+        after=f"{_ROLLOUT}.bucketed_weight_transfer",
     ),
     Patch(
         quiet_separate_setup,

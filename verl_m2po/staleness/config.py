@@ -34,6 +34,9 @@ class StaleKConfig:
             half of the machine's memory. TransferQueue can spill to disk; the error says how.
         stop_wait_s: wall-clock seconds for which a run that was asked to end (Ctrl-C, SIGTERM) still waits for rollouts
             in flight. null waits as long as they take.
+        start_timeout_s: wall-clock seconds for all processes of the run to start and to load the model; after that the
+            run ends with an error that says who does not answer. null waits for ever.
+        push_timeout_s: the same for one push of the weights to the rollout.
         journal: append what is dispatched and generated to a journal on disk, so that a crash loses what is being
             generated at that moment and not the rollouts since the last checkpoint. false writes none.
         journal_path: folder of the journal, on a filesystem that all nodes share. null: `journal` beside the
@@ -50,6 +53,8 @@ class StaleKConfig:
     failed_window_groups: int = 100
     buffer_memory_limit_gib: float | None = None
     stop_wait_s: float | None = 10.0
+    start_timeout_s: float | None = 3600.0
+    push_timeout_s: float | None = 600.0
     journal: bool = False
     journal_path: str | None = None
     journal_fsync: bool = False

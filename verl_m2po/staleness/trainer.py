@@ -50,6 +50,7 @@ from verl_m2po.staleness.rule.failures import FailureWindow
 from verl_m2po.staleness.rule.records import Ticket
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import UpdateCount, version_at_step
+from verl_m2po.staleness.watch.deadline import TimeLimits
 from verl_m2po.staleness.watch.liveness import Watch
 from verl_m2po.staleness.watch.stop import StopRequest, StopRequested
 from verl_m2po.staleness.watch.stopping import Stopping
@@ -87,19 +88,21 @@ class _StalenessTrainer(PPOTrainer):
         settings = load_mode_config(config, config.trainer.v1.trainer_mode)
         self._stopping = Stopping(StopRequest(settings.stop_wait_s), lambda: self._persistence.saved_step)
         self._watch = Watch()
+        self._limits = TimeLimits(self._watch, config.trainer.v1.trainer_mode, settings)
         self._updates = UpdateCount(make_clock(config))
         super().__init__(config)
 
     def init(self) -> None:
         """As verl's; ends in an error if a process of the run dies meanwhile."""
         watch_storage(self._watch)
-        with self._watch.guard():
+        with self._watch.guard(), self._limits.start():
             super().init()
 
     def on_init_end(self) -> None:
         """As verl's, which pushes the first weights, and would wait for ever for a rollout server that died."""
         watch_workers(self._watch, self)
-        super().on_init_end()
+        with self._limits.push(self.global_steps):
+            super().on_init_end()
 
     def fit(self, agent_loop_manager: Any) -> None:
         """As verl's; ends in an error if a process of the run dies, and after a checkpoint if it is asked to end."""
@@ -272,7 +275,8 @@ class PPOTrainerStaleK(_StalenessTrainer, PPOTrainerColocateAsync):
 
     def on_step_end(self) -> None:
         if not self._end_if_asked():
-            super().on_step_end()
+            with self._limits.push(self.global_steps):
+                super().on_step_end()
             self.replay_buffer.advance(self.global_steps)
 
     def _quieten_rollout(self) -> None:
@@ -293,7 +297,8 @@ class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):
     def on_step_end(self) -> None:
         if not self._end_if_asked():
             self.replay_buffer.settle()
-            super().on_step_end()
+            with self._limits.push(self.global_steps):
+                super().on_step_end()
             self.replay_buffer.advance(self.global_steps)
 
 

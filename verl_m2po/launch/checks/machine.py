@@ -26,6 +26,7 @@ def problems(config: DictConfig) -> Iterator[Problem]:
     yield from _memory()
     yield from _ports()
     yield from _vllm(config)
+    yield from _executor(config)
     yield from _ray(config)
 
 
@@ -78,6 +79,20 @@ def _vllm(config: DictConfig) -> Iterator[Problem]:
             name,
             "vLLM is not installed in this environment",
             "Install its CPU build with `make env`, or as verl_m2po/cpu/constraints.txt says",
+        )
+
+
+def _executor(config: DictConfig) -> Iterator[Problem]:
+    """vLLM's worker in the engine's own process is one worker; verl would wait for the others for ever."""
+    key = "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend"
+    executor, size = read(config, key), read(config, "actor_rollout_ref.rollout.tensor_model_parallel_size")
+    if executor == "uni" and size != 1:
+        yield Problem(
+            key,
+            executor,
+            f"it runs one worker, and actor_rollout_ref.rollout.tensor_model_parallel_size={size} needs more: the "
+            "start of the server would hang",
+            f"Set {key}=mp",
         )
 
 

@@ -30,6 +30,8 @@ OF_A_MODE = (
     Number("max_failed_fraction", **_SHARE, meaning="a share"),
     Number("failed_window_groups", 1, meaning="a number of prompt groups"),
     Number("buffer_memory_limit_gib", 0, is_whole=False, excludes_least=True, may_be_null=True, meaning="GiB"),
+    Number("start_timeout_s", 0, is_whole=False, excludes_least=True, may_be_null=True, meaning="seconds"),
+    Number("push_timeout_s", 0, is_whole=False, excludes_least=True, may_be_null=True, meaning="seconds"),
     Number("stop_wait_s", 0, is_whole=False, may_be_null=True, meaning="seconds"),
     Number("min_usable_share", **_SHARE, meaning="a share"),
 )

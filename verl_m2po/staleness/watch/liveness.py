@@ -43,7 +43,7 @@ INTERRUPT = signal.SIGUSR1
 
 
 class WorkerDied(RuntimeError):
-    """A process of the run is gone, and the run with it."""
+    """A process of the run is gone or does not answer, and the run with it."""
 
 
 class RunActors:
@@ -95,6 +95,10 @@ def _is_engine_dead(address: str) -> bool:
         return error.code == HTTPStatus.SERVICE_UNAVAILABLE
     except OSError:
         return False
+
+
+def _nothing(_actor: Any) -> None:
+    """What an actor is asked to do to show that it does anything: `__ray_ready__` has a thread of its own."""
 
 
 class Watch:
@@ -167,6 +171,22 @@ class Watch:
                 self._some_unavailable = True  # dead or not, the next question will tell
         return next((f"{name} died." for address, name in engines.items() if _is_engine_dead(address)), None)
 
+    def find_silent(self, timeout_s: float) -> list[str]:
+        """Names of those that do not answer within `timeout_s` seconds: blocked, busy or dead."""
+        with self._lock:
+            questions = {actor.__ray_call__.remote(_nothing): name for actor, name in self._names.items()}
+        if not questions:
+            return []
+        _, unanswered = ray.wait(list(questions), num_returns=len(questions), timeout=timeout_s)
+        return sorted(questions[question] for question in unanswered)
+
+    def end(self, reason: str) -> None:
+        """End what the main thread does inside `guard`. From another thread."""
+        self._death = reason
+        logger.error("%s", reason)
+        self._limit_cleaning_up(reason)
+        signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
+
     def _find_cause(self) -> str | None:
         """`find_dead`, as often as it takes actors that are unavailable to turn out dead or alive."""
         deadline = time.monotonic() + FIND_CAUSE_S
@@ -202,14 +222,14 @@ class Watch:
         raise KeyboardInterrupt(self._death)
 
     def _watch(self, has_ended: threading.Event) -> None:
-        while self._death is None:
+        death = None
+        while death is None:
             if has_ended.wait(self._ask_every_s):
                 return
-            self._death = self.find_dead(timeout_s=0.5)
-        logger.error("%s", self._death)
+            death = self.find_dead(timeout_s=0.5)
+        self._death = death
         if not has_ended.wait(self._unwind_s):
-            self._limit_cleaning_up(self._death)
-            signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
+            self.end(death)
 
     def _limit_cleaning_up(self, death: str) -> None:
         """End the process, if cleaning up after `death` waits for the dead as well."""
