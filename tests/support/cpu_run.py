@@ -1,4 +1,4 @@
-"""Runs verl's main on the CPU in a subprocess, with a time limit, and leaves nothing behind."""
+"""Runs verl's main, on the CPU by default, in a subprocess with a time limit, and leaves nothing behind."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import psutil
 # Inherited by every process that the run starts, Ray's daemons included.
 MARK = "M2PO_TEST_RUN"
 # A cluster of its own, whatever else runs on the machine.
-LOCAL_RAY = "ray_kwargs.ray_init.address=local"
+LOCAL_RAY = "++ray_kwargs.ray_init.address=local"
 
 
 @dataclass
@@ -40,14 +40,17 @@ def run_main(
     folder: Path,
     *overrides: str,
     config_name: str = "arithmetic",
+    hardware: str = "cpu",
     timeout_s: float = 420,
     environment: dict | None = None,
 ) -> Result:
     """Run ``python -m verl.trainer.main_ppo`` with `overrides`; fail after `timeout_s`, and kill whatever is left."""
-    main = [sys.executable, "-m", "verl.trainer.main_ppo", f"--config-name={config_name}", "hardware=cpu", LOCAL_RAY]
+    main = [sys.executable, "-m", "verl.trainer.main_ppo", f"--config-name={config_name}", f"hardware={hardware}"]
     metrics = folder / "metrics.jsonl"
     logger = {"VERL_FILE_LOGGER_PATH": str(metrics)}
-    result = run_command(folder, [*main, *overrides], timeout_s, {**os.environ, **logger, **(environment or {})})
+    result = run_command(
+        folder, [*main, LOCAL_RAY, *overrides], timeout_s, {**os.environ, **logger, **(environment or {})}
+    )
     result.steps = read_steps(metrics)
     return result
 

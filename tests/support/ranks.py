@@ -1,4 +1,4 @@
-"""Run a function on several real processes that share a gloo process group."""
+"""Run a function on several real processes that share a process group, gloo unless asked otherwise."""
 
 import os
 import tempfile
@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 TIMEOUT_S = 540
 
 
-def run_on_ranks(world_sizes, function, *arguments):
+def run_on_ranks(world_sizes, function, *arguments, backend="gloo"):
     """{world size: results of `function(*arguments)` by rank}.
 
     Args:
@@ -21,10 +21,15 @@ def run_on_ranks(world_sizes, function, *arguments):
             above r.
         function: Defined in a module of tests/support, since the processes import it by name.
         arguments: Passed on; results must be tensors or plain containers of them.
+        backend: Of the process group; with nccl each rank has the GPU of its number.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = mp.start_processes(
-            _run, (world_sizes, folder, function, arguments), nprocs=max(world_sizes), join=False, start_method="spawn"
+            _run,
+            (world_sizes, folder, function, arguments, backend),
+            nprocs=max(world_sizes),
+            join=False,
+            start_method="spawn",
         )
         deadline = time.monotonic() + TIMEOUT_S
         # `join` returns False as soon as one of several processes has ended.
@@ -36,14 +41,16 @@ def run_on_ranks(world_sizes, function, *arguments):
         return {size: [torch.load(Path(folder) / f"{size}-{rank}.pt") for rank in range(size)] for size in world_sizes}
 
 
-def _run(rank, world_sizes, folder, function, arguments):
+def _run(rank, world_sizes, folder, function, arguments, backend):
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     for size in sorted(world_sizes, reverse=True):
         if rank >= size:
             return
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{folder}/rendezvous-{size}",
             rank=rank,
             world_size=size,
