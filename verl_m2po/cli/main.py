@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from verl_m2po.cli import plan as plan_command
 from verl_m2po.one_process import command as one_process_command
-from verl_m2po.planner import command as plan_command
 from verl_m2po.report import command as report_command
 
 app = typer.Typer(help="Learn from stale rollouts in verl.", no_args_is_help=True, pretty_exceptions_enable=False)
