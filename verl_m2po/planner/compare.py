@@ -34,6 +34,7 @@ class Choice:
 
     @property
     def staleness_updates(self) -> int:
+        """The mode's setting: exact, or in `bounded_async` the bound, in optimizer updates."""
         return self.setting.staleness_steps * self.updates_per_step
 
     @property
