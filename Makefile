@@ -32,7 +32,7 @@ VERL ?=
 JOBS ?= 2
 
 # Benchmarks and the study are no part of the package, so that its wheel is the plugin alone.
-WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/recipes:$(CURDIR)/docs $(BIN)/python
+WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/tests/support:$(CURDIR)/recipes:$(CURDIR)/docs $(BIN)/python
 
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
@@ -126,6 +126,7 @@ docs-tables: $(STAMP) ## Write every table, list and plot of README.md and docs/
 	$(WORKSHOP) docs/generate_configuration.py
 	$(WORKSHOP) docs/generate_tables.py
 	$(WORKSHOP) docs/generate_gallery.py
+	$(WORKSHOP) docs/generate_compatibility.py
 
 # The documentation has a small environment of its own: the extra `docs` would bring verl.
 DOCS_ENV := docs/_build/env

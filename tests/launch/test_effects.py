@@ -243,7 +243,9 @@ class TestData:
 
     @staticmethod
     def found(config) -> list[Problem]:
-        asked = [check for check in registry.of_our_runs() if check.about in (data.TRAIN, data.VALIDATION, data.FILTER)]
+        asked = [
+            check for check in registry.of_the_machine() if check.about in (data.TRAIN, data.VALIDATION, data.FILTER)
+        ]
         return ask_all(asked, config)
 
     def test_another_name_of_the_prompts(self, config):

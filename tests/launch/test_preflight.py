@@ -39,7 +39,9 @@ def config(tiny: Path, addition: Path):
 
 def inputs(config) -> list[Problem]:
     """What is wrong with the model and the data."""
-    asked = [check for check in registry.of_our_runs() if check.about in (model.PATH.key, data.TRAIN, data.VALIDATION)]
+    asked = [
+        check for check in registry.of_the_machine() if check.about in (model.PATH.key, data.TRAIN, data.VALIDATION)
+    ]
     return ask_all(asked, config)
 
 

@@ -35,10 +35,11 @@ OF_ALL_RUNS = (
 be none of our business."""
 
 
-def of_our_runs(main: Callable[..., Any] | None = None) -> Iterator[Check]:
-    """The checks of runs that use this package.
+def of_the_config(memory_bytes: int, main: Callable[..., Any] | None = None) -> Iterator[Check]:
+    """The checks of runs that use this package that need the config alone; what files say is taken where they are.
 
     Args:
+        memory_bytes: of the machine.
         main: the function that Hydra calls with the config; None: unknown.
     """
     prompts = partial(data.known_rows, key=data.TRAIN)
@@ -52,7 +53,11 @@ def of_our_runs(main: Callable[..., Any] | None = None) -> Iterator[Check]:
     yield Check("the clip range", effects.clip, effects.CLIP)
     yield Check("images and video", models.more_than_text, model.PATH.key)
     yield Check("LoRA", models.lora, models.MERGE)
-    yield from checks.checks(psutil.virtual_memory().total, prompts)
+    yield from checks.checks(memory_bytes, prompts)
+
+
+def of_the_machine() -> Iterator[Check]:
+    """The checks of what such a run finds where it starts: files, devices, an earlier run."""
     yield Check("the log", outputs.log, outputs.NAME.key)
     yield Check("the ledger", outputs.ledger, "trainer.v1")
     yield Check("the journal", outputs.journal, "trainer.v1")
@@ -78,4 +83,5 @@ def problems(config: DictConfig, is_ours: bool, main: Callable[..., Any] | None 
         is_ours: whether it uses this package.
         main: the function that Hydra calls with it; None: unknown.
     """
-    return ask_all([*OF_ALL_RUNS, *(of_our_runs(main) if is_ours else ())], config)
+    ours = [*of_the_config(psutil.virtual_memory().total, main), *of_the_machine()] if is_ours else []
+    return ask_all([*OF_ALL_RUNS, *ours], config)

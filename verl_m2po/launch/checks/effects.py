@@ -21,9 +21,9 @@ CLIP = "actor_rollout_ref.actor.clip_ratio"
 
 NOT_SUPPLIED = {
     "remax": "reward_baselines",
-    "optimal_token_baseline": "old_log_probs' entropy sums (sum_pi_squared)",
-    "tir_optimal_token_baseline": "old_log_probs' entropy sums (sum_pi_squared)",
-    "gdpo": "the reward of each aspect",
+    "optimal_token_baseline": "sum_pi_squared",
+    "tir_optimal_token_baseline": "sum_pi_squared",
+    "gdpo": "the rewards of single aspects",
 }
 """Advantage estimators, and what verl 0.9.1's v1 trainer does not hand them: the first step ends in an error."""
 
