@@ -138,6 +138,12 @@ def test_a_pointer_that_is_a_folder_and_a_path_that_is_a_number_are_refused(base
     assert {DYNAMIC_SAMPLING, TOP_K, VALIDATION, "trainer.resume_from_path"} <= refused(by_path).keys()
 
 
+def test_a_slash_behind_a_checkpoint_is_answered_with_the_path_without(base):
+    config = changed(base, "trainer.resume_mode", "resume_path")
+    found = refused(changed(config, "trainer.resume_from_path", "/a/global_step_5/"))
+    assert found["trainer.resume_from_path"].endswith("Set it to /a/global_step_5.")
+
+
 def test_a_corrupt_file_does_not_hide_that_the_age_disappears(base, tmp_path):
     """The run that trained: a refusal of another check was lost with the error of this one."""
     (tmp_path / "corrupt.parquet").write_bytes(b"PAR1" + b"\0" * 64 + b"PAR1")

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from verl_m2po.ground import logs
 from verl_m2po.ground.problem import Problem, WrongValue
 from verl_m2po.ground.settings import Text
+from verl_m2po.ground.verl_config import read
 from verl_m2po.staleness.checks.numbers import SAVE_FREQ, mode_and_settings
 from verl_m2po.staleness.config import is_chosen
 from verl_m2po.staleness.restart import resume
@@ -67,7 +68,10 @@ def checkpoints(config: DictConfig) -> Iterator[Problem]:
 def resumed(config: DictConfig) -> Iterator[Problem]:
     """Yield what keeps the run from going on from the checkpoint that it would resume from."""
     folder = CHECKPOINTS.of(config)
-    RESUME_FROM.of(config)
+    path = RESUME_FROM.of(config)
+    if path is not None and path.endswith("/") and read(config, "trainer.resume_mode") == "resume_path":
+        why = "verl takes the trainer step from what follows `global_step_` in it, and a slash is no number"
+        raise WrongValue(Problem(RESUME_FROM.key, path, why, f"Set it to {path.rstrip('/')}"))
     if (Path(folder) / POINTER).is_dir():
         why = f"its {POINTER} is a folder, and verl reads the step to resume from there"
         raise WrongValue(Problem(CHECKPOINTS.key, folder, why, "Remove that folder, or set another one"))
