@@ -1,4 +1,5 @@
 import builtins
+import os
 import re
 
 import pytest
@@ -70,8 +71,18 @@ def test_a_target_that_is_not_a_number_is_refused(app, run, target):
 def test_an_out_that_is_a_file_is_refused(app, run, tmp_path):
     (tmp_path / "out").write_text("mine")
     code, output = invoke(app, "report", run, "--out", tmp_path / "out")
-    assert code == 2 and "must be a folder" in output
+    assert code == 2 and "is no folder: choose another" in output
+    code, output = invoke(app, "report", run, "--out", tmp_path / "out" / "sub" / "folder")
+    assert code == 2 and f"lies below {tmp_path / 'out'}, which is no folder" in output
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_fifo_that_is_named_like_a_log_is_not_waited_for(app, run, tmp_path):
+    os.mkfifo(tmp_path / "runs" / "metrics.jsonl")
+    code, output = invoke(app, "report", tmp_path / "runs", "--out", tmp_path / "out", "--no-figures")
+    assert code == 0 and "metrics.jsonl: no regular file" in output and "m2po, s=256" in output
+    code, output = invoke(app, "report", tmp_path / "runs" / "metrics.jsonl", "--out", tmp_path / "out", "--no-figures")
+    assert code == 1 and "neither a file nor a folder" in output
 
 
 def test_watch_reports_again_only_when_a_log_grew(app, run, tmp_path, monkeypatch):

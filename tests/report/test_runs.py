@@ -219,3 +219,29 @@ def test_a_config_beside_several_logs_is_nobodys(tmp_path):
     assert find_sources(tmp_path)[0][0].folder == tmp_path
     write_log(tmp_path / "two.jsonl", rows(1, 2, 1.0))
     assert [source.folder for source in find_sources(tmp_path)[0]] == [None, None]
+
+
+def test_a_ledger_beside_a_log_is_no_line_and_all_event_folders_are_one(tmp_path):
+    for name in ("m2po-s8", "grpo-s8"):
+        write_log(tmp_path / name / "log.jsonl", {1: {"val-core/addition/acc/mean@1": 0.5}})
+        (tmp_path / name / "ledger.jsonl").write_text('{"resumed_from":0}\n{"step":1,"version":0,"groups":[]}\n')
+        (tmp_path / name / "tensorboard").mkdir()
+        (tmp_path / name / "tensorboard" / "events.out.tfevents.1.host").write_bytes(b"")
+    sources, problems = find_sources(tmp_path)
+    assert len(sources) == 2
+    assert len(problems) == 1 and "left out 2 folder(s) of TensorBoard events" in problems[0]
+
+
+@pytest.mark.parametrize("steps", [[1, 2, 3, 2, 3, 4], [1, 1, 2, 2], [1, 2, 3, 1]])
+def test_two_writers_of_one_log_are_noticed(tmp_path, steps):
+    lines = [f'{{"step": {step}, "data": {{"training/global_step": {step}}}}}' for step in steps]
+    (tmp_path / "attempt-1.jsonl").write_text("\n".join(lines) + "\n")
+    (run,), problems = read_runs([tmp_path])
+    assert list(run.frame.index) == sorted(set(steps))
+    assert len(problems) == 1 and "two runs wrote to it, or one began again" in problems[0]
+
+
+def test_a_step_in_several_lines_is_one_writer(tmp_path):
+    lines = ['{"step": 1, "data": {"a": 1}}', '{"step": 1, "data": {"b": 2}}', '{"step": 2, "data": {"a": 1}}']
+    (tmp_path / "attempt-1.jsonl").write_text("\n".join(lines) + "\n")
+    assert read_runs([tmp_path])[1] == []

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from verl_m2po.ground.places import why_no_folder
+
 NAME = "trainer.experiment_name="
 # In the default name already, or no setting of what is learnt
 NOT_IN_NAME = (NAME, "loss=", "staleness=", "trainer.total_training_steps=")
@@ -50,7 +52,10 @@ def try_loss(
 
     from verl_m2po.one_process import setup as setups
     from verl_m2po.one_process import train
+    from verl_m2po.one_process.claim import FolderInUse
 
+    if reason := why_no_folder(out):
+        raise typer.BadParameter(reason, param_hint="--out")
     torch.set_num_threads(threads)
     console = Console()
     overrides = overrides or []
@@ -80,7 +85,10 @@ def try_loss(
             if accuracy is not None:
                 progress.update(bar, description=f"accuracy {accuracy:.3f}")
 
-        log = train.train(setup, model, digits, folder, show)
+        try:
+            log = train.train(setup, model, digits, folder, show)
+        except FolderInUse as error:
+            raise typer.BadParameter(str(error), param_hint="OVERRIDES") from error
     from verl_m2po.report.command import write_report
 
     console.print(f"log: {log}", soft_wrap=True)

@@ -3,6 +3,7 @@
 # transformers and TensorDict annotate wider, or narrower, types than they return.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
+import copy
 import os
 import platform
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl import DataProto
@@ -22,6 +23,7 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.tracking import Tracking
 
 from verl_m2po.actor.worker import AGE_FIELD
+from verl_m2po.one_process.claim import claim
 from verl_m2po.one_process.learner import Learner
 from verl_m2po.one_process.rollouts import Generator, Problems, with_advantages
 from verl_m2po.one_process.setup import Setup
@@ -29,7 +31,7 @@ from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.records import Row
 from verl_m2po.staleness.rule.units import version_at_step
-from verl_m2po.tasks import supervision
+from verl_m2po.tasks import arithmetic, supervision
 
 ACCURACY = "val-core/arithmetic/acc/mean@1"
 TRAINING_PROBLEMS, VALIDATION_PROBLEMS = 8192, 512
@@ -170,9 +172,18 @@ def train(
         digits: Digits of each number.
         folder: Folder of the run; what an earlier run left in it is replaced.
         on_step: Called with each trainer step and its metrics; None for silence.
+
+    Raises:
+        FolderInUse: Another process trains into `folder`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(setup.config, folder / "config.yaml", resolve=True)
+    with claim(folder):
+        return _train(setup, model_folder, digits, folder, on_step)
+
+
+def _train(
+    setup: Setup, model_folder: Path, digits: int, folder: Path, on_step: Callable[[int, dict[str, float]], None] | None
+) -> Path:
+    OmegaConf.save(_as_run(setup, model_folder, digits), folder / "config.yaml", resolve=True)
     config, trainer = setup.config, setup.config.trainer
     # Where verl's loggers write; they read it from the environment only.
     os.environ |= {"VERL_FILE_LOGGER_PATH": str(folder / LOG), "TENSORBOARD_DIR": str(folder / "tensorboard")}
@@ -190,6 +201,15 @@ def train(
             on_step(step, metrics)
     logger.finish()
     return folder / LOG
+
+
+def _as_run(setup: Setup, model_folder: Path, digits: int) -> DictConfig:
+    """The config with what the bench took in the place of files: its base model, and problems made in memory."""
+    config = copy.deepcopy(setup.config)
+    OmegaConf.update(config, "actor_rollout_ref.model.path", str(model_folder))
+    for key in ("data.train_files", "data.val_files"):
+        OmegaConf.update(config, key, f"{arithmetic.DATA_SOURCE}, {digits} digits")
+    return config
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from verl_m2po.ground.places import why_no_folder
+
 MISSING_MATPLOTLIB = (
     'verl-m2po report draws with matplotlib, which is not installed: pip install "verl-m2po[report]", '
     "or pass --no-figures for the table alone"
@@ -109,8 +111,8 @@ def report(
     """
     if figures:
         _need_matplotlib()
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"--out is {out}, which is a file; it must be a folder or not exist")
+    if reason := why_no_folder(out):
+        raise typer.BadParameter(f"--out: {reason}")
     console = Console()
     refresh_s = interval_s if watch else None
     seen: tuple | None = None

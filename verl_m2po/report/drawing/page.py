@@ -16,6 +16,7 @@ def _environment() -> Environment:
 
 def page(
     rows: list[dict[str, str]],
+    about: list[dict[str, str]],
     figures: list[tuple[str, str, bytes]],
     problems: list[str],
     refresh_s: float | None = None,
@@ -24,11 +25,14 @@ def page(
 
     Args:
         rows: Column title to text, as from `tables.rows`.
+        about: Likewise, what the runs were, as from `about.about`.
         figures: Title, caption and SVG of each figure.
         problems: One line for each thing that is missing.
         refresh_s: Seconds after which a browser reloads the page; None for never.
     """
     template = resources.files("verl_m2po.report.drawing").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return (
-        _environment().from_string(template).render(rows=rows, figures=figures, problems=problems, refresh_s=refresh_s)
+        _environment()
+        .from_string(template)
+        .render(rows=rows, about=about, figures=figures, problems=problems, refresh_s=refresh_s)
     )

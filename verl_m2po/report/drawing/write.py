@@ -20,6 +20,7 @@ from verl_m2po.report.drawing.page import page
 from verl_m2po.report.drawing.style import RC
 from verl_m2po.report.drawing.tables import markdown, rows
 from verl_m2po.report.reading import metrics
+from verl_m2po.report.reading.about import about
 from verl_m2po.report.reading.groups import Group
 
 KINDS = ("png", "svg")
@@ -150,7 +151,8 @@ class Written:
 
 def _replace(path: Path, data: bytes) -> None:
     """Write so that a reader never sees half a file."""
-    unfinished = path.with_name(f".{path.name}.part")
+    # Its own for each process: two may write one report at once.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     unfinished.write_bytes(data)
     os.replace(unfinished, path)
 
@@ -221,6 +223,6 @@ def write(report: Report, out: Path, refresh_s: float | None = None) -> Written:
             if out / f"{plot.name}.{kind}" not in paths:
                 (out / f"{plot.name}.{kind}").unlink(missing_ok=True)
     _replace(out / "report.md", markdown(report.summaries, report.target, problems).encode())
-    html = page(rows(report.summaries, report.target), in_page, problems, refresh_s)
+    html = page(rows(report.summaries, report.target), about(report.groups), in_page, problems, refresh_s)
     _replace(out / "report.html", html.encode())
     return Written(out / "report.html", out / "report.md", paths, problems)

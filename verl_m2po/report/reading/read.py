@@ -78,6 +78,16 @@ def is_json_log(path: Path) -> bool:
     return not second and not _is_json(first)
 
 
+def is_ledger(path: Path) -> bool:
+    """Whether the file is a ledger of trained rows (`ground.ledger`), which lies beside a log and is none."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        try:
+            first = json.loads(lines.readline())
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(first, dict) and ("resumed_from" in first or {"step", "version", "groups"} <= first.keys())
+
+
 def read_json_lines(path: Path) -> Log:
     """Read a log of verl's `file` logger (verl/utils/tracking.py `FileLogger`): one {"step", "data"} object a line.
 
@@ -85,8 +95,9 @@ def read_json_lines(path: Path) -> Log:
     """
     log = Log(path)
     cut: list[int] = []
+    again: list[int] = []
     not_numbers: set[str] = set()
-    line_number = 0
+    line_number = latest = 0
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line_number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -96,6 +107,9 @@ def read_json_lines(path: Path) -> Log:
                 cut.append(line_number)
                 continue
             step, data = parsed
+            if step < latest or data.keys() & log.rows.get(step, {}).keys():
+                again.append(line_number)
+            latest = max(step, latest)
             row = log.rows.setdefault(step, {})
             for name, value in data.items():
                 number = _number(value)
@@ -104,6 +118,11 @@ def read_json_lines(path: Path) -> Log:
                 else:
                     row[name] = number
     log.problems += _cut_lines(path, cut, line_number)
+    if again:
+        log.problems.append(
+            f"{path}: {len(again)} line(s) log a step that was logged before, first line {again[0]}: two runs wrote to "
+            "it, or one began again; of each step the last line counts"
+        )
     if not log.rows and not cut:
         log.problems.append(f"{path}: empty, no step was logged")
     if not_numbers:

@@ -6,6 +6,7 @@
 import itertools
 import os
 import re
+import stat
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from verl_m2po.report.reading.read import Log, is_json_log, read_event_file, read_json_lines
+from verl_m2po.report.reading.read import Log, is_json_log, is_ledger, read_event_file, read_json_lines
 from verl_m2po.report.reading.settings import Settings, read_config, settings
 
 ATTEMPT = re.compile(r"^attempt-(\d+)\.jsonl$")
@@ -48,6 +49,7 @@ class Run:
         settings: What the run was.
         problems: One line for each thing that is missing or wrong.
         not_finite: Metric to the steps at which it was logged as NaN or infinite.
+        logged_until_s: When the last of its files was written, in seconds since the epoch; None if that is unknown.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Run:
     settings: Settings
     problems: list[str] = field(default_factory=list)
     not_finite: dict[str, list[int]] = field(default_factory=dict)
+    logged_until_s: float | None = None
 
     @property
     def logged(self) -> set[str]:
@@ -92,8 +95,11 @@ def _event_time(path: Path) -> tuple[int, str]:
 
 
 def _unreadable(path: Path) -> str | None:
-    """Why a file cannot be opened, such as a link to nothing; None where it can."""
+    """Why a file cannot be read, such as a link to nothing; None where it can."""
     try:
+        # Opening a FIFO would wait until somebody writes to it.
+        if not stat.S_ISREG(path.stat().st_mode):
+            return f"{path}: no regular file, so not read"
         path.open("rb").close()
     except OSError as error:
         return f"{path}: not readable ({error.strerror or type(error).__name__})"
@@ -134,6 +140,7 @@ def _in_folder(folder: Path, names: list[str]) -> tuple[list[Source], bool, list
     candidates = [path for path in files if path.suffix == ".jsonl"]
     logs = [path for path in candidates if _is_log(path)]
     odd = [path for path in candidates if path not in logs and not ATTEMPT.match(_age(path)[0])]
+    odd = [path for path in odd if not is_ledger(path)]
     lines = list(unreadable)
     if odd:
         lines.append(f"{folder}: left out {len(odd)} .jsonl file(s) that are not verl logs, e.g. {odd[0].name}")
@@ -171,7 +178,7 @@ def find_sources(path: Path) -> tuple[list[Source], list[str]]:
         earlier = [other for other in path.parent.glob("*.attempt-*.jsonl") if is_present and _age(other)[0] == name]
         return [Source(_file_name(path), _attempts([path, *earlier])[name], path.parent)], []
     if not path.is_dir():
-        return [], [f"{path}: not there"]
+        return [], [f"{path}: neither a file nor a folder" if path.exists() else f"{path}: not there"]
     sources: list[Source] = []
     problems: list[str] = []
 
@@ -192,11 +199,11 @@ def find_sources(path: Path) -> tuple[list[Source], list[str]]:
         sources += found
         problems += lines
         subfolders[:] = [] if is_one_run else sorted(name for name in subfolders if not SKIPPED_FOLDER.match(name))
-    problems += [
-        f"{owner}: left out {len(folders)} folder(s) of TensorBoard events under it, e.g. {folders[0]}, because it has "
-        "a .jsonl log; give them as paths to read them"
-        for owner, folders in events_under.items()
-    ]
+    if events := [folder for folders in events_under.values() for folder in folders]:
+        problems.append(
+            f"{path}: left out {len(events)} folder(s) of TensorBoard events under folders with a .jsonl log, e.g. "
+            f"{events[0]}; give them as paths to read them"
+        )
     if not sources:
         problems.append(f"{path}: no .jsonl log and no TensorBoard events in it")
     return sources, problems
@@ -264,6 +271,7 @@ def read_run(source: Source) -> Run:
         settings=settings(source.name, config),
         problems=problems + joining + config_problems,
         not_finite=not_finite,
+        logged_until_s=max((path.stat().st_mtime for path in source.files if path.is_file()), default=None),
     )
 
 
