@@ -5,6 +5,7 @@ import queue
 import random
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from verl_m2po.staleness.rows.store import lot_partition
 from verl_m2po.staleness.rule.bounded import BoundedAsync
 from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow, TooManyFailures
-from verl_m2po.staleness.rule.records import GroupReport, Row
+from verl_m2po.staleness.rule.records import GroupReport, Row, Selection
 from verl_m2po.staleness.rule.rules import StalenessViolation
 from verl_m2po.staleness.rule.units import UpdateClock
 from verl_m2po.staleness.watch.liveness import WorkerDied
@@ -518,3 +519,30 @@ def test_validation_goes_verls_way_and_sees_only_its_own_rows(transfer_queue):
     assert sorted(batch.keys) == ["va_0_0", "vb_0_0"] and batch.partition_id == "val"
     assert set(run.buffer.partitions) == {"val"}
     transfer_queue.kv_clear(keys=batch.keys, partition_id="val")
+
+
+class EveryBatchTwice(BoundedAsync):
+    """Hands out each batch at two steps in a row."""
+
+    kept = ()
+
+    def select(self, version, count):
+        if self.kept:
+            groups, self.kept = self.kept, ()
+            return Selection(groups, None)
+        selection = super().select(version, count)
+        if selection is None or not selection.groups:
+            return selection
+        self.kept = selection.groups
+        return replace(selection, kept=frozenset(group.ticket.uid for group in selection.groups))
+
+
+def test_what_the_rule_keeps_is_trained_again_and_then_leaves(transfer_queue):
+    run = Run(transfer_queue, EveryBatchTwice(3, BATCH), "twice", mask_share=0.3)
+    check = lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch, 0.3)  # noqa: E731
+    (first,), (second,), (third,) = (run.step(step, check=check) for step in (1, 2, 3))
+    assert first.keys == second.keys and not set(first.keys) & set(third.keys)
+    left = {key for rows in transfer_queue.kv_list().values() for key in rows}
+    assert not set(first.keys) & left, "rows that were used up are still there"
+    assert set(third.keys) <= left, "rows that are kept are gone"
+    clear(transfer_queue)
