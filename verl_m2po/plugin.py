@@ -15,6 +15,7 @@ import wrapt
 
 from verl_m2po import patches
 from verl_m2po.cpu import environment
+from verl_m2po.ground import families
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,7 @@ EXTENSIONS = (
         "policy loss",
         "verl.trainer.ppo.core_algos",
         "verl_m2po.losses",
-        (
-            *("m2po", "m2po_clip", "no_trust_region"),
-            *("bapo", "decoupled_loglinear", "mix_ppg", "oapl", "opsm", "rec", "topr"),
-        ),
+        families.names(),
     ),
     Extension(
         "advantage estimator",

@@ -10,7 +10,7 @@ from compose import composed
 from omegaconf import OmegaConf
 from ranks import run_on_ranks
 
-from verl_m2po.actor import worker
+from verl_m2po.actor import observed as observing
 from verl_m2po.ground.verl_config import has_proximal_policy
 from verl_m2po.losses.kernel import diagnostics
 from verl_m2po.losses.kernel.mini_batch import MiniBatch
@@ -156,7 +156,7 @@ def test_past_the_ramp_no_micro_batch_is_asked_for_its_age(seams):
 
 def test_logits_for_distillation_pass_through_to_verls_own_function():
     calls = []
-    observed = worker.Observed(lambda **given: calls.append(given), MiniBatch(), True, lambda _rows: None)
+    observed = observing.Observed(lambda **given: calls.append(given), MiniBatch(), True, lambda _rows: None)
     observed(student_logits="logits", data="rows")
     assert calls == [{"student_logits": "logits", "data": "rows"}]
 

@@ -173,7 +173,7 @@ def test_max_at_n_is_verls_grpo_passk():
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("max_at_k", {"max_at_k": {"k": 5}}, r"max_at_k.k must be between 1 and the size of a group \(2\), got 5"),
+        ("max_at_k", {"max_at_k": {"k": 0}}, r"max_at_k.k must be between 1 and the size of a group \(2\), got 0"),
         ("max_at_k", {"max_at_k": {"k": 1, "baseline": "mean"}}, "max_at_k.baseline must be one of none"),
         ("oapl", {"oapl": {"beta1": 0}}, "oapl.beta1 must be positive, got 0"),
         ("red_weight", {"red_weight": {"temperature": -1}}, "red_weight.temperature must be positive"),
@@ -182,3 +182,17 @@ def test_max_at_n_is_verls_grpo_passk():
 def test_wrong_settings_are_refused(name, config, message):
     with pytest.raises(ValueError, match=message):
         estimate(name, [[0, 1]], config)
+
+
+def test_max_at_k_of_a_group_with_fewer_rows_than_k_is_the_best_of_all_of_them():
+    short, whole = {"max_at_k": {"k": 5}}, {"max_at_k": {"k": 2}}
+    assert estimate("max_at_k", [[0.2, 0.9]], short) == estimate("max_at_k", [[0.2, 0.9]], whole)
+
+
+def test_padding_rows_of_verl_are_groups_without_response_tokens_and_get_no_advantage():
+    rewards = torch.tensor([[0.3], [0.6], [0.9], [0.1], [0.0]])
+    mask = torch.tensor([[1], [1], [1], [1], [0]])
+    index = np.array(["a"] * 4 + ["padding"], dtype=object)
+    config = OmegaConf.create({"max_at_k": {"k": 4}})
+    advantages, _ = get_adv_estimator_fn("max_at_k")(rewards, mask, index, config)
+    assert advantages[4] == 0 and advantages[:4].abs().sum() > 0

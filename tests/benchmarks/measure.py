@@ -17,7 +17,7 @@ from benchmarks.batches import Batch
 from verl_m2po.losses.config import M2POPolicyLossConfig
 from verl_m2po.losses.kernel import diagnostics
 from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
-from verl_m2po.losses.kernel.token_pass import add_tokens, as_tokens
+from verl_m2po.losses.kernel.tokens import tokens_of
 from verl_m2po.second_moment import TrustRegionSearch
 
 
@@ -61,8 +61,10 @@ class Call:
         self.config = _actor_config(contestant, batch)
         loss = contestant.loss
         self.loss: Callable[..., Any] = get_policy_loss_fn(loss) if isinstance(loss, str) else loss
-        tokens = as_tokens(batch.log_prob, batch.old_log_prob, batch.advantages, batch.response_mask)
-        self.region = add_tokens(TrustRegionSearch(batch.threshold), tokens).solve()
+        tokens = tokens_of(batch.log_prob, batch.old_log_prob, batch.advantages, batch.response_mask)
+        search = TrustRegionSearch(batch.threshold)
+        search.add(tokens.magnitude)
+        self.region = search.solve()
 
     def __call__(self) -> None:
         log_prob = self.batch.log_prob.detach().requires_grad_()

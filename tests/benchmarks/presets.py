@@ -19,12 +19,10 @@ from verl.workers.config import ActorConfig
 from benchmarks.batches import Batch, make_batch
 from benchmarks.measure import median, seconds
 from verl_m2po.ground.verl_config import has_proximal_policy
-from verl_m2po.losses.family.bapo import BoundsSearch
 from verl_m2po.losses.kernel import diagnostics
 from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
-from verl_m2po.losses.kernel.token_loss import clean_tokens
-from verl_m2po.losses.kernel.token_pass import add_tokens, as_tokens
-from verl_m2po.second_moment import TrustRegionSearch
+from verl_m2po.losses.kernel.registry import LOSSES
+from verl_m2po.losses.kernel.tokens import tokens_of
 
 SECTION = "methods"
 TOKENS, MASKED = 51 * 1024, 0.01
@@ -66,14 +64,12 @@ class PresetCall:
 
 def decide(actor: ActorConfig, batch: Batch) -> Any:
     """What the actor worker decides over the mini-batch before the loss is called; None for most."""
-    settings = actor.policy_loss.get(actor.policy_loss.loss_mode, None)
-    if actor.policy_loss.loss_mode == "m2po":
-        tokens = as_tokens(batch.log_prob, batch.old_log_prob, batch.advantages, batch.response_mask)
-        return add_tokens(TrustRegionSearch(batch.threshold), tokens).solve()
-    if actor.policy_loss.loss_mode == "bapo":
-        log_ratio = batch.log_prob - batch.old_log_prob
-        return BoundsSearch(settings).add(clean_tokens(*batch[:1], log_ratio, *batch[2:4])).solve()
-    return None
+    loss = LOSSES.get(actor.policy_loss.loss_mode)
+    if loss is None or loss.decision is None:
+        return None
+    search = loss.decision.search(loss.settings_in(actor), 0.0)
+    search.add(tokens_of(batch.log_prob, batch.old_log_prob, batch.advantages, batch.response_mask))
+    return search.solve()
 
 
 def main(

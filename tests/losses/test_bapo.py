@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from verl_m2po.losses.family.bapo import BAPOConfig, BoundsSearch, choose_bounds, loss_sums
 from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
-from verl_m2po.losses.kernel.token_loss import Tokens, importance_weight
+from verl_m2po.losses.kernel.tokens import Tokens, tokens_of
 
 # Outside the actor worker every call decides for itself.
 ALONE = {"scope": "micro_batch"}
@@ -17,13 +17,12 @@ CODE = {"weight": "none", "order": "low_first", **ALONE}
 
 
 def tokens(tensors) -> Tokens:
-    log_ratio = tensors["log_prob"] - tensors["old_log_prob"]
-    return Tokens(tensors["log_prob"], log_ratio, tensors["advantages"], tensors["response_mask"])
+    return tokens_of(**tensors)
 
 
 def decide(tensors, settings: BAPOConfig) -> tuple[float, float, float]:
     seen = tokens(tensors)
-    positive, negative = loss_sums(seen, importance_weight(seen.log_ratio), settings)
+    positive, negative = loss_sums(seen, settings)
     low, high, share = choose_bounds(positive, negative, settings)
     return low.item(), high.item(), share.item()
 
@@ -122,7 +121,7 @@ def test_a_higher_lower_bound_only_lowers_the_share():
     tensors = random_tensors(1, scale=1.0)
     settings = BAPOConfig()
     seen = tokens(tensors)
-    positive, negative = loss_sums(seen, importance_weight(seen.log_ratio), settings)
+    positive, negative = loss_sums(seen, settings)
     assert (negative.diff() >= 0).all() and (positive.diff() >= 0).all()
 
 

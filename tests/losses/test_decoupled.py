@@ -6,7 +6,7 @@ from method_losses import PROXIMAL_LOG_PROB, evaluate, random_tensors, shared_te
 from torch.testing import assert_close
 
 from verl_m2po.losses.family.decoupled_loglinear import DecoupledLoglinearConfig, decoupled_tokens
-from verl_m2po.losses.kernel.token_loss import Tokens
+from verl_m2po.losses.kernel.tokens import tokens_of
 
 
 def proximal() -> torch.Tensor:
@@ -23,8 +23,7 @@ def test_reference_value_of_decoupled_ppo_by_verls_own_preset():
 def test_reference_value_of_decoupled_ppo_by_our_rule():
     tensors = shared_tensors()
     mask = tensors["response_mask"]
-    log_ratio = tensors["log_prob"] - tensors["old_log_prob"]
-    tokens = Tokens(tensors["log_prob"], log_ratio, tensors["advantages"], mask)
+    tokens = tokens_of(**tensors)
     settings = DecoupledLoglinearConfig(alpha=0, ratio_cap=float("inf"))
     loss = decoupled_tokens(tokens, proximal() - tensors["old_log_prob"], settings)
     assert_close(loss.value[mask].mean().item(), -0.107357, atol=1e-6, rtol=0)

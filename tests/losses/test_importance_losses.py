@@ -250,9 +250,6 @@ def test_bad_input_is_named(name):
 def test_importing_registers_once():
     import importlib
 
-    import verl_m2po.losses
-
     before = {name: POLICY_LOSS_REGISTRY[name] for name in OURS}
     importlib.import_module("verl_m2po.losses")
     assert {name: POLICY_LOSS_REGISTRY[name] for name in OURS} == before
-    assert verl_m2po.losses.m2po_loss is before["m2po"]

@@ -9,12 +9,13 @@ from verl.workers.config import FSDPActorConfig
 
 from verl_m2po.losses.config import M2POPolicyLossConfig
 from verl_m2po.losses.family.bapo import Bounds
-from verl_m2po.losses.kernel.diagnostics import SELF_REPORTING, total
+from verl_m2po.losses.kernel.diagnostics import total
 from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
+from verl_m2po.losses.kernel.registry import LOSSES
 from verl_m2po.second_moment import TrustRegion
 
 CASES = {
-    **{name: (name, {}) for name in sorted(SELF_REPORTING)},
+    **{name: (name, {}) for name, loss in sorted(LOSSES.items()) if loss.leaves_sums},
     "decoupled_loglinear": ("decoupled_loglinear", {"decoupled_loglinear": {"alpha": 0.5}}),
     "m2po by micro_batch": ("m2po", {"m2po": {"scope": "micro_batch"}}),
     "m2po with sequence masking": ("m2po", {"opsm": {"delta": 0.1}}),

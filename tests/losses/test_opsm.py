@@ -7,7 +7,7 @@ import torch
 from method_losses import FAMILIES, evaluate, random_tensors, shared_tensors
 from torch.testing import assert_close
 
-from verl_m2po.losses.family.opsm import sequence_keep_mask
+from verl_m2po.losses.kernel.sequence_mask import sequence_keep_mask
 
 # `m2po` decides for itself here: nobody opens a mini-batch around it.
 OURS = {

@@ -13,6 +13,7 @@ from method_losses import shared_tensors
 from torch.testing import assert_close
 
 from verl_m2po.losses.config import StepScaleConfig
+from verl_m2po.losses.kernel.tokens import tokens_of
 from verl_m2po.losses.step_scale import effective_sample_share, scaled_learning_rate, sequence_log_weight, step_scale
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ def test_reference_values():
     assert_close((share, step_scale(share)), (0.5, 0.707107), atol=1e-6, rtol=0)
     assert step_scale(0.5, power=1) == 0.5
     tensors = shared_tensors()
-    log_weight = sequence_log_weight(tensors["log_prob"] - tensors["old_log_prob"], tensors["response_mask"])
+    log_weight = sequence_log_weight(tokens_of(**tensors))
     assert_close(log_weight.exp().tolist(), [0.548812, 0.606531], atol=1e-6, rtol=0)
     assert_close(effective_sample_share(log_weight), 0.99751, atol=1e-5, rtol=0)
 
@@ -59,7 +60,7 @@ def test_the_scale_grows_with_the_share_and_ends_at_the_base():
 def test_tokens_that_do_not_count():
     log_ratio = torch.tensor([[0.5, float("nan"), float("inf")], [1.0, 2.0, 3.0], [9.0, 9.0, 9.0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
-    log_weight = sequence_log_weight(log_ratio, mask)
+    log_weight = sequence_log_weight(tokens_of(log_ratio, torch.zeros(3, 3), torch.ones(3, 3), mask))
     # Rows without a response token are padding.
     assert log_weight.tolist() == [0.5, 3.0, -float("inf")]
     assert effective_sample_share(log_weight) == effective_sample_share(log_weight[:2])

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from m2po_loop_reference import loop_keep_mask
 from token_batches import heavy_tailed
 
-from verl_m2po.second_moment import TrustRegionSearch, find_trust_region, keep_mask, rule, trust_region_magnitude
+from verl_m2po.second_moment import (
+    TrustRegionSearch,
+    find_trust_region,
+    fixed_point,
+    keep_mask,
+    rule,
+    search,
+    trust_region_magnitude,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -45,7 +53,8 @@ def test_equals_the_loop_of_the_paper_in_exact_arithmetic(rows, threshold, dtype
     log_ratio, advantages, response = (list(column) for column in zip(*rows, strict=True))
     log_ratio, advantages = torch.tensor(log_ratio, dtype=dtype), torch.tensor(advantages, dtype=dtype)
     response_mask = torch.tensor(response)
-    with mock.patch.object(rule, "on_host", lambda tensor: on_host):
+    here = mock.patch.object(search, "on_host", lambda tensor: on_host)
+    with here, mock.patch.object(rule, "on_host", lambda tensor: on_host):
         keep = keep_mask(log_ratio, advantages, response_mask, threshold)
     assert keep.tolist() == loop_keep_mask(log_ratio.tolist(), advantages.tolist(), response, threshold)
 
@@ -203,10 +212,10 @@ def test_bad_input_is_named(change, error, message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("threshold", [0.0, 1e-4, 0.01, 0.04, 1.0, 30.0, math.inf])
 @pytest.mark.parametrize("rows", [6, 600])
-def test_radix_selection_on_an_accelerator_equals_sorting(monkeypatch, rows, dtype, threshold):
+def test_radix_selection_on_an_accelerator_equals_that_on_a_cpu(monkeypatch, rows, dtype, threshold):
     magnitude = trust_region_magnitude(*heavy_tailed(rows, 40, seed=6, dtype=dtype)).flatten()
     region = find_trust_region([magnitude], threshold)
-    monkeypatch.setattr(rule, "on_host", lambda tensor: False)
+    monkeypatch.setattr(search, "on_host", lambda tensor: False)
     assert find_trust_region(magnitude.split(100), threshold) == region
 
 
@@ -214,12 +223,12 @@ def test_radix_selection_on_an_accelerator_equals_sorting(monkeypatch, rows, dty
 def test_sorting_finds_the_token_wherever_rounded_sums_point(monkeypatch, error):
     magnitude = trust_region_magnitude(*heavy_tailed(600, 40, seed=6)).flatten()
     region = find_trust_region([magnitude], 0.04)
-    guess = rule._Units.guess_first_over
+    guess = fixed_point.FixedPoint.guess_first_over
 
     def wrong(units, spent, ascending):
         return min(max(0, guess(units, spent, ascending) + error), ascending.numel())
 
-    monkeypatch.setattr(rule._Units, "guess_first_over", wrong)
+    monkeypatch.setattr(fixed_point.FixedPoint, "guess_first_over", wrong)
     assert find_trust_region([magnitude], 0.04) == region
 
 

@@ -163,9 +163,10 @@ def behaviour_log_probs(worker, rows):
     pack(worker, max_tokens=4096)
     log_ratios = {}
     for tokens, _ in worker.look_ahead(own):
-        log_prob, advantages = tokens.log_prob.view(tokens.shape), tokens.advantages.view(tokens.shape)
-        for i in range(tokens.shape[0]):
-            log_ratios[row_of(advantages[i])] = log_prob[i]
+        for log_prob, advantages in zip(tokens.raw_log_prob, tokens.advantages, strict=True):
+            row = row_of(advantages)
+            # The padding row has no advantages that count.
+            log_ratios[len(rows) - 1 if row < 0 else row] = log_prob
     return [log_ratios[i][: len(row["noise"])] - row["noise"] for i, row in enumerate(rows)]
 
 
@@ -194,16 +195,18 @@ def recording(worker):
         for keep, log_prob, advantages, response_mask in zip(*columns, strict=True):
             length = int(response_mask.nonzero().max()) + 1 if response_mask.any() else 0
             record["keep"][row_of(advantages)] = keep[:length].tolist()
-            record["log_probs"][row_of(advantages)] = log_prob[:length].detach().clone()
+            if length:
+                record["log_probs"][row_of(advantages)] = log_prob[:length].detach().clone()
         return result
 
     def recorded_look(*arguments, **keywords):
         seen = look_ahead(*arguments, **keywords)
         for tokens, _ in seen:
-            columns = (tokens.log_prob, tokens.advantages, tokens.response_mask)
-            for log_prob, advantages, response_mask in zip(*(c.view(tokens.shape) for c in columns), strict=True):
+            columns = (tokens.raw_log_prob, tokens.advantages, tokens.response_mask)
+            for log_prob, advantages, response_mask in zip(*columns, strict=True):
                 length = int(response_mask.nonzero().max()) + 1 if response_mask.any() else 0
-                record["log_probs_ahead"][row_of(advantages)] = log_prob[:length].clone()
+                if length:
+                    record["log_probs_ahead"][row_of(advantages)] = log_prob[:length].clone()
         return seen
 
     def recorded_step():

@@ -29,7 +29,9 @@ def max_at_k_advantage(
 ) -> tuple[Tensor, Tensor]:
     """n times the weight of each response in the gradient of the expected best of k, n the size of the group.
 
-    The factor makes k = 1 plain REINFORCE under verl's mean over responses.
+    The factor makes k = 1 plain REINFORCE under verl's mean over responses. A group of fewer than k rows counts the
+    best of all that it has (verl's padding rows are groups of their own); tokens outside the mask get 0, so a group
+    without response tokens is 0 throughout.
 
     Args:
         token_level_rewards: Sums over a response to its reward, [batch, response].
@@ -43,7 +45,7 @@ def max_at_k_advantage(
         Advantages and returns, the same tensor.
 
     Raises:
-        ValueError: k is less than 1 or more than a group has, or the baseline is unknown.
+        ValueError: k is less than 1, or the baseline is unknown.
     """
     k = setting(config, "max_at_k.k", K)
     baseline = setting(config, "max_at_k.baseline", BASELINE)
@@ -51,9 +53,10 @@ def max_at_k_advantage(
         raise ValueError(f"algorithm.max_at_k.baseline must be one of {', '.join(BASELINES)}, got {baseline!r}.")
 
     def rule(rewards: Tensor, _group: Hashable) -> Tensor:
-        weights = max_at_k_weights(rewards, k)
+        best_of = min(k, len(rewards))
+        weights = max_at_k_weights(rewards, best_of)
         if baseline == "leave_one_out":
-            weights = weights - leave_one_out_baseline(rewards, k)
+            weights = weights - leave_one_out_baseline(rewards, best_of)
         return len(rewards) * weights
 
     return group_advantages(token_level_rewards, response_mask, index, rule)

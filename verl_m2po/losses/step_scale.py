@@ -7,30 +7,63 @@ scaled and not the loss: Adam divides a common factor of the gradient out again.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from verl.base_config import BaseConfig
+
+from verl_m2po.losses.kernel.settings import KEY, check_number
+from verl_m2po.losses.kernel.tokens import Tokens
 
 # The paper's power. Its option "linear" is 1.
 SQUARE_ROOT = 0.5
 
 
-def sequence_log_weight(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
+@dataclass
+class StepScaleConfig(BaseConfig):
+    """VCPO's scaling of the optimizer step by the effective sample size of the mini-batch's responses, for any loss.
+
+    Args:
+        power: The learning rate of an update is multiplied by min(1, effective share / base_share)^power; the share is
+            the effective sample size of the mini-batch's responses over their number. The paper: 0.5; 1 is its option
+            "linear". null or 0 switches it off.
+        base_share: Effective share of the responses from which on the step is whole, in (0, 1]. The paper: 1 (GSM8K,
+            MATH) and 0.55 (AIME, multi-turn).
+    """
+
+    power: float | None = None
+    base_share: float = 1.0
+
+    def __post_init__(self):
+        check_number(self.base_share, "step_scale.base_share")
+        if self.power is not None:
+            check_number(self.power, "step_scale.power")
+        check_settings(self.base_share, self.exponent, f"{KEY}.step_scale")
+
+    @property
+    def exponent(self) -> float:
+        """`power` as a number; 0 where it is off."""
+        return 0.0 if self.power is None else self.power
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any step may be scaled."""
+        return self.exponent != 0
+
+
+def sequence_log_weight(tokens: Tokens) -> Tensor:
     """Sum of log ratios over each response; non-finite log ratios do not count.
 
     Args:
-        log_ratio: log of current over behaviour policy, [batch, response].
-        response_mask: bool, same shape.
+        tokens: Of a micro-batch, with their ratio to the behaviour policy.
 
     Returns:
         [batch], at least float32; -inf, no weight at all, where a row has no response token (padding).
     """
-    finite = torch.isfinite(log_ratio) & response_mask
-    dtype = torch.promote_types(log_ratio.dtype, torch.float32)
-    sums = torch.where(finite, log_ratio, 0.0).to(dtype).sum(-1)
-    return sums.masked_fill(~response_mask.any(-1), -math.inf)
+    return tokens.log_ratio.sum(-1).masked_fill(~tokens.response_mask.any(-1), -math.inf)
 
 
 def effective_sample_share(log_weight: Tensor, group: dist.ProcessGroup | None = None) -> float:

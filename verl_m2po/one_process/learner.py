@@ -21,9 +21,11 @@ from verl.utils.torch_functional import (
 from verl.workers.config import build_optimizer
 from verl.workers.utils.losses import ppo_loss
 
-from verl_m2po.actor.worker import AGE_FIELD, Observed, decides_over_mini_batch
+from verl_m2po.actor.observed import Observed
+from verl_m2po.ground.fields import AGE_FIELD
 from verl_m2po.losses.kernel import diagnostics
 from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
+from verl_m2po.losses.kernel.registry import LOSSES
 from verl_m2po.losses.step_scale import scaled_by_effective_share
 from verl_m2po.one_process.rollouts import prompt_cache
 from verl_m2po.one_process.setup import Setup
@@ -54,7 +56,9 @@ class Learner:
         self._temperature = setup.config.actor_rollout_ref.rollout.temperature
         self._responses = setup.responses
         self._rows = setup.actor.ppo_mini_batch_size * setup.responses
-        is_one = setup.actor.use_dynamic_bsz or decides_over_mini_batch(setup.actor.policy_loss)
+        loss = LOSSES.get(setup.actor.policy_loss.loss_mode)
+        decides = loss is not None and loss.decides_over_mini_batch(setup.actor)
+        is_one = setup.actor.use_dynamic_bsz or decides
         self._micro_rows = self._rows if is_one else setup.actor.ppo_micro_batch_size_per_gpu
         self._mismatch_floor: float | None = None
         self._step_scale = setup.actor.policy_loss.step_scale

@@ -22,7 +22,7 @@ from verl.trainer.ppo.metric_utils import compute_data_metrics
 from verl.utils.metric import reduce_metrics
 from verl.utils.tracking import Tracking
 
-from verl_m2po.actor.worker import AGE_FIELD
+from verl_m2po.ground.fields import AGE_FIELD
 from verl_m2po.one_process.claim import claim
 from verl_m2po.one_process.learner import Learner
 from verl_m2po.one_process.rollouts import Generator, Problems, with_advantages

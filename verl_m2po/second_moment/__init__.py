@@ -3,16 +3,14 @@
 Guarantee: exact over all tokens of all ranks, whatever their order.
 """
 
-from verl_m2po.second_moment.rule import (
+from verl_m2po.second_moment.rule import check_tokens, keep_mask, trust_region_magnitude
+from verl_m2po.second_moment.search import (
     TrustRegion,
     TrustRegionSearch,
     check_threshold,
-    check_tokens,
     chunk_size,
     find_trust_region,
-    keep_mask,
     on_host,
-    trust_region_magnitude,
 )
 
 __all__ = [

@@ -29,9 +29,10 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.utils import tensordict_utils as tu
 
 from verl_m2po.ground import logs
-from verl_m2po.patches import verl as verl_patches
 
 # As a module: where the buffer is imported first, verl imports this file before the buffer has its class.
+from verl_m2po.ground.fields import AGE_FIELD
+from verl_m2po.patches import verl as verl_patches
 from verl_m2po.staleness import buffer, checks
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.account.metrics import StalenessMetrics
@@ -57,9 +58,6 @@ from verl_m2po.staleness.watch.stopping import Stopping
 from verl_m2po.staleness.watch.supervision import watch_storage, watch_workers
 
 logger = logging.getLogger(__name__)
-
-AGE_FIELD = "age_updates"
-"""Field of a row in TransferQueue; `verl_m2po.actor.worker` reads it under the same name."""
 
 
 def require_sound(problems: list[checks.Problem]) -> None:

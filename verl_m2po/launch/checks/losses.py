@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from verl_m2po.ground.problem import Problem
 from verl_m2po.ground.verl_config import read
 from verl_m2po.losses import requirements
+from verl_m2po.losses.kernel.registry import LOSSES
 from verl_m2po.losses.kernel.settings import KEY
 
 CONTEXT_PARALLEL = "actor_rollout_ref.actor.megatron.dynamic_context_parallel"
@@ -25,13 +26,14 @@ def problems(config: DictConfig) -> Iterator[Problem]:
 
 def _actor_worker(config: DictConfig) -> Iterator[Problem]:
     """What concerns the whole mini-batch needs our actor worker in verl's seam."""
-    loss = requirements.loss_name(config)
     needing = {
-        f"{KEY}.m2po.scope": loss == "m2po" and read(config, f"{KEY}.m2po.scope") == "mini_batch",
-        f"{KEY}.bapo.scope": loss == "bapo" and read(config, f"{KEY}.bapo.scope") == "mini_batch",
         requirements.STEP_SCALE: bool(read(config, requirements.STEP_SCALE)),
         requirements.DIAGNOSTICS: bool(read(config, requirements.DIAGNOSTICS)),
     }
+    loss = LOSSES.get(requirements.loss_name(config))
+    if loss is not None and loss.decision is not None:
+        scope = f"{KEY}.{loss.name}.scope"
+        needing[scope] = read(config, scope) == "mini_batch"
     if not any(needing.values()):
         return
     from verl_m2po.actor import worker

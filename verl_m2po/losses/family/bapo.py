@@ -4,19 +4,20 @@ See "BAPO: Balanced Policy Optimization with Adaptive Clipping" (arXiv:2510.1892
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from verl.base_config import BaseConfig
-from verl.trainer.ppo.core_algos import register_policy_loss
-from verl.workers.config import ActorConfig
 
 from verl_m2po.losses.kernel.clipped import clipped_surrogate
-from verl_m2po.losses.kernel.mini_batch import SCOPES, decision_of
-from verl_m2po.losses.kernel.settings import KEY, check_choice, check_number, settings_of
-from verl_m2po.losses.kernel.token_loss import TokenLoss, Tokens, evaluate, importance_weight
+from verl_m2po.losses.kernel.mini_batch import SCOPES
+from verl_m2po.losses.kernel.needs import BEHAVIOUR
+from verl_m2po.losses.kernel.record import Decision, Loss, TokenLoss
+from verl_m2po.losses.kernel.registry import register
+from verl_m2po.losses.kernel.settings import KEY, check_choice, check_number
+from verl_m2po.losses.kernel.tokens import Tokens
 
 ORDERS = ("high_first", "low_first")
 WEIGHTS = ("behaviour_probability", "none")
@@ -79,55 +80,13 @@ class BAPOConfig(BaseConfig):
         return _grid(self.high_start, self.high_end, self.high_step, f"{KEY}.bapo.high")
 
 
-@register_policy_loss("bapo")
-def bapo_loss(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: ActorConfig | None = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
+def bapo_tokens(tokens: Tokens, settings: BAPOConfig, bounds: "Bounds") -> TokenLoss:
     """max(-A r, -A clip(r, low, high)) with the first bounds that give positive tokens their share of the loss.
 
-    Needs behaviour log-probs (`bypass_mode`). All tokens of the optimizer mini-batch decide on the bounds together
-    (`scope`); where no bounds give the share, both stand at their ends.
-
-    Args:
-        old_log_prob: log-probs under the behaviour policy, [batch, response].
-        log_prob: log-probs under the current policy, same shape.
-        advantages: Advantage of each token, same shape.
-        response_mask: bool, same shape.
-        loss_agg_mode: verl's name of the aggregation.
-        config: verl's actor settings; `policy_loss.bapo` holds ours.
-        rollout_is_weights: verl's rollout correction weights, multiplied onto each token; None: 1.
-
-    Returns:
-        The loss, and the bounds and the share that they give under `actor/bapo/`.
-
-    Raises:
-        RuntimeError: scope=mini_batch, but nobody decided over the mini-batch.
-        ValueError: Arguments do not fit each other.
+    All tokens of the optimizer mini-batch decide on the bounds together (`scope`); where no bounds give the share, both
+    stand at their ends.
     """
-    settings = settings_of(config, "bapo", BAPOConfig)
-    return evaluate(
-        lambda tokens: bapo_tokens(tokens, settings),
-        old_log_prob,
-        log_prob,
-        advantages,
-        response_mask,
-        loss_agg_mode,
-        config,
-        rollout_is_weights,
-    )
-
-
-def bapo_tokens(tokens: Tokens, settings: BAPOConfig) -> TokenLoss:
-    """The rule of `bapo`."""
-    ratio = importance_weight(tokens.log_ratio)
-    search = BoundsSearch(settings)
-    bounds = decision_of(f"{KEY}.bapo.scope", settings.scope, lambda: search.add(tokens))
+    ratio = tokens.importance_weight
     low, high = bounds.ratio_low.to(ratio.dtype), bounds.ratio_high.to(ratio.dtype)
     value, keep = clipped_surrogate(ratio, tokens.advantages, low, high)
     if settings.dual_clip is not None:
@@ -161,7 +120,7 @@ class BoundsSearch:
 
     def add(self, tokens: Tokens) -> "BoundsSearch":
         """Count these tokens; returns itself."""
-        self._sums.append(torch.cat(loss_sums(tokens, importance_weight(tokens.log_ratio), self.settings)))
+        self._sums.append(torch.cat(loss_sums(tokens, self.settings)))
         return self
 
     def solve(self, group: dist.ProcessGroup | None = None) -> Bounds:
@@ -173,7 +132,7 @@ class BoundsSearch:
         return choose_bounds(sums[:highs], sums[highs:], self.settings)
 
 
-def loss_sums(tokens: Tokens, ratio: Tensor, settings: BAPOConfig) -> tuple[Tensor, Tensor]:
+def loss_sums(tokens: Tokens, settings: BAPOConfig) -> tuple[Tensor, Tensor]:
     """What tokens with A > 0 contribute at each upper bound, and those with A < 0 at each lower bound.
 
     Sums of absolute losses: they add up over micro-batches and ranks, so bounds for a whole mini-batch need no more.
@@ -181,7 +140,8 @@ def loss_sums(tokens: Tokens, ratio: Tensor, settings: BAPOConfig) -> tuple[Tens
     Returns:
         [number of upper bounds] and [number of lower bounds], float64.
     """
-    weight = tokens.advantages.abs().where(tokens.mask, 0.0).double()
+    ratio = tokens.importance_weight
+    weight = tokens.advantages.abs().double()
     if settings.weight == "behaviour_probability":
         weight = weight * (tokens.log_prob - tokens.log_ratio).exp()
     positive_weight = weight.where(tokens.advantages > 0, 0.0)
@@ -225,3 +185,16 @@ def _grid(start: float, end: float, step: float, key: str) -> list[float]:
     whole = int(steps + 1e-9)
     values = [start + i * step for i in range(whole + 1)]
     return values if values[-1] >= end - 1e-9 * max(1.0, end) else [*values, end]
+
+
+register(
+    Loss(
+        name="bapo",
+        summary="PPO with clip bounds that widen until positive tokens have their share of the loss",
+        rule=bapo_tokens,
+        settings=BAPOConfig,
+        decision=Decision(lambda settings, _floor: BoundsSearch(settings)),
+        needs=BEHAVIOUR,
+        presets=("bapo", "bapo_code"),
+    )
+)

@@ -5,17 +5,16 @@ See "Batch size-invariance for policy optimization" (arXiv:2110.00641) for the o
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from verl.base_config import BaseConfig
-from verl.trainer.ppo.core_algos import register_policy_loss
-from verl.workers.config import ActorConfig
 
 from verl_m2po.losses.kernel.clipped import clipped_surrogate
-from verl_m2po.losses.kernel.settings import KEY, check_number, settings_of
-from verl_m2po.losses.kernel.token_loss import TokenLoss, Tokens, evaluate, importance_weight
-from verl_m2po.losses.kernel.token_pass import LOG_RATIO_LIMIT
+from verl_m2po.losses.kernel.needs import BEHAVIOUR
+from verl_m2po.losses.kernel.record import Loss, TokenLoss
+from verl_m2po.losses.kernel.registry import register
+from verl_m2po.losses.kernel.settings import KEY, check_number
+from verl_m2po.losses.kernel.tokens import LOG_RATIO_LIMIT, Tokens, importance_weight
 
 
 @dataclass
@@ -63,54 +62,38 @@ class DecoupledLoglinearConfig(BaseConfig):
         return (age - 1) / age
 
 
-@register_policy_loss("decoupled_loglinear")
-def decoupled_loglinear_loss(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: ActorConfig | None = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
-    """w max(-A r, -A clip(r)) with r = current / proximal and w = proximal / behaviour, w detached.
-
-    Needs behaviour log-probs (`bypass_mode`): log proximal = log behaviour + alpha log(current / behaviour).
-
-    Args:
-        old_log_prob: log-probs under the behaviour policy, [batch, response].
-        log_prob: log-probs under the current policy, same shape.
-        advantages: Advantage of each token, same shape.
-        response_mask: bool, same shape.
-        loss_agg_mode: verl's name of the aggregation.
-        config: verl's actor settings; `policy_loss.decoupled_loglinear` holds ours.
-        rollout_is_weights: verl's rollout correction weights, multiplied onto each token; None: 1.
-
-    Returns:
-        The loss, and metrics where no actor worker of ours collects them.
+def loglinear_tokens(tokens: Tokens, settings: DecoupledLoglinearConfig) -> TokenLoss:
+    """Decoupled PPO with log proximal = log behaviour + alpha log(current / behaviour).
 
     Raises:
-        ValueError: Not exactly one of `alpha` and `staleness_updates`, or arguments that do not fit each other.
+        ValueError: Not exactly one of `alpha` and `staleness_updates` is set.
     """
-    settings = settings_of(config, "decoupled_loglinear", DecoupledLoglinearConfig)
-    alpha = settings.proximal_alpha()
-    return evaluate(
-        lambda tokens: decoupled_tokens(tokens, alpha * tokens.log_ratio, settings),
-        old_log_prob,
-        log_prob,
-        advantages,
-        response_mask,
-        loss_agg_mode,
-        config,
-        rollout_is_weights,
-    )
+    return decoupled_tokens(tokens, settings.proximal_alpha() * tokens.log_ratio, settings)
 
 
 def decoupled_tokens(tokens: Tokens, log_weight: Tensor, settings: DecoupledLoglinearConfig) -> TokenLoss:
-    """Decoupled PPO for any proximal policy; `log_weight` is log(proximal / behaviour), [batch, response]."""
-    ratio = importance_weight(tokens.log_ratio)
+    """w max(-A r, -A clip(r)) with r = current / proximal and w = proximal / behaviour, w detached.
+
+    Args:
+        tokens: Of a micro-batch.
+        log_weight: log(proximal / behaviour) of any proximal policy, [batch, response].
+        settings: Clip range and cap.
+    """
+    ratio = tokens.importance_weight
     shrink = (settings.ratio_cap / ratio.clamp(min=1e-30)).clamp(max=1.0)
     proximal_ratio = (tokens.log_ratio - log_weight).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     value, keep = clipped_surrogate(proximal_ratio, tokens.advantages, 1 - settings.clip_low, 1 + settings.clip_high)
     weight = importance_weight(log_weight) * shrink
     return TokenLoss(weight * value, -tokens.advantages * ratio * shrink, keep)
+
+
+register(
+    Loss(
+        name="decoupled_loglinear",
+        summary="Decoupled PPO whose proximal policy is interpolated, without an extra forward pass",
+        rule=loglinear_tokens,
+        settings=DecoupledLoglinearConfig,
+        needs=BEHAVIOUR,
+        presets=("decoupled_loglinear",),
+    )
+)

@@ -1,58 +1,101 @@
 """The loss `m2po`: Algorithm 1 of M2PO (arXiv:2510.01161)."""
 
-from typing import Any
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from verl.trainer.ppo.core_algos import register_policy_loss
-from verl.workers.config import ActorConfig
+import torch.distributed as dist
+from omegaconf import DictConfig
+from verl.base_config import BaseConfig
 
-from verl_m2po.losses.config import KEY, M2POConfig
-from verl_m2po.losses.family import opsm
-from verl_m2po.losses.kernel import diagnostics
-from verl_m2po.losses.kernel.mini_batch import decision_of
-from verl_m2po.losses.kernel.settings import settings_of
-from verl_m2po.losses.kernel.surrogate import negative_aggregate
-from verl_m2po.losses.kernel.token_pass import add_tokens, as_tokens, weigh
-from verl_m2po.second_moment import TrustRegionSearch
+from verl_m2po.ground.problem import Problem
+from verl_m2po.ground.verl_config import read
+from verl_m2po.losses.kernel.mini_batch import SCOPES
+from verl_m2po.losses.kernel.needs import BEHAVIOUR, MODE, VERL_MODES
+from verl_m2po.losses.kernel.record import Decision, Loss, TokenLoss
+from verl_m2po.losses.kernel.registry import register
+from verl_m2po.losses.kernel.settings import KEY, check_choice, check_positive_threshold
+from verl_m2po.losses.kernel.tokens import Tokens
+from verl_m2po.second_moment import TrustRegion, TrustRegionSearch
+
+MISMATCH_FLOOR = f"{KEY}.m2po.subtract_mismatch_floor"
 
 
-@register_policy_loss("m2po")
-def m2po_loss(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: ActorConfig | None = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
-    """-A r on the tokens that Algorithm 1 of M2PO keeps, over all response tokens; nothing is clipped.
+@dataclass
+class M2POConfig(BaseConfig):
+    """Settings of the loss `m2po`.
 
     Args:
-        old_log_prob: log-probs under the behaviour policy, [batch, response].
-        log_prob: log-probs under the current policy, same shape.
-        advantages: Advantage of each token, same shape.
-        response_mask: bool, same shape. All of it is in the denominator, kept or not.
-        loss_agg_mode: verl's name of the aggregation; the paper's is "token-mean".
-        config: verl's actor settings; `policy_loss.m2po` holds ours.
-        rollout_is_weights: verl's rollout correction weights, multiplied onto each token; None: 1.
-
-    Returns:
-        The loss, and metrics where no actor worker of ours collects them.
-
-    Raises:
-        RuntimeError: scope=mini_batch, but nobody decided over the mini-batch.
-        ValueError: Arguments do not fit each other.
+        threshold: Largest mean of (log r)^2 over the kept trust-region tokens. The paper uses 0.04 throughout. inf
+            switches the trust region off.
+        scope: "mini_batch": one decision for the whole optimizer mini-batch, whatever the micro-batches and ranks.
+            "micro_batch": one for each micro-batch on each rank, as other implementations do.
+        subtract_mismatch_floor: Count only what exceeds the second moment of tokens whose age is zero, which is due to
+            the inference engine and not to staleness. Needs scope mini_batch, and a staleness mode of this package,
+            which knows the ages. false subtracts nothing.
     """
-    assert config is not None, "config must be verl's ActorConfig."
-    settings = settings_of(config, "m2po", M2POConfig)
-    with torch.no_grad():
-        trained = opsm.trained_tokens(log_prob, old_log_prob, advantages, response_mask, config)
-        tokens = as_tokens(log_prob, old_log_prob, advantages, trained, rollout_is_weights)
-        region = decision_of(
-            f"{KEY}.m2po.scope", settings.scope, lambda: add_tokens(TrustRegionSearch(settings.threshold), tokens)
+
+    threshold: float = 0.04
+    scope: str = "mini_batch"
+    subtract_mismatch_floor: bool = False
+
+    def __post_init__(self):
+        check_positive_threshold(self.threshold, f"{KEY}.m2po.threshold")
+        check_choice(self.scope, SCOPES, "m2po.scope")
+        if self.subtract_mismatch_floor and self.scope != "mini_batch":
+            raise ValueError(
+                f"{MISMATCH_FLOOR}=true needs {KEY}.m2po.scope=mini_batch: "
+                "the age of a token is not known inside a micro-batch."
+            )
+
+
+def m2po_tokens(tokens: Tokens, _settings: M2POConfig, region: TrustRegion) -> TokenLoss:
+    """-A r on the tokens that Algorithm 1 of M2PO keeps, over all response tokens; nothing is clipped."""
+    value = (tokens.advantages * tokens.importance_weight).neg_()
+    return TokenLoss(value, value, tokens.magnitude <= region.threshold_log_ratio, region=region)
+
+
+class _Search:
+    def __init__(self, settings: M2POConfig, mismatch_floor: float):
+        self._search = TrustRegionSearch(settings.threshold + mismatch_floor)
+
+    def add(self, tokens: Tokens) -> None:
+        self._search.add(tokens.magnitude)
+
+    def solve(self, group: dist.ProcessGroup | None = None) -> TrustRegion:
+        return self._search.solve(group)
+
+
+def _problems(config: DictConfig) -> Iterator[Problem]:
+    threshold = read(config, f"{KEY}.m2po.threshold")
+    if threshold == math.inf:
+        yield Problem(
+            f"{KEY}.m2po.threshold",
+            threshold,
+            "an infinite threshold masks nothing; a number too large for a float, as 1e400, is one too",
+            "Set algorithm.policy_loss=no_trust_region if that is meant, or the paper's 0.04",
+            is_fatal=False,
         )
-        gain, keep, sums = weigh(tokens, region.threshold_log_ratio)
-        metrics = diagnostics.report(sums, keep, region)
-    return negative_aggregate(log_prob, gain, gain, response_mask, loss_agg_mode, config), metrics
+    mode = read(config, MODE)
+    if read(config, MISMATCH_FLOOR) and mode in VERL_MODES:
+        yield Problem(
+            MISMATCH_FLOOR,
+            True,
+            f"the floor is measured on tokens of age zero, and {MODE}={mode} gives no ages",
+            f"Set it to false, or {MODE} to stale_k, stale_k_separate or bounded_async",
+        )
+
+
+register(
+    Loss(
+        name="m2po",
+        summary="Mask the tokens with the largest (log r)^2 until the mean of the rest is within the threshold",
+        rule=m2po_tokens,
+        settings=M2POConfig,
+        decision=Decision(_Search, lambda settings: settings.subtract_mismatch_floor),
+        needs=BEHAVIOUR,
+        problems=_problems,
+        presets=("m2po",),
+        masks_sequences_first=True,
+    )
+)

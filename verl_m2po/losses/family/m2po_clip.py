@@ -4,53 +4,65 @@ Written anew from the description of https://github.com/Infini-AI-Lab/M2PO. It b
 after clipping, so it takes the gradient from a superset of the tokens that Algorithm 1 drops.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from verl.trainer.ppo.core_algos import register_policy_loss
-from verl.workers.config import ActorConfig
+from verl.base_config import BaseConfig
 
-from verl_m2po.losses.config import M2POClipConfig
-from verl_m2po.losses.family import opsm
-from verl_m2po.losses.kernel import diagnostics
-from verl_m2po.losses.kernel.surrogate import negative_aggregate
-from verl_m2po.losses.kernel.token_pass import LOG_RATIO_LIMIT, as_tokens, weigh
-from verl_m2po.second_moment import TrustRegion, trust_region_magnitude
+from verl_m2po.losses.kernel.needs import BEHAVIOUR
+from verl_m2po.losses.kernel.record import Decision, Loss, TokenLoss
+from verl_m2po.losses.kernel.registry import register
+from verl_m2po.losses.kernel.settings import KEY, check_positive_threshold
+from verl_m2po.losses.kernel.tokens import LOG_RATIO_LIMIT, Tokens
+from verl_m2po.second_moment import TrustRegion
 
 
-@register_policy_loss("m2po_clip")
-def m2po_clip_loss(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: ActorConfig | None = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
+@dataclass
+class M2POClipConfig(BaseConfig):
+    """Settings of the loss `m2po_clip`.
+
+    Args:
+        threshold: Budget of the mean of (log r)^2 over trust-region tokens after clipping; 0.04 in the authors'
+            scripts. inf switches the clip off.
+    """
+
+    threshold: float = 0.04
+
+    def __post_init__(self):
+        check_positive_threshold(self.threshold, f"{KEY}.m2po_clip.threshold")
+
+
+def m2po_clip_tokens(tokens: Tokens, _settings: M2POClipConfig, region: TrustRegion) -> TokenLoss:
     """max(-A r, -A clip(r, exp(-tau), exp(tau))) with tau from the second moment of this micro-batch.
 
     As in the released code each micro-batch decides for itself, the bounds have no floors (its `miniclip` is off in
     every released script) and there is no dual clip. Unlike there, the sign of A is taken token by token, no rounding
-    slack is subtracted from tau, and tau = 0 is a value like any other. Arguments as for `m2po_loss`; the setting is
-    `policy_loss.m2po_clip.threshold`.
+    slack is subtracted from tau, and tau = 0 is a value like any other.
     """
-    assert config is not None, "config must be verl's ActorConfig."
-    settings = config.policy_loss.get("m2po_clip", None) or M2POClipConfig()
-    with torch.no_grad():
-        trained = opsm.trained_tokens(log_prob, old_log_prob, advantages, response_mask, config)
-        tokens = as_tokens(log_prob, old_log_prob, advantages, trained, rollout_is_weights)
-        log_ratio = (tokens.log_prob.to(tokens.dtype) - tokens.old_log_prob).view(tokens.shape)
-        magnitude = trust_region_magnitude(log_ratio, advantages, trained)
-        tau = clip_bound(magnitude, settings.threshold)
-        derivative, keep, sums = weigh(tokens, tau)
-        bound = torch.exp(torch.sign(advantages) * tau.clamp(max=LOG_RATIO_LIMIT)).mul_(advantages)
-        if rollout_is_weights is not None:
-            bound.mul_(rollout_is_weights)
-        gain = torch.where(magnitude > tau, bound, derivative)
-        metrics = diagnostics.report(sums, keep, TrustRegion(tau, magnitude.amax(), tau))
-    return negative_aggregate(log_prob, gain, derivative, response_mask, loss_agg_mode, config), metrics
+    advantages, tau = tokens.advantages, region.threshold_log_ratio
+    derivative = -advantages * tokens.importance_weight
+    bound = torch.exp(torch.sign(advantages) * tau.clamp(max=LOG_RATIO_LIMIT)).mul_(advantages).neg_()
+    is_inside = tokens.magnitude <= tau
+    value = torch.where(is_inside, derivative, bound)
+    return TokenLoss(value, derivative, is_inside, region=region)
+
+
+class _Search:
+    """The bound of all tokens of a micro-batch."""
+
+    def __init__(self, settings: M2POClipConfig, _floor: float):
+        self._threshold = settings.threshold
+        self._magnitudes: list[Tensor] = []
+
+    def add(self, tokens: Tokens) -> None:
+        self._magnitudes.append(tokens.magnitude.flatten())
+
+    def solve(self, group: dist.ProcessGroup | None = None) -> TrustRegion:
+        magnitude = torch.cat(self._magnitudes)
+        tau = clip_bound(magnitude, self._threshold)
+        return TrustRegion(tau, magnitude.amax() if magnitude.numel() else magnitude.new_zeros(()), tau)
 
 
 def clip_bound(magnitude: Tensor, threshold: float) -> Tensor:
@@ -63,6 +75,8 @@ def clip_bound(magnitude: Tensor, threshold: float) -> Tensor:
         magnitude: |log r| on trust-region tokens, 0 elsewhere, any shape.
         threshold: Budget of the mean of (log r)^2.
     """
+    if not magnitude.numel():
+        return magnitude.new_full((), torch.inf)
     ascending = magnitude.flatten().sort().values
     squares = ascending.double().square()
     larger = torch.arange(squares.numel() - 1, -1, -1, device=squares.device)
@@ -73,3 +87,17 @@ def clip_bound(magnitude: Tensor, threshold: float) -> Tensor:
     first = torch.where(reaches.any(), reaches.int().argmax(), reaches.numel())
     before = torch.cat((ascending.new_zeros(1), ascending)).index_select(0, first.reshape(1)).squeeze(0)
     return torch.where(squares.sum() <= budget, torch.inf, before)
+
+
+register(
+    Loss(
+        name="m2po_clip",
+        summary="The authors' released code: clip at a bound from the second moment where the paper masks",
+        rule=m2po_clip_tokens,
+        settings=M2POClipConfig,
+        decision=Decision(_Search),
+        needs=BEHAVIOUR,
+        presets=("m2po_clip",),
+        masks_sequences_first=True,
+    )
+)

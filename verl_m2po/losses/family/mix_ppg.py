@@ -4,17 +4,24 @@ See ReMix, "Squeeze the Soaked Sponge" (arXiv:2507.06892). Its mix of old and ne
 its KL-convex term and its policy reincarnation are not part of this package.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from omegaconf import DictConfig
 from torch import Tensor
 from verl.base_config import BaseConfig
-from verl.trainer.ppo.core_algos import register_policy_loss
-from verl.workers.config import ActorConfig
 
+from verl_m2po.ground.problem import Problem
+from verl_m2po.ground.verl_config import read
 from verl_m2po.losses.kernel.clipped import clipped_surrogate
-from verl_m2po.losses.kernel.settings import check_number, settings_of
-from verl_m2po.losses.kernel.token_loss import TokenLoss, Tokens, evaluate, importance_weight
+from verl_m2po.losses.kernel.needs import BOTH_POLICIES, ROLLOUT_IS, ROLLOUT_IS_NORMALIZE, ROLLOUT_IS_THRESHOLD, Need
+from verl_m2po.losses.kernel.record import Call, Loss, TokenLoss
+from verl_m2po.losses.kernel.registry import register
+from verl_m2po.losses.kernel.settings import check_number
+from verl_m2po.losses.kernel.tokens import Tokens, importance_weight
+
+# Weights below this can be truncated by verl without a word, and the clip would stand in the wrong place.
+NO_TRUNCATION = 100.0
 
 
 @dataclass
@@ -32,61 +39,67 @@ class MixPPGConfig(BaseConfig):
         check_number(self.clip, "mix_ppg.clip", at_least=0)
 
 
-@register_policy_loss("mix_ppg")
-def mix_ppg_loss(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: ActorConfig | None = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
+def mix_ppg_tokens(tokens: Tokens, settings: MixPPGConfig) -> TokenLoss:
     """max(-A r, -A clip(r, c - e, c + e)) with r = current / behaviour and c = proximal / behaviour.
 
-    Needs both policies: `bypass_mode=false`, `rollout_is=token`, and a `rollout_is_threshold` that truncates nothing.
-    Decoupled PPO clips to c (1 - e), c (1 + e) instead; with c = 1 both are PPO's clip.
-
-    Args:
-        old_log_prob: log-probs under the proximal policy, [batch, response].
-        log_prob: log-probs under the current policy, same shape.
-        advantages: Advantage of each token, same shape.
-        response_mask: bool, same shape.
-        loss_agg_mode: verl's name of the aggregation.
-        config: verl's actor settings; `policy_loss.mix_ppg` holds ours.
-        rollout_is_weights: c of each token, same shape.
-
-    Returns:
-        The loss, and metrics where no actor worker of ours collects them.
-
-    Raises:
-        ValueError: Without `rollout_is_weights`, or arguments that do not fit each other.
+    `old_log_probs` are the proximal policy's, and verl's token weights are c. Decoupled PPO clips to c (1 - e),
+    c (1 + e) instead; with c = 1 both are PPO's clip.
     """
-    if rollout_is_weights is None:
+    centre = _centre(tokens)
+    ratio = importance_weight(_behaviour_log_ratio(tokens)).where(centre > 0, 0.0)
+    value, keep = clipped_surrogate(ratio, tokens.advantages, centre - settings.clip, centre + settings.clip)
+    return TokenLoss(value, -tokens.advantages * ratio, keep)
+
+
+def _centre(tokens: Tokens) -> Tensor:
+    assert tokens.rollout_is_weights is not None, "refused before"
+    return tokens.rollout_is_weights
+
+
+def _behaviour_log_ratio(tokens: Tokens) -> Tensor:
+    """log of current over behaviour policy; 0 for a token that verl's rollout correction has cut out."""
+    centre = _centre(tokens)
+    return (tokens.log_ratio + centre.clamp(min=1e-30).log()).where(centre > 0, 0.0)
+
+
+def _has_weights(call: Call) -> None:
+    if call.rollout_is_weights is None:
         raise ValueError(
             "The loss mix_ppg needs the ratio of proximal over behaviour policy: set "
             "algorithm.rollout_correction.rollout_is=token and algorithm.rollout_correction.bypass_mode=false."
         )
-    settings = settings_of(config, "mix_ppg", MixPPGConfig)
-    return evaluate(
-        lambda tokens: mix_ppg_tokens(tokens, settings),
-        old_log_prob,
-        log_prob,
-        advantages,
-        response_mask,
-        loss_agg_mode,
-        config,
-        rollout_is_weights,
+
+
+def _truncation(config: DictConfig) -> Iterator[Problem]:
+    value = read(config, ROLLOUT_IS_THRESHOLD)
+    try:
+        is_high = float(value) >= NO_TRUNCATION and "_" not in str(value)
+    except (TypeError, ValueError):
+        is_high = False
+    if not is_high:
+        yield Problem(
+            ROLLOUT_IS_THRESHOLD,
+            value,
+            "the loss mix_ppg would centre its clip on truncated weights",
+            f"Set {ROLLOUT_IS_THRESHOLD}=1e6",
+        )
+
+
+register(
+    Loss(
+        name="mix_ppg",
+        summary="PPO's clip around the proximal policy of each token, as ReMix trains on old data",
+        rule=mix_ppg_tokens,
+        settings=MixPPGConfig,
+        needs=(
+            *BOTH_POLICIES,
+            Need(ROLLOUT_IS, ("token",), "the clip is centred on proximal over behaviour policy, token by token"),
+            Need(ROLLOUT_IS_NORMALIZE, (False,), "normalised weights are not proximal over behaviour policy any more"),
+        ),
+        problems=_truncation,
+        presets=("mix_ppg",),
+        accepts=_has_weights,
+        behaviour_log_ratio=_behaviour_log_ratio,
         weights_in_rule=True,
     )
-
-
-def mix_ppg_tokens(tokens: Tokens, settings: MixPPGConfig) -> TokenLoss:
-    """The rule of `mix_ppg`."""
-    assert tokens.rollout_is_weights is not None
-    centre = tokens.rollout_is_weights.to(tokens.log_ratio.dtype)
-    # A token with c = 0 was cut out by verl's rollout correction; its r is 0 too.
-    log_ratio = (tokens.log_ratio + centre.clamp(min=1e-30).log()).where(centre > 0, 0.0)
-    ratio = importance_weight(log_ratio).where(centre > 0, 0.0)
-    value, keep = clipped_surrogate(ratio, tokens.advantages, centre - settings.clip, centre + settings.clip)
-    return TokenLoss(value, -tokens.advantages * ratio, keep, log_ratio)
+)

@@ -1,38 +1,28 @@
-"""The loss `no_trust_region`: plain importance weighting, the paper's prosperity-before-collapse baseline."""
+"""The loss `no_trust_region`: plain importance weighting, the paper's prosperity-before-collapse baseline.
 
-import math
-from typing import Any
+See "Prosperity before Collapse" (arXiv:2510.01161): without a trust region stale data first learns as fast as fresh
+data, then collapses.
+"""
 
-import torch
-from torch import Tensor
-from verl.trainer.ppo.core_algos import register_policy_loss
-from verl.workers.config import ActorConfig
-
-from verl_m2po.losses.family import opsm
-from verl_m2po.losses.kernel import diagnostics
-from verl_m2po.losses.kernel.surrogate import negative_aggregate
-from verl_m2po.losses.kernel.token_pass import as_tokens, weigh
+from verl_m2po.losses.kernel.needs import BEHAVIOUR
+from verl_m2po.losses.kernel.record import Loss, TokenLoss
+from verl_m2po.losses.kernel.registry import register
+from verl_m2po.losses.kernel.tokens import Tokens
 
 
-@register_policy_loss("no_trust_region")
-def no_trust_region_loss(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: ActorConfig | None = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
-    """-A r on every response token, as `m2po` with an infinite threshold; arguments as there.
+def no_trust_region_tokens(tokens: Tokens, _settings: None) -> TokenLoss:
+    """-A r on every response token with a finite log ratio, as `m2po` with an infinite threshold."""
+    value = (tokens.advantages * tokens.importance_weight).neg_()
+    return TokenLoss(value, value, tokens.mask)
 
-    See "Prosperity before Collapse" (arXiv:2510.01161): without a trust region stale data first learns as fast as
-    fresh data, then collapses. Tokens with non-finite log ratio are left out.
-    """
-    assert config is not None, "config must be verl's ActorConfig."
-    with torch.no_grad():
-        trained = opsm.trained_tokens(log_prob, old_log_prob, advantages, response_mask, config)
-        tokens = as_tokens(log_prob, old_log_prob, advantages, trained, rollout_is_weights)
-        gain, keep, sums = weigh(tokens, math.inf)
-        metrics = diagnostics.report(sums, keep, None)
-    return negative_aggregate(log_prob, gain, gain, response_mask, loss_agg_mode, config), metrics
+
+register(
+    Loss(
+        name="no_trust_region",
+        summary="Plain importance weighting, the baseline that prospers before it collapses",
+        rule=no_trust_region_tokens,
+        needs=BEHAVIOUR,
+        presets=("no_trust_region",),
+        masks_sequences_first=True,
+    )
+)

@@ -4,16 +4,18 @@ See "Group-Relative REINFORCE Is Secretly an Off-Policy Algorithm" (arXiv:2509.2
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from verl.base_config import BaseConfig
-from verl.trainer.ppo.core_algos import register_policy_loss
-from verl.workers.config import ActorConfig
 
-from verl_m2po.losses.kernel.settings import check_choice, check_number, settings_of
-from verl_m2po.losses.kernel.token_loss import TokenLoss, Tokens, evaluate, importance_weight
+from verl_m2po.ground.verl_config import read
+from verl_m2po.losses.kernel.needs import AGGREGATION, BEHAVIOUR, ESTIMATOR, NORM_BY_STD, Need
+from verl_m2po.losses.kernel.record import Loss, TokenLoss
+from verl_m2po.losses.kernel.registry import register
+from verl_m2po.losses.kernel.settings import KEY, check_choice, check_number
+from verl_m2po.losses.kernel.tokens import Tokens, importance_weight
 
 CLIPS = ("none", "one_side", "two_side", "ring", "gspo_one_side")
 WEIGHTS = ("none", "importance_sampling", "gspo_importance_sampling", "advantage")
@@ -75,51 +77,12 @@ MEMBERS = {
 }
 
 
-@register_policy_loss("rec")
-def rec_loss(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: ActorConfig | None = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
+def rec_tokens(tokens: Tokens, settings: RECConfig) -> TokenLoss:
     """-w A log pi on the tokens that the clip keeps, plus a regulariser on all; weight w and clip are detached.
 
-    Needs behaviour log-probs (`bypass_mode`), and advantages without division by a standard deviation. The one_side
-    clip with importance sampling has the gradient of PPO's clip; the GSPO kinds are meant for "seq-mean-token-mean".
-
-    Args:
-        old_log_prob: log-probs under the behaviour policy, [batch, response].
-        log_prob: log-probs under the current policy, same shape.
-        advantages: Reward minus group mean for each token, same shape.
-        response_mask: bool, same shape. All of it is in the denominator, kept or not.
-        loss_agg_mode: verl's name of the aggregation.
-        config: verl's actor settings; `policy_loss.rec` holds ours.
-        rollout_is_weights: verl's rollout correction weights, multiplied onto each token; None: 1.
-
-    Returns:
-        The loss, and metrics where no actor worker of ours collects them.
-
-    Raises:
-        ValueError: Arguments do not fit each other.
+    A is reward minus group mean, not divided by a standard deviation. The one_side clip with importance sampling has
+    the gradient of PPO's clip; the GSPO kinds are meant for "seq-mean-token-mean".
     """
-    settings = settings_of(config, "rec", RECConfig)
-    return evaluate(
-        lambda tokens: rec_tokens(tokens, settings),
-        old_log_prob,
-        log_prob,
-        advantages,
-        response_mask,
-        loss_agg_mode,
-        config,
-        rollout_is_weights,
-    )
-
-
-def rec_tokens(tokens: Tokens, settings: RECConfig) -> TokenLoss:
-    """The rule of `rec`."""
     keep = _kept(tokens, settings)
     weighted = torch.where(keep, -_weight(tokens, settings) * tokens.advantages, 0.0)
     value, derivative = weighted * tokens.log_prob, weighted
@@ -150,7 +113,7 @@ def _kept(tokens: Tokens, settings: RECConfig) -> Tensor:
 
 def _weight(tokens: Tokens, settings: RECConfig) -> Tensor | float:
     if settings.weight == "importance_sampling":
-        return importance_weight(tokens.log_ratio)
+        return tokens.importance_weight
     if settings.weight == "gspo_importance_sampling":
         return importance_weight(_geometric_mean(tokens))
     if settings.weight == "advantage":
@@ -161,3 +124,38 @@ def _weight(tokens: Tokens, settings: RECConfig) -> Tensor | float:
 def _geometric_mean(tokens: Tokens) -> Tensor:
     """log of the geometric mean of r over each response, [batch, 1]."""
     return tokens.sequence_log_ratio() / tokens.lengths()
+
+
+def _divides_by_std(config: DictConfig) -> bool:
+    rec = read(config, f"{KEY}.rec")
+    # One-side REC with importance sampling and normalised advantages is GRPO: allowed, since it says what it is.
+    is_grpo = rec is not None and rec.clip == "one_side" and rec.weight == "importance_sampling"
+    return read(config, ESTIMATOR) == "grpo" and not is_grpo
+
+
+def _is_gspo(config: DictConfig) -> bool:
+    return read(config, f"{KEY}.rec.clip") == "gspo_one_side"
+
+
+register(
+    Loss(
+        name="rec",
+        summary="Group-relative REINFORCE off-policy: clip masks, weights and regularisers, one of each",
+        rule=rec_tokens,
+        settings=RECConfig,
+        needs=(
+            *BEHAVIOUR,
+            Need(
+                NORM_BY_STD,
+                (False,),
+                "REC takes reward minus group mean, not divided by a standard deviation",
+                _divides_by_std,
+            ),
+            Need(AGGREGATION, ("seq-mean-token-mean",), "a clip of whole responses averages over responses", _is_gspo),
+        ),
+        presets=(
+            *("rec", "rec_one_side_is", "rec_two_side_is", "rec_ring_no_is", "rec_gspo_is", "rec_gspo_no_is"),
+            *("reinforce", "opmd", "asymre", "red_drop", "red_weight", "max_at_k"),
+        ),
+    )
+)

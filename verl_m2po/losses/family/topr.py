@@ -4,16 +4,15 @@ See "Tapered Off-Policy REINFORCE" (arXiv:2503.14286).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 from verl.base_config import BaseConfig
-from verl.trainer.ppo.core_algos import register_policy_loss
-from verl.workers.config import ActorConfig
 
-from verl_m2po.losses.kernel.settings import check_choice, settings_of
-from verl_m2po.losses.kernel.token_loss import TokenLoss, Tokens, evaluate
+from verl_m2po.losses.kernel.needs import BEHAVIOUR
+from verl_m2po.losses.kernel.record import Loss, TokenLoss
+from verl_m2po.losses.kernel.registry import register
+from verl_m2po.losses.kernel.settings import check_choice
+from verl_m2po.losses.kernel.tokens import Tokens
 
 LEVELS = ("sequence", "token", "geometric")
 
@@ -34,51 +33,12 @@ class TOPRConfig(BaseConfig):
         check_choice(self.level, LEVELS, "topr.level")
 
 
-@register_policy_loss("topr")
-def topr_loss(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: ActorConfig | None = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
+def topr_tokens(tokens: Tokens, settings: TOPRConfig) -> TokenLoss:
     """-A log pi where A > 0, and -min(ratio, 1) A log pi elsewhere; the ratio is detached.
 
-    Needs behaviour log-probs (`bypass_mode`). What is good is imitated however old it is; what is bad is pushed down
-    only as far as the current policy would still say it.
-
-    Args:
-        old_log_prob: log-probs under the behaviour policy, [batch, response].
-        log_prob: log-probs under the current policy, same shape.
-        advantages: Advantage of each token, same shape.
-        response_mask: bool, same shape.
-        loss_agg_mode: verl's name of the aggregation.
-        config: verl's actor settings; `policy_loss.topr` holds ours.
-        rollout_is_weights: verl's rollout correction weights, multiplied onto each token; None: 1.
-
-    Returns:
-        The loss, and metrics where no actor worker of ours collects them.
-
-    Raises:
-        ValueError: Arguments do not fit each other.
+    What is good is imitated however old it is; what is bad is pushed down only as far as the current policy would still
+    say it.
     """
-    settings = settings_of(config, "topr", TOPRConfig)
-    return evaluate(
-        lambda tokens: topr_tokens(tokens, settings),
-        old_log_prob,
-        log_prob,
-        advantages,
-        response_mask,
-        loss_agg_mode,
-        config,
-        rollout_is_weights,
-    )
-
-
-def topr_tokens(tokens: Tokens, settings: TOPRConfig) -> TokenLoss:
-    """The rule of `topr`."""
     log_ratio = tokens.log_ratio
     if settings.level != "token":
         log_ratio = tokens.sequence_log_ratio()
@@ -87,3 +47,15 @@ def topr_tokens(tokens: Tokens, settings: TOPRConfig) -> TokenLoss:
     taper = torch.where(tokens.advantages > 0, 1.0, log_ratio.clamp(max=0.0).exp())
     weighted = -taper * tokens.advantages
     return TokenLoss(weighted * tokens.log_prob, weighted, tokens.mask)
+
+
+register(
+    Loss(
+        name="topr",
+        summary="Tapered off-policy REINFORCE: imitate what is good, push down what the current policy would still say",
+        rule=topr_tokens,
+        settings=TOPRConfig,
+        needs=BEHAVIOUR,
+        presets=("topr",),
+    )
+)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from verl_m2po.losses.kernel.mini_batch import MicroBatchSums, MiniBatch, current_mini_batch
-from verl_m2po.second_moment import TrustRegion, trust_region_magnitude
+from verl_m2po.losses.kernel.tokens import Tokens
+from verl_m2po.second_moment import TrustRegion
 
 # Sums over the tokens of a micro-batch. The trust region is A > 0 and r > 1, or A < 0 and r < 1; counted tokens are
 # response tokens with finite log ratio; kept ones have a gradient; the gain of a token is A r, 0 where it is not kept.
-# In the order in which `token_pass.weigh` makes them.
 TOKEN_SUMS = (
     "log_ratio",
     "magnitude_trust_region",
@@ -44,50 +44,48 @@ _OF = {
     names: slice(SUMS.index(names[0]), SUMS.index(names[-1]) + 1) for names in (TOKEN_SUMS, AGE_ZERO_SUMS, ENTROPY_SUMS)
 }
 PREFIX = "actor/m2po/"
-# Losses that leave their sums themselves.
-SELF_REPORTING = frozenset(
-    {
-        *("m2po", "m2po_clip", "no_trust_region"),
-        *("bapo", "decoupled_loglinear", "mix_ppg", "oapl", "rec", "topr"),
-    }
-)
 
 
-def token_sums(
-    log_ratio: Tensor, advantages: Tensor, response_mask: Tensor, keep: Tensor, derivative: Tensor
-) -> Tensor:
-    """`TOKEN_SUMS` of a micro-batch from whole tensors, for losses that are not one pass over the tokens.
+def token_sums(tokens: Tokens, keep: Tensor, derivative: Tensor) -> Tensor:
+    """`TOKEN_SUMS` of a micro-batch, float64.
 
     Args:
-        log_ratio: log of current over behaviour policy, [batch, response], without gradient.
-        advantages: Advantage of each token, same shape.
-        response_mask: bool, same shape.
-        keep: bool, same shape; tokens that have a gradient.
+        tokens: With their ratio to the behaviour policy.
+        keep: bool, [batch, response]; tokens that have a gradient.
         derivative: Derivative of the token's loss with respect to its log-prob, same shape; 0 where not kept.
     """
-    counted = torch.isfinite(log_ratio) & response_mask
-    log_ratio = torch.where(counted, log_ratio, 0.0).double()
-    magnitude = trust_region_magnitude(log_ratio, advantages, response_mask)
-    kept_magnitude = torch.where(keep, magnitude, 0.0)
-    kept_ratio = torch.where(keep, log_ratio.clamp(max=20.0).exp(), 0.0)
+    log_ratio, magnitude = tokens.log_ratio, tokens.magnitude
+    # All of these are finite, and to multiply takes a fraction of the time of a selection.
+    kept = _as_numbers(keep, log_ratio.dtype)
+    kept_magnitude, kept_ratio = magnitude * kept, tokens.importance_weight * kept
+    squared = {
+        "square": log_ratio,
+        "square_trust_region": magnitude,
+        "square_kept_trust_region": kept_magnitude,
+        "kept_ratio_square": kept_ratio,
+    }
     sums = {
-        "response_tokens": response_mask.sum(),
-        "counted_tokens": counted.sum(),
-        "kept_tokens": keep.sum(),
-        "trust_region_tokens": torch.count_nonzero(magnitude),
-        "kept_trust_region_tokens": torch.count_nonzero(kept_magnitude),
+        "response_tokens": _as_numbers(tokens.response_mask).sum(),
+        "counted_tokens": _as_numbers(tokens.mask).sum(),
+        "kept_tokens": kept.sum(),
+        "trust_region_tokens": torch.sign(magnitude).sum(),
+        "kept_trust_region_tokens": torch.sign(kept_magnitude).sum(),
         "log_ratio": log_ratio.sum(),
-        "square": log_ratio.square().sum(),
         "magnitude_trust_region": magnitude.sum(),
-        "square_trust_region": magnitude.square().sum(),
         "magnitude_kept_trust_region": kept_magnitude.sum(),
-        "square_kept_trust_region": kept_magnitude.square().sum(),
         "kept_ratio": kept_ratio.sum(),
-        "kept_ratio_square": kept_ratio.square().sum(),
         "gain": -derivative.sum(),
         "gain_magnitude": derivative.abs().sum(),
+        # Half as long as squaring and adding up.
+        **{name: torch.linalg.vector_norm(values).double().square() for name, values in squared.items()},
     }
     return torch.stack([sums[name].double() for name in TOKEN_SUMS])
+
+
+def _as_numbers(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    # The same bytes, which become floats several times as fast as bools. Sums are exact, since groups
+    # of rows have fewer than 2^24 tokens.
+    return mask.contiguous().view(torch.uint8).to(dtype)
 
 
 def report(token_sums: Tensor, keep: Tensor, region: TrustRegion | None) -> dict[str, float]:

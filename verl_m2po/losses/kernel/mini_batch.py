@@ -21,7 +21,11 @@ Decision = TypeVar("Decision", covariant=True)
 
 
 class Search(Protocol[Decision]):
-    """What has seen the tokens that decide together."""
+    """What sees the tokens that decide together, one part after the other."""
+
+    def add(self, tokens: Any) -> Any:
+        """See the `Tokens` of a micro-batch, or of some of its rows."""
+        ...
 
     def solve(self, group: dist.ProcessGroup | None = None) -> Decision:
         """The decision over all that was seen on all ranks of `group` (None: this process alone)."""
@@ -33,7 +37,7 @@ class MicroBatchSums:
     """What the loss of one micro-batch leaves, without gradient and on the device of the tokens.
 
     Args:
-        tokens: float64, by the names of `losses.diagnostics.TOKEN_SUMS`.
+        tokens: float64, by the names of `diagnostics.TOKEN_SUMS`.
         region: The trust region that held for it, None for a loss without one.
         age_zero: By the names of `AGE_ZERO_SUMS`, None where nobody knows ages.
         entropy: By the names of `ENTROPY_SUMS`, None where entropies are not computed.

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 from verl.base_config import BaseConfig
 from verl.workers.config import ActorConfig
 
+from verl_m2po.second_moment import check_threshold
+
 KEY = "actor_rollout_ref.actor.policy_loss"
 
 Settings = TypeVar("Settings", bound=BaseConfig)
@@ -34,3 +36,12 @@ def check_number(value: Any, key: str, at_least: float = -math.inf, above: float
     limits += [f"> {above:g}"] if above > -math.inf else []
     limits += [f"< {below:g}"] if below < math.inf else []
     raise ValueError(f"{KEY}.{key} must be a number{''.join(' ' + limit for limit in limits)}, got {value!r}.")
+
+
+def check_positive_threshold(threshold: Any, key: str) -> None:
+    """Raise unless `threshold` is a positive number or inf; `key` is the full name of the setting."""
+    check_threshold(threshold, key)
+    if threshold == 0:
+        raise ValueError(
+            f"{key}=0 would drop every trust-region token. Use a positive number (the paper: 0.04), or inf for none."
+        )

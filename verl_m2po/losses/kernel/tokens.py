@@ -1,0 +1,127 @@
+"""The tokens of a micro-batch, computed once: what losses, look-ahead, diagnostics and masks all look at."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from verl_m2po.second_moment import check_tokens, chunk_size, trust_region_magnitude
+
+# verl clamps log ratios here before it takes the exponential, so that no gradient passes beyond it.
+LOG_RATIO_LIMIT = 20.0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one micro-batch, without gradient; all [batch, response]. Made by `tokens_of`.
+
+    Whatever stands outside `mask` has been replaced by 0, so nothing there can spoil a sum.
+
+    Args:
+        log_ratio: log of current over old policy, at least float32; 0 outside `mask`.
+        advantages: Advantage of each token, same dtype; 0 outside `mask`.
+        mask: bool; response tokens with a finite log ratio.
+        response_mask: bool; all response tokens, which count in denominators.
+        raw_log_prob: log-probs under the current policy as they came.
+        rollout_is_weights: verl's rollout correction weights, same dtype as `log_ratio`; 0 outside `mask`. None: 1.
+    """
+
+    log_ratio: Tensor
+    advantages: Tensor
+    mask: Tensor
+    response_mask: Tensor
+    raw_log_prob: Tensor
+    rollout_is_weights: Tensor | None = None
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """log-probs under the current policy, same dtype as `log_ratio`; 0 outside `mask`."""
+        return self.raw_log_prob.to(self.log_ratio.dtype).masked_fill(~self.mask, 0.0)
+
+    @cached_property
+    def magnitude(self) -> Tensor:
+        """|log r| on trust-region tokens (A > 0 and r > 1, or A < 0 and r < 1), 0 on all others."""
+        return trust_region_magnitude(self.log_ratio, self.advantages)
+
+    @cached_property
+    def importance_weight(self) -> Tensor:
+        """r, and 0 where |log r| > 20; 1 outside `mask`."""
+        return importance_weight(self.log_ratio)
+
+    def sequence_log_ratio(self) -> Tensor:
+        """Sum of log ratios over each response, [batch, 1]."""
+        return self.log_ratio.sum(-1, keepdim=True)
+
+    def lengths(self) -> Tensor:
+        """Tokens of each response, at least 1, [batch, 1]."""
+        return self.mask.sum(-1, keepdim=True).clamp(min=1)
+
+    def only(self, kept: Tensor) -> "Tokens":
+        """The same tokens as if those outside `kept`, bool [batch, response], had no finite log ratio."""
+        mask = self.mask & kept
+        dropped = ~mask
+        weights = self.rollout_is_weights
+        return dataclasses.replace(
+            self,
+            log_ratio=self.log_ratio.masked_fill(dropped, 0.0),
+            advantages=self.advantages.masked_fill(dropped, 0.0),
+            mask=mask,
+            rollout_is_weights=None if weights is None else weights.masked_fill(dropped, 0.0),
+        )
+
+
+def tokens_of(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    rollout_is_weights: Tensor | None = None,
+) -> Tokens:
+    """The arguments of a loss as `Tokens`. The one place where log pi - log pi_old is taken.
+
+    Args:
+        log_prob: log-probs under the current policy, [batch, response].
+        old_log_prob: log-probs under the old policy, same shape.
+        advantages: Advantage of each token, same shape.
+        response_mask: bool or 0/1, same shape. Whatever the others hold outside it does not matter.
+        rollout_is_weights: verl's rollout correction weights, same shape; None: 1.
+
+    Raises:
+        ValueError: Shapes or devices differ, or a tensor requires grad that must not; names the argument.
+        TypeError: A tensor has the wrong type.
+    """
+    log_prob = log_prob.detach()
+    named = {"old_log_prob": old_log_prob, "advantages": advantages, "response_mask": response_mask}
+    if rollout_is_weights is not None:
+        named["rollout_is_weights"] = rollout_is_weights
+    check_tokens("log_prob", log_prob, **named)
+    dtype = torch.promote_types(torch.promote_types(log_prob.dtype, old_log_prob.dtype), torch.float32)
+    log_ratio = log_prob.to(dtype) - old_log_prob
+    response_mask = response_mask.bool()
+    # A log ratio is finite only if both log-probs are. `isfinite` takes twice as long.
+    mask = (log_ratio.abs() <= torch.finfo(dtype).max) & response_mask
+    dropped = ~mask
+    if rollout_is_weights is not None:
+        rollout_is_weights = rollout_is_weights.to(dtype).masked_fill(dropped, 0.0)
+    return Tokens(
+        log_ratio.masked_fill_(dropped, 0.0),
+        advantages.to(dtype).masked_fill(dropped, 0.0),
+        mask,
+        response_mask,
+        log_prob,
+        rollout_is_weights,
+    )
+
+
+def row_groups(tokens: Tensor) -> list[slice]:
+    """Rows of `tokens`, [batch, response], in groups to work on at once; at least one, which may be empty."""
+    rows, width = tokens.shape[0], max(1, tokens.shape[-1])
+    size = max(1, chunk_size(tokens) // width)
+    return [slice(start, start + size) for start in range(0, max(1, rows), size)]
+
+
+def importance_weight(log_ratio: Tensor) -> Tensor:
+    """r, and 0 where |log r| > 20: there verl's clamp leaves no gradient either."""
+    return log_ratio.exp().masked_fill_(log_ratio.abs() > LOG_RATIO_LIMIT, 0.0)
