@@ -68,7 +68,7 @@ def test_bad_threshold_names_the_key(config, value):
     assert value.lower() in message.lower()
 
 
-@pytest.mark.parametrize("value", ["inf", ".inf", "1e400"])
+@pytest.mark.parametrize("value", ["inf", "1e400"])
 def test_an_infinite_threshold_is_asked_for(config, value):
     (problem,) = losses.problems(config(f"{LOSS}.threshold={value}"))
     assert not problem.is_fatal and "no_trust_region" in str(problem)
