@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib import resources
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -55,12 +56,14 @@ def _compose(*overrides: str) -> DictConfig:
 
 
 def _call_loss(name: str) -> None:
-    """Build the actor's settings with the preset of the loss `name`, and take its gradient on two tokens."""
+    """Build the actor's settings with the loss `name`, by its preset if it has one, and take its gradient."""
     import torch
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
     from verl.utils.config import omega_conf_to_dataclass
 
-    config = _compose(f"loss={name}", *([_LOSSES[name]] if name in _LOSSES else []))
+    has_preset = resources.files("verl_m2po.config").joinpath("loss", f"{name}.yaml").is_file()
+    chosen = f"loss={name}" if has_preset else f"algorithm.policy_loss={name}"
+    config = _compose(chosen, *([_LOSSES[name]] if name in _LOSSES else []))
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     actor.global_batch_info.update(dp_size=1, batch_num_tokens=2, global_batch_size=2)
     old_log_prob = torch.tensor([[-1.0], [-2.0]])
