@@ -25,6 +25,7 @@ _MODES = {
     "stale_k": ("staleness=s8",),
     "stale_k_separate": ("staleness=s8_separate", "hardware=eight_gpu_separate"),
     "bounded_async": ("staleness=bounded_async", "hardware=eight_gpu_separate"),
+    "replay": ("staleness=replay", "replay=x4"),
 }
 
 

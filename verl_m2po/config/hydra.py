@@ -38,7 +38,7 @@ PRIMARY_CONFIGS = (
 OVERLAY = "overlay"
 
 # Our groups, unset: `loss=m2po` then works on verl's own configs, without a `+`. The later one wins.
-GROUPS = ("advantage", "task", "model", "loss", "staleness", "hardware")
+GROUPS = ("advantage", "task", "model", "loss", "staleness", "replay", "hardware")
 
 
 def builds_on_primary(config: DictConfig) -> bool:

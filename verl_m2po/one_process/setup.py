@@ -17,8 +17,10 @@ from verl_m2po.launch.checks import losses
 from verl_m2po.losses.kernel.settings import KEY
 from verl_m2po.one_process.honoured import concerns_devices, not_honoured
 from verl_m2po.staleness import checks
-from verl_m2po.staleness.config import is_chosen
+from verl_m2po.staleness.config import ReplayModeConfig, is_chosen, load_mode_config, make_replay
 from verl_m2po.staleness.needs import set_what_the_mode_needs
+from verl_m2po.staleness.rule.exact import ExactStale
+from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import UpdateClock
 from verl_m2po.tasks import tiny_model
 
@@ -29,7 +31,7 @@ RECIPE = tiny_model.SMALL
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model.path"
 THROUGH_VERL = f"The same overrides work with `python -m verl.trainer.main_ppo --config-name={CONFIG}`"
-MODES = ("sync", "stale_k", "stale_k_separate")
+MODES = ("sync", "stale_k", "stale_k_separate", "replay")
 
 
 # Their inputs are made by no trainer of verl 0.9.1's v1, or by a critic.
@@ -64,6 +66,16 @@ class Setup:
     def has_proximal_policy(self) -> bool:
         """Whether verl would compute old_log_probs anew, with the weights at the start of the trainer step."""
         return not self.config.algorithm.rollout_correction.bypass_mode
+
+    def make_rule(self) -> StalenessRule:
+        """The rule that says what is generated and what is trained, for a run of `steps`."""
+        mode, rule = self.config.trainer.v1.trainer_mode, ExactStale(self.staleness_steps, self.batch_size)
+        if mode == "replay":
+            settings = load_mode_config(self.config, mode)
+            assert isinstance(settings, ReplayModeConfig)
+            rule = make_replay(settings, self.staleness_steps, self.batch_size, self.config.data.seed, None)
+        rule.limit(self.steps)
+        return rule
 
     @property
     def batch_size(self) -> int:
@@ -120,7 +132,7 @@ def _base() -> DictConfig:
 def _prepare(config: DictConfig) -> None:
     """Check and change `config` as is done on the way of a run through verl."""
     is_stale = is_chosen(config)
-    found = [*losses.problems(config), *(checks.check(config) if is_stale else ())]
+    found = [*losses.problems(config), *checks.check(config)]
     found = [problem for problem in found if not concerns_devices(problem.key)]
     for problem in found:
         if not problem.is_fatal:

@@ -28,8 +28,8 @@ from verl_m2po.one_process.learner import Learner
 from verl_m2po.one_process.rollouts import Generator, Problems, with_advantages
 from verl_m2po.one_process.setup import Setup
 from verl_m2po.staleness.account.metrics import StalenessMetrics
-from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.records import Row
+from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import version_at_step
 from verl_m2po.tasks import arithmetic, supervision
 
@@ -40,14 +40,14 @@ LOG = "attempt-1.jsonl"
 
 @dataclass
 class Buffer:
-    """Finished rollouts under exact staleness: the rule that runs through verl use, and their tokens by group.
+    """Finished rollouts: the rule that runs through verl use, and their tokens by group.
 
     Args:
         rule: Says what may be generated and what is trained.
         metrics: Of `staleness/*`.
     """
 
-    rule: ExactStale
+    rule: StalenessRule
     metrics: StalenessMetrics
 
     def __post_init__(self) -> None:
@@ -74,13 +74,15 @@ class Buffer:
         """The groups to train from weight `version`, with the age of their rows in optimizer updates."""
         selection = self.rule.select(version, self.rule.batch_size)
         assert selection is not None, "what the rule admits is generated at once"
-        self.metrics.trained(selection.groups, version, selection.oldest_version)
+        self.metrics.trained(selection.groups, version, selection.oldest_version, selection.replayed)
         groups = []
         for group in selection.groups:
-            rollouts = self._groups.pop(group.ticket.uid)
+            rollouts = self._groups[group.ticket.uid]
             age = self.metrics.clock.age_updates(group.min_version, version)
             rollouts[AGE_FIELD] = torch.full((len(rollouts),), age)
             groups.append(rollouts)
+        for group in (*selection.used_up, *selection.retired):
+            del self._groups[group.ticket.uid]
         return groups
 
 
@@ -124,9 +126,7 @@ class Bench:
         self._order = problems.order(setup.config.data.seed or 0)
         self._generator = Generator(self.model, tokenizer, problems, setup)
         self.learner = Learner(self.model, setup)
-        rule = ExactStale(setup.staleness_steps, setup.batch_size)
-        rule.limit(setup.steps)
-        self._buffer = Buffer(rule, StalenessMetrics(setup.clock))
+        self._buffer = Buffer(setup.make_rule(), StalenessMetrics(setup.clock))
 
     def batch(self, step: int) -> Any:
         """What trainer step `step` (from 1) trains on, as a DataProto; generates all that is due before it."""

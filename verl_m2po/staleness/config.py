@@ -4,7 +4,8 @@ The Hydra overlay merges `MODE_DEFAULTS` into verl's own configuration; a config
 when the mode starts. What is not listed here cannot be set: an unknown key is refused by name.
 """
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,7 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_m2po.ground.problem import Problem, WrongValue
 from verl_m2po.ground.verl_config import TRAINER_MODE, read
-from verl_m2po.staleness.rule.units import UpdateClock
+from verl_m2po.staleness.rule.replay import Replay
+from verl_m2po.staleness.rule.reuse import Reuse
+from verl_m2po.staleness.rule.units import UpdateClock, UpdateCount
 
 ON_FAILED_TRAJECTORY = ("refill", "mask")
 
@@ -86,16 +89,67 @@ class BoundedAsyncConfig(StaleKConfig):
     min_usable_share: float = 0.25
 
 
+@dataclass
+class ReplayConfig:
+    """How often a rollout is trained.
+
+    Args:
+        max_uses: trainer steps that may train on the same rollout; 1 trains each once.
+        fresh_share: share of the prompts of each batch, at least, that are new; a whole number of prompts. 1: all.
+        sampling: how the others are chosen: `uniform` over those that may be trained again, or the `newest`.
+    """
+
+    max_uses: int = 1
+    fresh_share: float = 1.0
+    sampling: str = "uniform"
+
+
+@dataclass
+class ReplayModeConfig(StaleKConfig):
+    """A batch is part new rollouts, part rollouts that were trained before and are at most `staleness_updates` old.
+
+    Trainer and rollout share the devices; new rollouts come from the present weights.
+
+    Args:
+        replay: how often a rollout is trained.
+    """
+
+    staleness_updates: int = 0
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+
 MODES: dict[str, type[StaleKConfig]] = {
     "stale_k": StaleKConfig,
     "stale_k_separate": StaleKSeparateConfig,
     "bounded_async": BoundedAsyncConfig,
+    "replay": ReplayModeConfig,
 }
 
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {name: asdict(config()) for name, config in MODES.items()}
 
 SEPARATE_MODES = ("stale_k_separate", "bounded_async")
 """Modes whose rollout has devices of its own."""
+
+
+def first_uses(fresh_share: float, batch_size: int) -> int | None:
+    """Prompts of a batch that are `fresh_share` of it; None if that is no whole number of at least 1."""
+    count = round(fresh_share * batch_size)
+    return count if count >= 1 and math.isclose(count, fresh_share * batch_size, rel_tol=1e-9) else None
+
+
+def make_replay(
+    settings: ReplayModeConfig, staleness_steps: int, batch_size: int, seed: int | None, updates: UpdateCount | None
+) -> Replay:
+    """The rule of the mode `replay`.
+
+    Args:
+        seed: `data.seed`; null draws as 0 does.
+    """
+    replay = settings.replay
+    count = first_uses(replay.fresh_share, batch_size)
+    assert count is not None, "checks/replay.py refuses other shares"
+    reuse = Reuse(replay.max_uses, count, replay.sampling, 0 if seed is None else seed)
+    return Replay(staleness_steps, batch_size, reuse, updates)
 
 
 def is_chosen(config: DictConfig) -> bool:

@@ -36,7 +36,7 @@ from verl_m2po.patches import verl as verl_patches
 from verl_m2po.staleness import buffer, checks
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.account.metrics import StalenessMetrics
-from verl_m2po.staleness.config import BoundedAsyncConfig, load_mode_config, make_clock
+from verl_m2po.staleness.config import BoundedAsyncConfig, ReplayModeConfig, load_mode_config, make_clock, make_replay
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.prompts import indices, require_a_batch
 from verl_m2po.staleness.restart import resume
@@ -280,6 +280,16 @@ class PPOTrainerStaleK(_StalenessTrainer, PPOTrainerColocateAsync):
     def _quieten_rollout(self) -> None:
         self.checkpoint_manager.abort_replicas()
         self.checkpoint_manager.sleep_replicas()
+
+
+@register_trainer("replay")
+class PPOTrainerReplay(PPOTrainerStaleK):
+    """A batch is part new, part trained before; trainer and rollout share the devices and take turns."""
+
+    def _make_rule(self, staleness_steps: int, batch_size: int) -> StalenessRule:
+        settings = load_mode_config(self.config, self.trainer_mode)
+        assert isinstance(settings, ReplayModeConfig)
+        return make_replay(settings, staleness_steps, batch_size, self.config.data.get("seed"), self._updates)
 
 
 class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):

@@ -62,6 +62,7 @@ class _Step:
     aborted: int = 0
     dropped: int = 0
     masked_trajectories: int = 0
+    replayed: int = 0
     rows: int = 0
     spans: int = 0
     tokens: int = 0
@@ -105,7 +106,7 @@ class StalenessMetrics:
                 for group in groups:
                     self.dropped(group)
             case events.Trained(_, version, selection):
-                self.trained(selection.groups, version, selection.oldest_version)
+                self.trained(selection.groups, version, selection.oldest_version, selection.replayed)
             case events.TrainerWaited(seconds):
                 self.trainer_waited(seconds)
             case events.GeneratorIdle(since):
@@ -149,8 +150,13 @@ class StalenessMetrics:
         self._step.dropped += 1
         self._length_bias.add(group.tokens_per_response, was_dropped=True)
 
-    def trained(self, groups: tuple[Group, ...], version: int, oldest_version: int | None) -> None:
-        """These groups are trained from weight `version`; tokens older than `oldest_version` are masked."""
+    def trained(self, groups: tuple[Group, ...], version: int, oldest_version: int | None, replayed: int = 0) -> None:
+        """These groups are trained from weight `version`; tokens older than `oldest_version` are masked.
+
+        Args:
+            replayed: how many of them were trained before.
+        """
+        self._step.replayed += replayed
         for group in groups:
             self._length_bias.add(group.tokens_per_response, was_dropped=False)
             for row in group.rows:
@@ -197,6 +203,7 @@ class StalenessMetrics:
             "staleness/evicted_aborted": step.aborted,
             "staleness/evicted_dropped": step.dropped,
             "staleness/masked_trajectories": step.masked_trajectories,
+            "staleness/replayed": step.replayed,
             "staleness/trained_tokens": step.tokens,
             "staleness/over_age_tokens": step.over_age_tokens,
             "staleness/trainer_idle_s": step.trainer_idle_s,

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from verl_m2po.ground.check import Check, ask_all
 from verl_m2po.ground.problem import Problem
-from verl_m2po.staleness.checks import failed_trajectories, memory, numbers, run_length, sampling, setup, units
+from verl_m2po.staleness.checks import failed_trajectories, memory, numbers, replay, run_length, sampling, setup, units
 from verl_m2po.staleness.checks.run_length import check_run_length, planned_steps
 from verl_m2po.staleness.config import is_chosen
 
@@ -39,6 +39,7 @@ def checks(available_memory_bytes: int | None = None, prompts: Prompts = _unknow
         Check("the numbers of the mode", numbers.problems, "trainer.v1"),
         Check("the units of the staleness", units.problems, "data.train_batch_size"),
         Check("parameter_sync_step", units.sync_step, "trainer.v1"),
+        Check("how often a rollout is trained", replay.problems, replay.KEY),
         Check("failed trajectories", failed_trajectories.problems, "trainer.v1"),
         Check("top_p", sampling.top_p, sampling.TOP_P.key),
         Check("top_k", sampling.top_k, sampling.TOP_K.key),
@@ -53,6 +54,7 @@ def checks(available_memory_bytes: int | None = None, prompts: Prompts = _unknow
         Check("the entries of TransferQueue", memory.has_entries, memory.CAPACITY.key),
         Check("the length of the run", partial(run_length.problems, prompts=prompts), "trainer.total_training_steps"),
     )
+    yield Check("replay in a mode without it", replay.in_another_mode, replay.KEY)
     for question in questions:
         yield question._replace(ask=partial(_of_our_modes, question.ask))
 

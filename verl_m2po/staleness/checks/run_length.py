@@ -50,7 +50,8 @@ def check_run_length(staleness_steps: int, clock: UpdateClock, mode: str, total_
     Args:
         total_steps: trainer steps of the whole run.
     """
-    if staleness_steps == 0 or staleness_steps < total_steps:
+    # Under replay every batch has rollouts of its own weights, however far back the others may come from.
+    if mode == "replay" or staleness_steps == 0 or staleness_steps < total_steps:
         return []
     longest = max(0, clock.updates(total_steps - 1))
     return [

@@ -1,0 +1,182 @@
+"""Replay, driven by random traces: how often, how old and in which company a group is trained."""
+
+import json
+from collections import Counter, defaultdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rollout_simulation import Simulation, Trace, Workload
+
+from verl_m2po.staleness.rule.exact import ExactStale
+from verl_m2po.staleness.rule.records import Row
+from verl_m2po.staleness.rule.replay import Replay, spread
+from verl_m2po.staleness.rule.reuse import SAMPLING, Reuse
+from verl_m2po.staleness.rule.rules import StalenessViolation
+from verl_m2po.staleness.rule.units import UpdateClock, UpdateCount
+
+pytestmark = pytest.mark.slow
+
+BATCH = 8
+
+
+def workload(fail_share: float = 0.0) -> Workload:
+    return Workload(length=lambda rng: rng.uniform(5, 50), fail_share=fail_share, rows=1, overlaps=False)
+
+
+def run(rule: Replay, steps: int, seed: int = 0, fail_share: float = 0.0) -> Trace:
+    return Simulation(rule, workload(fail_share), seed).run(steps)
+
+
+def batches(trace: Trace) -> dict[int, list[str]]:
+    """{weight version: uids} of all batches, in their order."""
+    found = defaultdict(list)
+    for version, _, group in trace.trained:
+        found[version].append(group.ticket.uid)
+    return found
+
+
+def check(bound: int, reuse: Reuse, steps: int, seed: int, fail_share: float, batch: int = BATCH) -> None:
+    rule = Replay(bound, batch, reuse)
+    simulation = Simulation(rule, workload(fail_share), seed)
+    trace = simulation.run(steps)
+    assert len(trace.trained) == steps * batch
+    assert all(version - bound <= group.min_version <= version for version, _, group in trace.trained)
+    uses, first_uses = Counter(), 0
+    for uids in batches(trace).values():
+        assert len(set(uids)) == batch, "a group is twice in a batch"
+        new = sum(uid not in uses for uid in uids)
+        assert new >= reuse.first_uses
+        first_uses += new
+        uses.update(uids)
+    assert max(uses.values()) <= reuse.max_uses
+    # Nothing starves: what was generated has been trained, or is counted under the reason why not.
+    assert simulation.dispatched == first_uses + trace.ended.total()
+    assert rule.depth == 0
+    assert len(rule.stored_groups()) <= (bound + 1) * batch
+
+
+cases = given(
+    bound=st.integers(0, 9),
+    max_uses=st.integers(1, 9),
+    first_uses=st.integers(1, BATCH),
+    sampling=st.sampled_from(SAMPLING),
+    seed=st.integers(0, 2**32),
+    fail_share=st.sampled_from([0.0, 0.3]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@cases
+def test_uses_ages_and_shares_are_as_asked_whatever_happens(bound, max_uses, first_uses, sampling, seed, fail_share):
+    check(bound, Reuse(max_uses, first_uses, sampling, seed), 40, seed, fail_share)
+
+
+def test_for_100_000_steps_in_a_row():
+    check(16, Reuse(4, 1), 100_000, seed=1, fail_share=0.05, batch=2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(bound=st.integers(1, 6), max_uses=st.integers(2, 6), sampling=st.sampled_from(SAMPLING), stop=st.integers(1, 24))
+def test_a_restart_draws_what_the_uninterrupted_run_would(bound, max_uses, sampling, stop):
+    def trace(is_interrupted: bool) -> Trace:
+        def make() -> Replay:
+            rule = Replay(bound, BATCH, Reuse(max_uses, 2, sampling))
+            rule.limit(25)
+            return rule
+
+        simulation = Simulation(make(), workload(0.1), seed=stop)
+        for step in range(1, 26):
+            simulation.rule.limit(25)
+            simulation._train(step)
+            if is_interrupted and step == stop:
+                state = json.loads(json.dumps(simulation.rule.state_dict()))
+                simulation.rule = make()
+                simulation.rule.load_state_dict(state)
+        return simulation.trace
+
+    assert trace(is_interrupted=True) == trace(is_interrupted=False)
+
+
+def test_one_use_trains_every_group_once_with_the_weights_that_generated_it():
+    trace = run(Replay(0, BATCH, Reuse(1, BATCH)), 20)
+    assert [group.ticket.place for _, _, group in trace.trained] == list(range(20 * BATCH))
+    assert all(group.min_version == version for version, _, group in trace.trained)
+
+
+def test_four_uses_and_a_quarter_of_new_groups_generate_a_quarter():
+    """After the first batch, which is all new."""
+    rule = Replay(64, 32, Reuse(4, 8))
+    trace = run(rule, 300)
+    assert len({group.ticket.uid for _, _, group in trace.trained}) == 32 + 299 * 8
+
+
+def test_uniform_draws_each_of_the_groups_equally_often():
+    """8 of 32 are drawn: over 400 seeds each 100 times, with a standard deviation of 8.7."""
+    drawn = Counter()
+    for seed in range(400):
+        rule = Replay(9, 32, Reuse(9, 16, "uniform", seed))
+        run(rule, 1)
+        drawn.update(group.ticket.uid for group in rule.pool.draw(8, 1)[0])
+    assert len(drawn) == 32
+    assert all(60 < count < 140 for count in drawn.values())
+
+
+def test_newest_draws_what_was_generated_last():
+    rule = Replay(9, 4, Reuse(9, 2, "newest"))
+    trace = run(rule, 3)
+    new, old = {"g6", "g7"}, {"g4", "g5"}
+    assert set(batches(trace)[2]) == new | old
+
+
+def test_what_became_too_old_is_handed_over_for_deletion_once():
+    rule, retired = Replay(1, 2, Reuse(9, 2)), []
+    for version in range(6):
+        for uid in (f"a{version}", f"b{version}"):
+            rule.admit(uid, version)
+            rule.finish(uid, (Row(f"{uid}_0_0", 1, 3, ((version, 3),)),))
+        selection = rule.select(version, 2)
+        assert selection.used_up == ()
+        retired += [group.ticket.uid for group in selection.retired]
+    assert retired == ["a0", "b0", "a1", "b1", "a2", "b2", "a3", "b3"]
+
+
+def test_a_group_of_other_weights_is_refused():
+    rule = Replay(4, 1, Reuse(2, 1))
+    rule.admit("a", 0)
+    with pytest.raises(StalenessViolation, match="dispatched with weight version 0 and generated by versions 1 to 1"):
+        rule.finish("a", (Row("a_0_0", 1, 3, ((1, 3),)),))
+
+
+@pytest.mark.parametrize("wrong", [(0, 1, "uniform"), (1, 0, "uniform"), (1, 1, "best")])
+def test_a_reuse_that_nothing_can_honour_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"at least 1|none of uniform, newest"):
+        Reuse(*wrong)
+
+
+def test_a_checkpoint_is_resumed_with_the_reuse_it_was_written_with():
+    state = Replay(4, 8, Reuse(4, 2)).state_dict()
+    with pytest.raises(ValueError, match=r"'max_uses': 4.*this run reuses rollouts as .*'max_uses': 2"):
+        Replay(4, 8, Reuse(2, 2)).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"rule='replay', this run has rule='exact_stale'"):
+        ExactStale(4, 8).load_state_dict(state)
+
+
+def test_steps_of_more_updates_than_configured_shorten_the_window():
+    updates = UpdateCount(UpdateClock(2, 1))
+    rule = Replay(4, 2, Reuse(9, 1), updates)
+    for version in range(8):
+        for uid in [f"{version}-{i}" for i in range(rule.admissible(version))]:
+            rule.admit(uid, version)
+            rule.finish(uid, (Row(f"{uid}_0_0", 1, 3, ((version, 3),)),))
+        selection = rule.select(version, 2)
+        rule.check(selection, version)
+        ages = [updates.between(group.min_version, version) for group in selection.groups]
+        assert max(ages) <= 8
+        updates.add(version + 1, 6)
+    assert len(rule.stored_groups()) <= 2 * 2
+
+
+def test_new_groups_are_spread_over_the_mini_batches():
+    assert "".join(spread(list("ab"), list("uvwxyz"))) == "uvwaxyzb"
+    assert spread([], []) == ()
