@@ -66,7 +66,7 @@ EXTENSIONS = (
         "trainer mode",
         "verl.trainer.ppo.v1",
         "verl_m2po.staleness.trainer",
-        ("stale_k", "stale_k_separate", "bounded_async"),
+        ("stale_k", "stale_k_separate", "bounded_async", "replay"),
     ),
 )
 

@@ -5,6 +5,7 @@ import queue
 import random
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,8 @@ from verl_m2po.staleness.rule.bounded import BoundedAsync
 from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow, TooManyFailures
 from verl_m2po.staleness.rule.records import GroupReport, Row, Selection
+from verl_m2po.staleness.rule.replay import Replay
+from verl_m2po.staleness.rule.reuse import Reuse
 from verl_m2po.staleness.rule.rules import StalenessViolation
 from verl_m2po.staleness.rule.units import UpdateClock
 from verl_m2po.staleness.watch.liveness import WorkerDied
@@ -243,6 +246,22 @@ def assert_rows_are_those_that_were_generated(tq, batch, mask_share: float = 0.0
 
 def trained_groups(batches) -> list[str]:
     return [key.rsplit("_", 2)[0] for batch in batches for key in batch.keys[::RESPONSES]]
+
+
+def test_replay_trains_the_rows_that_were_generated_again_and_deletes_them_after_their_last_use(transfer_queue):
+    steps, reuse = 8, Reuse(max_uses=3, first_uses=1)
+    run = Run(transfer_queue, Replay(4, BATCH, reuse), "replay", fail_share=0.2, mask_share=0.3)
+    run.buffer.rule.limit(steps)
+    trained = []
+    for step in range(1, steps + 1):
+        trained += run.step(step, check=lambda batch: assert_rows_are_those_that_were_generated(run.tq, batch, 0.3))
+        in_store = {key.split("_")[0] for keys in run.tq.kv_list().values() for key in keys}
+        assert in_store >= {group.ticket.uid for group in run.buffer.rule.stored_groups()}
+    uses = Counter(trained_groups(trained))
+    assert sum(uses.values()) == steps * BATCH and max(uses.values()) == 3
+    left = [*run.buffer.rule.stored_groups(), *run.buffer.rule.pool.take_retired()]
+    assert in_store == {group.ticket.uid for group in left}
+    clear(transfer_queue)
 
 
 @pytest.mark.parametrize(("k", "parts"), [(0, 1), (1, 2), (3, 1)])

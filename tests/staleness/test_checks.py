@@ -209,7 +209,7 @@ def test_the_modes_set_what_they_need(mode):
     assert changed.algorithm.rollout_correction.bypass_mode is True
     assert changed.actor_rollout_ref.rollout.calculate_log_probs is True
     assert changed.actor_rollout_ref.rollout.agent.agent_loop_manager_class.startswith("verl_m2po.")
-    mini_batches = 1 if mode == "stale_k" else 4
+    mini_batches = 4 if mode in SEPARATE_MODES else 1
     assert changed.trainer.v1[mode].parameter_sync_step == mini_batches
     assert set(changed.trainer.v1[mode]) == set(MODE_DEFAULTS[mode])
     assert checks.check(changed) == []

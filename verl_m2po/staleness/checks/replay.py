@@ -30,11 +30,7 @@ def problems(config: DictConfig) -> Iterator[Problem]:
     if settings.journal:
         why = "the journal knows when a rollout was generated, not how often it was trained since"
         yield Problem(f"trainer.v1.{MODE}.journal", True, why, "Set it to false; checkpoints hold all rollouts")
-    found = [*_ranges(replay)]
-    yield from found
-    if not found:
-        yield from _share(config, replay)
-        yield from _uses(config, settings)
+    yield from [*_ranges(replay)] or [*_share(config, replay)] or _uses(config, settings)
 
 
 def in_another_mode(config: DictConfig) -> Iterator[Problem]:

@@ -1,0 +1,76 @@
+"""Replay that no run can honour is refused before the start, by key and with what to do."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from verl_m2po.staleness import checks
+
+KEY = "trainer.v1.replay.replay"
+
+
+def config(mode: str, **changes):
+    """What the preflight reads of a sound configuration, with changes of the mode `replay` given as `a__b=value`."""
+    base = OmegaConf.create(
+        {
+            "data": {"train_batch_size": 256, "max_prompt_length": 512, "max_response_length": 1024},
+            "algorithm": {},
+            "actor_rollout_ref": {
+                "hybrid_engine": False,
+                "actor": {"ppo_mini_batch_size": 64, "ppo_epochs": 1},
+                "rollout": {
+                    **{"n": 8, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "agent": {}},
+                    **{"nnodes": 1, "n_gpus_per_node": 4, "checkpoint_engine": {"backend": "nccl"}},
+                },
+            },
+            "trainer": {"v1": {"trainer_mode": mode, "replay": {}, "sampler": {}}},
+        }
+    )
+    for key, value in changes.items():
+        OmegaConf.update(base, f"trainer.v1.replay.{key.replace('__', '.')}", value, force_add=True)
+    return base
+
+
+def problems(mode: str = "replay", staleness_updates: int = 64, **replay):
+    changes = {f"replay__{name}": value for name, value in replay.items()}
+    return checks.check(config(mode, staleness_updates=staleness_updates, **changes))
+
+
+@pytest.mark.parametrize(("uses", "share"), [(1, 1.0), (2, 0.5), (4, 0.25), (17, 1 / 16), (9, 0.25)])
+def test_a_reuse_that_a_run_can_honour_has_no_problem(uses, share):
+    assert problems(max_uses=uses, fresh_share=share) == []
+
+
+@pytest.mark.parametrize(
+    ("replay", "key", "says"),
+    [
+        ({"max_uses": 0}, "max_uses", "1"),
+        ({"max_uses": 4, "fresh_share": 0.0}, "fresh_share", "share of the prompts"),
+        ({"max_uses": 4, "fresh_share": 1.5}, "fresh_share", "share of the prompts"),
+        ({"max_uses": 4, "fresh_share": 0.3}, "fresh_share", "Set it to 0.296875 or 0.30078125"),
+        ({"max_uses": 300, "fresh_share": 0.001, "staleness_updates": 2000}, "fresh_share", "Set it to 0.00390625,"),
+        ({"max_uses": 4, "fresh_share": 0.25, "sampling": "best"}, "sampling", "Set it to uniform or newest"),
+        ({"max_uses": 4, "fresh_share": 1.0}, "max_uses", "leaves no place"),
+        ({"max_uses": 1, "fresh_share": 0.5}, "fresh_share", "every prompt of a batch is new"),
+        ({"max_uses": 4, "fresh_share": 0.25, "staleness_updates": 8}, "max_uses", "to 12 or more"),
+        ({"max_uses": 2, "fresh_share": 0.5, "staleness_updates": 0}, "max_uses", "to 4 or more"),
+    ],
+)
+def test_a_reuse_that_no_run_can_honour_is_refused_with_what_to_do(replay, key, says):
+    (problem,) = problems(**replay)
+    assert problem.is_fatal and problem.key == f"{KEY}.{key}" and says in str(problem)
+
+
+def test_a_share_that_the_uses_cannot_keep_is_mentioned():
+    (problem,) = problems(max_uses=2, fresh_share=0.25)
+    assert not problem.is_fatal and "about 0.5 of the prompts will be new" in str(problem)
+
+
+@pytest.mark.parametrize("mode", ["sync", "stale_k", "bounded_async"])
+def test_replay_in_a_mode_that_trains_each_rollout_once_is_refused(mode):
+    (problem,) = problems(mode, max_uses=4, fresh_share=0.25)
+    assert problem.is_fatal and problem.key == f"{KEY}.max_uses" and "staleness=replay" in problem.remedy
+
+
+def test_a_journal_is_refused():
+    (problem,) = checks.check(config("replay", journal=True))
+    assert problem.is_fatal and problem.key == "trainer.v1.replay.journal"
