@@ -170,7 +170,6 @@ def test_steps_of_more_updates_than_configured_shorten_the_window():
             rule.admit(uid, version)
             rule.finish(uid, (Row(f"{uid}_0_0", 1, 3, ((version, 3),)),))
         selection = rule.select(version, 2)
-        rule.check(selection, version)
         ages = [updates.between(group.min_version, version) for group in selection.groups]
         assert max(ages) <= 8
         updates.add(version + 1, 6)
