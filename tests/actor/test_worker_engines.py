@@ -50,7 +50,7 @@ def worker(engine, **engine_settings):
 
 def decide(made, data):
     mini_batch = MiniBatch()
-    made._decide(data, made.loss_fn.keywords["config"].policy_loss, mini_batch)
+    made._decide(data, made.loss_fn.keywords["config"], mini_batch)
     return mini_batch
 
 
