@@ -171,6 +171,8 @@ class Pool:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned, in a pool that holds nothing yet."""
+
         def loaded(plain: list[list[Any]]) -> list[_Trained]:
             return [_Trained(Group.from_json(group), uses) for group, uses in plain]
 
