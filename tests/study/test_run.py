@@ -49,20 +49,20 @@ def test_hash_of_the_config_files_is_that_of_what_they_set(tmp_path):
 
 @pytest.mark.slow
 def test_runs_what_is_missing_and_names_what_failed(tmp_path, capsys):
-    good = Job("staleness", "m2po", 8, 1, SHORT, steps=2)
-    bad = Job("staleness", "m2po", 8, 2, (*SHORT, "actor_rollout_ref.rollout.top_p=0.9"), steps=2)
+    good = Job("staleness", "m2po", 8, 1, SHORT, steps=3)
+    bad = Job("staleness", "m2po", 8, 2, (*SHORT, "actor_rollout_ref.rollout.top_p=0.9"), steps=3)
     failed = run_jobs([good, bad], tmp_path, 1, Console())
     assert [line.split(":")[0] for line in failed] == [bad.name]
     assert is_done(good, tmp_path) and not is_done(bad, tmp_path)
     assert is_done(replace(good, steps=1), tmp_path)
-    assert not is_done(replace(good, steps=3), tmp_path)
+    assert not is_done(replace(good, steps=4), tmp_path)
 
     record = json.loads((good.folder(tmp_path) / "run.json").read_text())
     assert record["overrides"] == good.all_overrides
     assert {"verl", "torch", "verl-m2po"} <= record["versions"].keys()
     (run,), problems = read_runs([good.folder(tmp_path)])
     assert not problems
-    assert run.frame.index.tolist() == [0, 1, 2]
+    assert run.frame.index.tolist() == [0, 1, 2, 3]
     assert (run.settings.loss, run.settings.staleness_updates, run.settings.seed) == ("m2po", 8, 1)
     assert {"val-core/arithmetic/acc/mean@1", "actor/m2po/masked_fraction", "staleness/age_updates_mean"} <= run.logged
 
