@@ -116,6 +116,19 @@ class TestModels:
         problem = one(models.more_than_text(verls(*STALE, f"actor_rollout_ref.model.path={tmp_path}")))
         assert problem.key == "actor_rollout_ref.model.path" and "text only" in problem.why
 
+    @pytest.mark.parametrize(
+        ("path", "sees"),
+        [
+            ("Qwen/Qwen2.5-VL-3B-Instruct", True),
+            ("zai-org/GLM-4.1V-9B-Thinking", True),
+            ("meta-llama/Llama-3.2-11B-Vision-Instruct", True),
+            ("deepseek-ai/DeepSeek-V3", False),
+            ("/models/vision/Qwen3-8B", False),
+        ],
+    )
+    def test_a_model_that_is_not_here_says_it_by_its_name(self, path, sees):
+        assert bool(list(models.more_than_text(verls(*STALE, f"actor_rollout_ref.model.path={path}")))) == sees
+
     def test_data_with_images(self, tmp_path):
         pd.DataFrame({"prompt": ["a"], "images": ["b"]}).to_parquet(tmp_path / "a.parquet")
         problem = one(models.more_than_text(verls(*STALE, f"data.train_files={tmp_path / 'a.parquet'}")))

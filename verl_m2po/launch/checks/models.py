@@ -1,5 +1,6 @@
 """Can the trainer mode keep and push what this kind of model needs?"""
 
+import re
 from collections.abc import Iterator
 
 from omegaconf import DictConfig
@@ -11,6 +12,9 @@ from verl_m2po.staleness.config import SEPARATE_MODES, is_chosen
 
 TOWERS = ("vision_config", "audio_config", "thinker_config")
 """Sections of a model's config.json that say it takes more than text."""
+
+NAMED_FOR_IMAGES = re.compile(r"(?i)(?:^|[-_.])(?:VL\d*|[\d.]+V|omni|vision|llava|pixtral|internvl\d*)(?=[-_.]|$)")
+"""Names of models that say it: what is not on this machine has no config.json to ask."""
 
 IMAGE_KEYS = ("data.image_key", "data.video_key", "data.audio_key")
 MERGE = "actor_rollout_ref.model.lora.merge"
@@ -25,13 +29,21 @@ def more_than_text(config: DictConfig) -> Iterator[Problem]:
     mode = read(config, TRAINER_MODE)
     why = f"the mode {mode} keeps text only, and the first response with images or multi-axis positions ends the run"
     remedy = f"Take a model and data of text, or one of verl's modes ({TRAINER_MODE}=sync or colocate_async)"
-    if any(tower in (model.own_config(config) or {}) for tower in TOWERS):
+    if _sees(config):
         yield Problem(model.PATH.key, read(config, model.PATH.key), why, remedy)
         return
     for key in IMAGE_KEYS:
         if key in overridden_keys(config) or data.has_column(config, read(config, key)):
             yield Problem(key, read(config, key), why, remedy)
             return
+
+
+def _sees(config: DictConfig) -> bool:
+    """Whether the model takes more than text, by its config.json, or by its name where that is not here."""
+    path, own = read(config, model.PATH.key), model.own_config(config)
+    if own is None:
+        return isinstance(path, str) and NAMED_FOR_IMAGES.search(path.rpartition("/")[2]) is not None
+    return any(tower in own for tower in TOWERS)
 
 
 def lora(config: DictConfig) -> Iterator[Problem]:
