@@ -60,7 +60,7 @@ quickstart: $(STAMP) ## Train a tiny model to add two-digit numbers (STEPS, OUT,
 	$(BIN)/verl-m2po quickstart --steps $(STEPS) --out $(OUT) --loss $(LOSS) --seed $(SEED)
 
 test: $(STAMP) ## All tests, the end-to-end ones included
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## The tests that need no Ray (under two minutes)
 	$(BIN)/python -m pytest -m "not e2e and not ray and not slow"

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ REPOSITORY = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [
         str(REPOSITORY / "tests"),
+        str(REPOSITORY / "tests" / "support"),
         str(REPOSITORY / "recipes"),
         str(REPOSITORY / "docs"),
         *filter(None, [os.environ.get("PYTHONPATH")]),
@@ -19,13 +21,27 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers: end-to-end runs first and one by one, all other tests of a file on one of them."""
+    """End-to-end runs first: they are the longest, and with several workers the short tests fill the gaps."""
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
-    for item in items:
-        if item.get_closest_marker("e2e") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers: end-to-end runs one by one, all other tests of a file on one of them.
+
+    By the file and not by the mark ``xdist_group``: xdist 3.8 loses the groups under pytest 9.2, and every worker
+    then builds the fixtures of every file.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if "e2e" in Path(file).parts else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

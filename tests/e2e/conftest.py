@@ -11,7 +11,7 @@ import pytest
 def train(tmp_path: Path, tiny: Path, addition: Path) -> Callable[..., cpu_run.Result]:
     """Train the tiny model on addition: 8 prompts x 4 responses a step, two optimizer updates a step."""
 
-    def run(*overrides: str, **kwargs: object) -> cpu_run.Result:
+    def run(*overrides: str, status: int = 0, **kwargs: object) -> cpu_run.Result:
         result = cpu_run.run_main(
             tmp_path,
             f"actor_rollout_ref.model.path={tiny}",
@@ -25,7 +25,7 @@ def train(tmp_path: Path, tiny: Path, addition: Path) -> Callable[..., cpu_run.R
             *overrides,
             **kwargs,
         )
-        assert result.status == 0, result.tail
+        assert result.status == status, result.tail
         return result
 
     return run

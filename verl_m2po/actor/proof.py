@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from rich.console import Console
 from tensordict import TensorDict
 from torch import Tensor
 from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
@@ -50,6 +51,8 @@ class ProvenTrainingWorker(TrainingWorker):
         if self.engine.is_mp_src_rank_with_outputs():
             loss.require_trained()
         self._is_proven = True
+        if torch.distributed.get_rank() == 0:
+            Console().print(f"verl-m2po: the first optimizer update is made by the loss {policy_loss.loss_mode}")
         return output
 
 

@@ -14,9 +14,10 @@ from verl_m2po.cpu import environment
 from verl_m2po.ground import logs
 from verl_m2po.ground.problem import Problem
 from verl_m2po.ground.verl_config import read
-from verl_m2po.launch import registry
+from verl_m2po.launch import failure, registry
 from verl_m2po.launch.signals import Listener
 from verl_m2po.losses import requirements
+from verl_m2po.staleness.account.summary import print_summary
 from verl_m2po.staleness.checks import memory
 from verl_m2po.staleness.config import is_chosen
 
@@ -32,6 +33,8 @@ class PreflightCallback(Callback):
 
     def __init__(self) -> None:
         self._listener: Listener | None = None
+        self._config: DictConfig | None = None
+        self._warnings: list[str] = []
 
     def on_run_start(self, config: DictConfig, **_kwargs: Any) -> None:
         """Give a single run the room that its staleness needs; called by Hydra before it passes `config` on."""
@@ -40,16 +43,20 @@ class PreflightCallback(Callback):
     def on_job_start(self, config: DictConfig, task_function: TaskFunction | None = None, **_kwargs: Any) -> None:
         """Check `config`; called by Hydra before the job, which is a call of `task_function`."""
         is_ours = uses_this_package(config)
-        require_none(registry.problems(config, is_ours, task_function))
+        self._warnings = require_none(registry.problems(config, is_ours, task_function))
         # First of what follows: it depends on nothing, and a run that cannot be ended is worse than one without a log.
         if is_chosen(config) and threading.current_thread() is threading.main_thread():
             self._listener = Listener()
             self._listener.start()
+        self._config = config if is_ours else None
         if is_ours:
             _keep_earlier_log(config)
+            print_summary(config)
 
     def on_job_end(self, job_return: JobReturn, **_kwargs: Any) -> None:
         """Leave nothing behind, and end as a signal asks for; called by Hydra after the job, failed or not."""
+        if self._config is not None and job_return.status == JobStatus.FAILED:
+            failure.say_at_exit(self._config, job_return._return_value, self._warnings)
         if self._listener is not None:
             # An error says more than a status: Hydra raises it after this.
             self._listener.stop(tell_status=job_return.status == JobStatus.COMPLETED)
@@ -59,17 +66,21 @@ class Refused(SystemExit):
     """A run that is not started: its message is all that Hydra prints, its status is 1."""
 
 
-def require_none(problems: list[Problem]) -> None:
+def require_none(problems: list[Problem]) -> list[str]:
     """Warn of what is odd, refuse what is wrong.
+
+    Returns:
+        The warnings.
 
     Raises:
         Refused: with every fatal problem.
     """
-    for problem in problems:
-        if not problem.is_fatal:
-            logger.warning("%s", problem)
+    warnings = [str(problem) for problem in problems if not problem.is_fatal]
+    for warning in warnings:
+        logger.warning("%s", warning)
     if fatal := [problem for problem in problems if problem.is_fatal]:
         raise Refused("\n".join(["verl-m2po refuses this run:", *(f"  - {problem}" for problem in fatal)]))
+    return warnings
 
 
 def _keep_earlier_log(config: DictConfig) -> None:

@@ -36,6 +36,7 @@ from verl_m2po.patches import verl as verl_patches
 from verl_m2po.staleness import buffer, checks
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.account.metrics import StalenessMetrics
+from verl_m2po.staleness.account.summary import print_summary
 from verl_m2po.staleness.config import BoundedAsyncConfig, ReplayModeConfig, load_mode_config, make_clock, make_replay
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.prompts import indices, require_a_batch
@@ -144,6 +145,8 @@ class _StalenessTrainer(PPOTrainer):
         rule.limit(steps)
 
     def on_train_begin(self) -> None:
+        # Below verl's dump of the configuration and what the servers say when they start.
+        print_summary(self.config)
         self.replay_buffer.tell(events.Began())
         self._stopping.request.announce_training()
         # Instead of verl's warm-up batches: the rule admits the ramp.
