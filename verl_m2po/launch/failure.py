@@ -1,4 +1,4 @@
-"""Says once more, as the last thing in the terminal, why a run ended: the error stands far above in a driver's output."""
+"""Says once more, as the last thing in the terminal, why a run ended: the error itself stands far above."""
 
 import atexit
 
