@@ -16,13 +16,13 @@ from verl_m2po.ground.problem import Problem
 from verl_m2po.launch import callback, registry
 
 MODEL = "actor_rollout_ref.model.path"
-DYNAMIC_SAMPLING, TOP_K = "algorithm.filter_groups.enable", "actor_rollout_ref.rollout.top_k"
+SKIPPING, TOP_K = "skip.rollout_tq.enable", "actor_rollout_ref.rollout.top_k"
 VALIDATION = "data.val_files"
 # Refused in every run below, by three checks that have nothing to do with each other.
 WRONG = (
     "trainer.v1.trainer_mode=stale_k",
     "trainer.v1.stale_k.staleness_updates=8",
-    f"{DYNAMIC_SAMPLING}=true",
+    f"{SKIPPING}=true",
     f"{TOP_K}=50",
     f"{VALIDATION}=/no/such.parquet",
 )
@@ -97,7 +97,7 @@ def test_an_interpolation_that_leads_nowhere_is_named():
 )
 def test_what_is_no_value_is_refused_by_its_key_beside_the_other_refusals(base, key, value):
     found = refused(changed(base, key, value))
-    assert {key, DYNAMIC_SAMPLING, TOP_K, VALIDATION} <= found.keys()
+    assert {key, SKIPPING, TOP_K, VALIDATION} <= found.keys()
     remedy = found[key].partition(": ")[2]
     assert any(verb in remedy for verb in ("Set it", "Name ", "Shorten it", "settings are")), found[key]
 
@@ -118,14 +118,14 @@ def test_no_remedy_is_a_number_that_makes_no_sense(base, bound):
 def test_a_model_config_that_is_none_is_refused_by_the_model(base, tmp_path, written):
     (tmp_path / "config.json").write_bytes(written)
     found = refused(changed(base, MODEL, str(tmp_path)))
-    assert {MODEL, DYNAMIC_SAMPLING, TOP_K, VALIDATION} <= found.keys()
+    assert {MODEL, SKIPPING, TOP_K, VALIDATION} <= found.keys()
     assert "config.json" in found[MODEL]
 
 
 def test_an_invalid_hub_id_offline_is_refused(base, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = refused(changed(base, MODEL, "not a model!"))
-    assert {MODEL, DYNAMIC_SAMPLING, TOP_K, VALIDATION} <= found.keys()
+    assert {MODEL, SKIPPING, TOP_K, VALIDATION} <= found.keys()
     assert "no hub id" in found[MODEL]
 
 
@@ -133,9 +133,9 @@ def test_a_pointer_that_is_a_folder_and_a_path_that_is_a_number_are_refused(base
     (tmp_path / "latest_checkpointed_iteration.txt").mkdir()
     auto = changed(base, "trainer.default_local_dir", str(tmp_path))
     auto = changed(auto, "trainer.resume_mode", "auto")
-    assert {DYNAMIC_SAMPLING, TOP_K, VALIDATION, "trainer.default_local_dir"} <= refused(auto).keys()
+    assert {SKIPPING, TOP_K, VALIDATION, "trainer.default_local_dir"} <= refused(auto).keys()
     by_path = changed(changed(base, "trainer.resume_mode", "resume_path"), "trainer.resume_from_path", 3)
-    assert {DYNAMIC_SAMPLING, TOP_K, VALIDATION, "trainer.resume_from_path"} <= refused(by_path).keys()
+    assert {SKIPPING, TOP_K, VALIDATION, "trainer.resume_from_path"} <= refused(by_path).keys()
 
 
 def test_a_slash_behind_a_checkpoint_is_answered_with_the_path_without(base):
@@ -169,7 +169,7 @@ def keys_that_are_read(base):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OmegaConf, "select", recording)
         refused(base)
-    assert {DYNAMIC_SAMPLING, TOP_K, VALIDATION, MODEL, "trainer.save_freq"} <= read
+    assert {SKIPPING, TOP_K, VALIDATION, MODEL, "trainer.save_freq"} <= read
     return sorted(read)
 
 
@@ -195,7 +195,7 @@ def test_garbage_anywhere_lets_no_error_out_and_no_refusal_disappear(base, keys_
         return  # OmegaConf itself refuses the value there: it cannot stand in a config
     found = refused(config)
     decides_whether_it_is_asked = ("trainer.v1.trainer_mode", "data.custom_cls")
-    expected = {DYNAMIC_SAMPLING, TOP_K, VALIDATION}
+    expected = {SKIPPING, TOP_K, VALIDATION}
     if key.startswith(decides_whether_it_is_asked):
         return
     assert {name for name in expected if not (name == key or name.startswith(f"{key}."))} <= found.keys(), found

@@ -12,10 +12,11 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
+from verl.trainer.ppo.v1.replay_buffer import DAPO_FILTERED_REWARD_COUNTS_KEY
 from verl.utils import tensordict_utils as tu
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from verl_m2po.staleness.account.ledger import TrainedRowsLedger
+from verl_m2po.staleness.account.ledger import TrainedRowsLedger, read_ledger
 from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.buffer import StalenessReplayBuffer
 from verl_m2po.staleness.restart.frames import FinishedGroup, JournalError, RowsWriter
@@ -70,6 +71,7 @@ class Workers:
         self.generated: list[str] = []
         self.left = 10**9
         self.has_lost_its_server = False
+        self.uninformative_share = 0.0
         threading.Thread(target=self._run, daemon=True).start()
 
     def start(self, tickets) -> None:
@@ -117,11 +119,13 @@ class Workers:
         if self.has_lost_its_server:
             self._reports.put(GroupReport(ticket.uid, rows, "ActorDiedError: it died", was_lost=True))
             return
-        if error is None and self.journal is not None:
+        shared = 1.0 if not fails and self._random.random() < self.uninformative_share else None
+        if error is None and shared is None and self.journal is not None:
             self.generated.append(ticket.uid)
             RowsWriter(self.journal.rows_path(0), fsync=False).append(FinishedGroup(ticket.uid, rows, packed))
         errors = ("TimeoutError: slow",) * len(masked)
-        self._reports.put(GroupReport(ticket.uid, rows, error, finished_at=time.time(), masked_errors=errors))
+        report = GroupReport(ticket.uid, rows, error, finished_at=time.time(), masked_errors=errors)
+        self._reports.put(replace(report, shared_metric=shared))
 
     def _fields(self, ticket, session: int) -> dict:
         responses = torch.tensor(response_of(ticket.uid, session))
@@ -157,9 +161,11 @@ class Run:
         max_failed_fraction=1.0,
         journal=None,
         mask_share: float = 0.0,
+        uninformative_share: float = 0.0,
     ) -> None:
         self.tq, self.name, self.dispatched = tq, name, 0
         self.workers = Workers(tq, fail_share, mask_share=mask_share)
+        self.workers.uninformative_share = uninformative_share
         self.is_asked_to_end = False
         self.buffer = StalenessReplayBuffer(
             rule=rule,
@@ -277,6 +283,35 @@ def test_exact_stale_trains_every_group_once_at_its_age(transfer_queue, k, parts
             assert versions == {(max(0, step - 1 - k),) * 2}
         trained += trained_groups(batches)
     assert len(trained) == len(set(trained)) == steps * BATCH
+    assert not any(transfer_queue.kv_list().values()), "rows were left behind"
+
+
+@pytest.mark.parametrize("rule", [ExactStale(2, BATCH, most_in_flight=BATCH), BoundedAsync(2, BATCH)])
+def test_a_group_without_advantage_is_replaced_and_is_no_failure(transfer_queue, tmp_path, rule):
+    steps, path = 8, tmp_path / "rows.jsonl"
+    run = Run(transfer_queue, rule, f"filtered {rule.name}", 0.1, TrainedRowsLedger(str(path)), uninformative_share=0.5)
+    run.buffer.rule.limit(steps)
+    trained, set_aside, failed = [], 0, 0
+    for step in range(1, steps + 1):
+        trained += trained_groups(run.step(step))
+        metrics = run.buffer.step_metrics()
+        set_aside += metrics["staleness/evicted_uninformative"]
+        failed += metrics["staleness/evicted_failed"]
+        assert (
+            metrics["staleness/evicted"]
+            == metrics["staleness/evicted_uninformative"] + metrics["staleness/evicted_failed"]
+        )
+        verls = metrics.get("training/filter_groups/evicted_samples", 0)
+        assert verls == metrics["staleness/evicted_uninformative"]
+        assert metrics[DAPO_FILTERED_REWARD_COUNTS_KEY] == ({1.0: verls} if verls else {})
+    assert len(trained) == len(set(trained)) == steps * BATCH
+    assert set_aside > BATCH and run.dispatched == steps * BATCH + set_aside + failed
+    lines = read_ledger(path)
+    recorded = [uid for line in lines for _, uid, _, value in line.get("set_aside", []) if value == 1.0]
+    assert not set(recorded) & set(trained) and 0 < len(recorded) == len(set(recorded)) <= set_aside
+    if isinstance(rule, ExactStale):
+        places = [group[2] for line in lines if "groups" in line for group in line["groups"]]
+        assert places == list(range(steps * BATCH)), "each was replaced in its own place"
     assert not any(transfer_queue.kv_list().values()), "rows were left behind"
 
 

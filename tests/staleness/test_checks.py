@@ -9,6 +9,8 @@ from verl_m2po.staleness.config import MODE_DEFAULTS, SEPARATE_MODES, load_mode_
 from verl_m2po.staleness.rule.units import UpdateClock
 
 MODES = list(MODE_DEFAULTS)
+FILTER_KEY = "algorithm.filter_groups"
+FILTER = {"algorithm__filter_groups__enable": True, "algorithm__filter_groups__metric": "reward"}
 
 
 def config(mode: str = "stale_k", **changes):
@@ -56,7 +58,12 @@ def test_a_sound_configuration_has_no_problem(mode):
         ({"actor_rollout_ref__rollout__top_k": 50}, "actor_rollout_ref.rollout.top_k"),
         ({"actor_rollout_ref__rollout__temperature": 0}, "actor_rollout_ref.rollout.temperature"),
         ({"trainer__use_v1": False}, "trainer.use_v1"),
-        ({"algorithm__filter_groups__enable": True}, "algorithm.filter_groups.enable"),
+        ({**FILTER, "actor_rollout_ref__rollout__n": 1}, "algorithm.filter_groups.enable"),
+        ({**FILTER, "reward__reward_model__enable": True}, "algorithm.filter_groups.enable"),
+        ({**FILTER, "algorithm__filter_groups__metric": ""}, "algorithm.filter_groups.metric"),
+        ({**FILTER, "algorithm__filter_groups__metric": None}, "algorithm.filter_groups.metric"),
+        ({**FILTER, "algorithm__filter_groups__max_num_gen_batches": 1.5}, f"{FILTER_KEY}.max_num_gen_batches"),
+        ({**FILTER, "algorithm__filter_groups__max_inflight_gen_batches": 0}, f"{FILTER_KEY}.max_inflight_gen_batches"),
         ({"skip__rollout_tq__enable": True}, "skip.rollout_tq.enable"),
         (
             {"actor_rollout_ref__actor__checkpoint__async_save": True},
@@ -73,6 +80,12 @@ def test_each_contradiction_is_named(changes, key):
     problems = checks.check(config(**changes))
     assert [problem.key for problem in problems if problem.is_fatal] == [key]
     assert problems[0].remedy
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dynamic_sampling_is_refused_where_rollouts_are_trained_again_and_nowhere_else(mode):
+    found = checks.check(config(mode, **FILTER))
+    assert [problem.key for problem in found] == ["algorithm.filter_groups.enable"] * (mode == "replay")
 
 
 @pytest.mark.parametrize(("value", "is_refused"), [(1, False), (4, False), (2, True)])

@@ -207,7 +207,7 @@ class Worker(StalenessAgentLoopWorker):
         self._generation_timeout_s, self._masks_failures = timeout_s, masks
         self._running, self._reports, self._has_report = {}, [], asyncio.Event()
         self._run_actors = RunActors()
-        self._journal = self._journal_error = None
+        self._journal = self._fatal = self._sampling = None
         self.reward_loop_worker_handles = None
         self.server = FakeServer()
         self.failing, self.outputs = failing, outputs

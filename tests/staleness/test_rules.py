@@ -71,12 +71,15 @@ workloads = st.builds(
 )
 
 
-def check_exact_stale(k: int, parts: int, workload: Workload, seed: int, steps: int, batch_size: int = 4) -> None:
-    simulation = Simulation(ExactStale(k, batch_size), workload, seed, parts)
+def check_exact_stale(
+    k: int, parts: int, workload: Workload, seed: int, steps: int, batch_size: int = 4, most: int | None = None
+) -> None:
+    simulation = Simulation(ExactStale(k, batch_size, most), workload, seed, parts)
     trace = simulation.run(steps)
     assert_exact(trace, k, batch_size, steps)
     assert_nothing_is_lost(simulation)
     assert trace.max_depth <= (k + 1) * batch_size
+    assert most is None or trace.max_in_flight <= most
 
 
 def check_bounded_async(
@@ -107,6 +110,12 @@ bounded_cases = given(
 @exact_cases
 def test_exact_stale_is_exact_whatever_happens(k, parts, workload, seed):
     check_exact_stale(k, parts, workload, seed, steps=30)
+
+
+@settings(max_examples=30, deadline=None)
+@exact_cases
+def test_exact_stale_is_exact_however_few_are_generated_at_a_time(k, parts, workload, seed):
+    check_exact_stale(k, parts, workload, seed, steps=30, most=1 + seed % 5)
 
 
 @settings(max_examples=60, deadline=None)

@@ -54,6 +54,7 @@ class Trace:
     all_lengths: list[float] = field(default_factory=list)
     dropped_lengths: list[float] = field(default_factory=list)
     max_depth: int = 0
+    max_in_flight: int = 0
     waited: float = 0.0
 
 
@@ -101,6 +102,7 @@ class Simulation:
             self.trace.all_lengths.append(sum(lengths) / len(lengths))
             heapq.heappush(self._ends, (self.now + max(lengths) / self.workload.tokens_per_time, self.dispatched, uid))
         self.trace.max_depth = max(self.trace.max_depth, self.rule.depth)
+        self.trace.max_in_flight = max(self.trace.max_in_flight, self.rule.in_flight)
 
     def _abort(self, uid: str) -> None:
         _, lengths, _ = self._generating.pop(uid)

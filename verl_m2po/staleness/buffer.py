@@ -7,7 +7,7 @@ import transfer_queue as tq
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
+from verl.trainer.ppo.v1.replay_buffer import DAPO_FILTERED_REWARD_COUNTS_KEY, ReplayBufferAsync
 
 from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.intake import Intake
@@ -98,8 +98,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         self.version = 0  # weight version that the rollout holds
         self._metrics, self._failures = metrics, failures
         self._listeners = (*listeners, metrics, failures)
-        self._dispatch = dispatch
-        self._store = LotStore()
+        self._dispatch, self._store = dispatch, LotStore()
         self._intake = Intake(rule, self._store, self.tell, stop)
         self.backlog = Backlog(rule, self._store)
         self._regenerate: Callable[[list[Ticket], TensorDict], None] | None = None
@@ -217,9 +216,10 @@ class StalenessReplayBuffer(_ListsValidationOnly):
     def _delete(self, groups: tuple[Group, ...]) -> None:
         self._store.delete([(group.ticket, group.rows) for group in groups])
 
-    def step_metrics(self) -> dict[str, float]:
-        """The metrics of the trainer step that ends now."""
-        return self._metrics.take(self.rule.in_flight, self.rule.ready)
+    def step_metrics(self) -> dict[str, Any]:
+        """The metrics of the trainer step that ends now; of groups without advantage verl's trainer draws a table."""
+        counts = {DAPO_FILTERED_REWARD_COUNTS_KEY: self._metrics.set_aside_by_value}
+        return counts | self._metrics.take(self.rule.in_flight, self.rule.ready)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything besides TransferQueue's own checkpoint that is needed to go on, as plain JSON.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from verl_m2po.staleness.rollout.reports import Reports
 from verl_m2po.staleness.rows.store import LotStore
-from verl_m2po.staleness.rule.events import Event, Failed, Finished, GeneratorIdle, TrainerWaited
+from verl_m2po.staleness.rule.events import Event, Failed, Finished, GeneratorIdle, SetAside, TrainerWaited
 from verl_m2po.staleness.rule.records import GroupReport
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.watch.liveness import WorkerDied
@@ -62,7 +62,7 @@ class Intake:
             self._tell(GeneratorIdle(since=max(report.finished_at for report in reports)))
 
     def _take_one(self, report: GroupReport) -> None:
-        if report.error is None:
+        if report.error is None and report.shared_metric is None:
             self._tell(Finished(self._rule.finish(report.uid, report.rows), report))
             return
         if report.was_lost:
@@ -70,7 +70,7 @@ class Intake:
             raise WorkerDied(f"group {report.uid} cannot be generated, a process of the run is gone: {report.error}")
         ticket = self._rule.fail(report.uid)
         self._store.delete([(ticket, report.rows)])
-        self._tell(Failed(ticket, report))
+        self._tell(SetAside(ticket, report) if report.error is None else Failed(ticket, report))
 
     def wait_until(self, is_done: Callable[[], bool], pump: Callable[[], None], what: str) -> None:
         """Take reports, and start groups, until `is_done`.

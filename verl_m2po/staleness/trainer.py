@@ -38,6 +38,7 @@ from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.account.summary import print_summary
 from verl_m2po.staleness.config import BoundedAsyncConfig, ReplayModeConfig, load_mode_config, make_clock, make_replay
+from verl_m2po.staleness.dynamic_sampling import DynamicSampling
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.prompts import indices, require_a_batch
 from verl_m2po.staleness.restart import resume
@@ -49,6 +50,7 @@ from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.rule.bounded import BoundedAsync
 from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow
+from verl_m2po.staleness.rule.informative import InformativeWindow
 from verl_m2po.staleness.rule.records import Ticket
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import UpdateCount, version_at_step
@@ -89,6 +91,8 @@ class _StalenessTrainer(PPOTrainer):
         self._watch = Watch()
         self._limits = TimeLimits(self._watch, config.trainer.v1.trainer_mode, settings)
         self._updates = UpdateCount(make_clock(config))
+        self._sampling = DynamicSampling.of(config)
+        self._informative = self._informative_window()
         super().__init__(config)
 
     def init(self) -> None:
@@ -118,17 +122,25 @@ class _StalenessTrainer(PPOTrainer):
                 self._leave_step(stop)
 
     def _make_rule(self, staleness_steps: int, batch_size: int) -> StalenessRule:
-        return ExactStale(staleness_steps, batch_size)
+        most = None if self._sampling is None else self._sampling.most_in_flight_batches * batch_size
+        return ExactStale(staleness_steps, batch_size, most)
+
+    def _informative_window(self) -> InformativeWindow | None:
+        sampling, batch_size = self._sampling, self._updates.clock.train_batch_size
+        if sampling is None or sampling.most_batches is None:
+            return None
+        return InformativeWindow(sampling.metric, sampling.most_batches, batch_size)
 
     def _build_replay_buffer(self) -> "buffer.StalenessReplayBuffer":
         settings = load_mode_config(self.config, self.trainer_mode)
         clock, path = self._updates.clock, settings.ledger_path
         ledger = None if path is None else TrainedRowsLedger(path, self._updates)
+        listeners = (ledger, self._persistence.journal, self._informative)
         return buffer.StalenessReplayBuffer(
             rule=self._make_rule(clock.steps(settings.staleness_updates), clock.train_batch_size),
             metrics=StalenessMetrics(clock, self._updates),
             failures=FailureWindow(settings.max_failed_fraction, settings.failed_window_groups),
-            listeners=[each for each in (ledger, self._persistence.journal) if each is not None],
+            listeners=[each for each in listeners if each is not None],
             dispatch=self._add_prompts_to_generate,
             stop=self._stopping.request,
             trainer_mode=self.trainer_mode,
@@ -243,6 +255,8 @@ class _StalenessTrainer(PPOTrainer):
         if isinstance(self.replay_buffer.rule, ExactStale) and self.replay_buffer.version < self.global_steps:
             self.replay_buffer.settle()
         state = self.replay_buffer.state_dict() | {"updates": self._updates.state_dict()}
+        if self._informative is not None:
+            state["informative"] = self._informative.state_dict()
         if self.config.algorithm.use_kl_in_reward:
             state["kl_coefficient"] = self.kl_ctrl_in_reward.value
         self._persistence.save(self, state, super()._save_checkpoint)
@@ -252,6 +266,8 @@ class _StalenessTrainer(PPOTrainer):
         super()._load_checkpoint()
         state = self._persistence.state
         self._updates.load_state_dict(state.get("updates", []))  # a version before this one counted none
+        if self._informative is not None:
+            self._informative.load_state_dict(state.get("informative", []))
         if "kl_coefficient" in state and self.config.algorithm.use_kl_in_reward:
             self.kl_ctrl_in_reward.value = state["kl_coefficient"]
         self._persistence.restore(self.replay_buffer, self.config, self.global_steps, self._draw_prompts)

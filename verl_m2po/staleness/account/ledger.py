@@ -22,7 +22,9 @@ class TrainedRowsLedger:
     older tokens were masked (or null), "groups": [[prompt_index, uid, place, [[key, [[version, tokens], ...]], ...]],
     ...], "updates_before": optimizer updates of the whole run before this batch, and in seconds since the epoch, for
     the timeline, "weights_at": the rollout has held `version` since, "sampled_at": the batch was handed out,
-    "generated": [[began, ended] of each group, or null if that was before a restart]}. One line per start:
+    "generated": [[began, ended] of each group, or null if that was before a restart]}; with dynamic sampling also
+    "set_aside": [[prompt_index, uid, place, value that all its trajectories share], ...], the groups without advantage
+    since the line before. One line per start:
     {"resumed_from": trainer step of the checkpoint, 0 without one}. Steps after it that stand above that line were
     trained with weights that are gone; `surviving` drops them. A masked trajectory has the weight versions of the one
     that it copies, with 0 tokens each.
@@ -47,6 +49,7 @@ class TrainedRowsLedger:
                 "folder that can be written, or to null"
             ) from error
         _end_torn_line(self._path)
+        self._set_aside: list[list[Any]] = []
         self._generated: dict[str, tuple[float, float]] = {}
         self._weights_at = time.time()
 
@@ -59,6 +62,8 @@ class TrainedRowsLedger:
                 self.advanced()
             case events.Finished(_, report):
                 self.finished(report)
+            case events.SetAside(ticket, report):
+                self._set_aside.append([ticket.prompt_index, ticket.uid, ticket.place, report.shared_metric])
             case events.Evicted(groups):
                 self.evicted(groups)
             case events.Trained(step, version, selection):
@@ -104,8 +109,10 @@ class TrainedRowsLedger:
                 "weights_at": round(self._weights_at, 3),
                 "sampled_at": round(time.time(), 3),
                 "generated": [self._times(group) for group in groups],
+                **({"set_aside": self._set_aside} if self._set_aside else {}),
             }
         )
+        self._set_aside = []
 
     def _updates_made(self, step: int, version: int) -> dict[str, int]:
         if self._updates is None:

@@ -61,6 +61,7 @@ class _Step:
     failed: int = 0
     aborted: int = 0
     dropped: int = 0
+    set_aside: Counter[float] = field(default_factory=Counter)
     masked_trajectories: int = 0
     replayed: int = 0
     rows: int = 0
@@ -102,6 +103,9 @@ class StalenessMetrics:
                 self.aborted(report.generated_tokens / report.responses)
             case events.Failed():
                 self.failed()
+            case events.SetAside(_, report):
+                self.masked(len(report.masked_errors))
+                self.set_aside(report.shared_metric)
             case events.Evicted(groups):
                 for group in groups:
                     self.dropped(group)
@@ -135,6 +139,16 @@ class StalenessMetrics:
     def failed(self) -> None:
         """A group failed and is replaced."""
         self._step.failed += 1
+
+    def set_aside(self, shared_metric: float | None) -> None:
+        """A group has no advantage and is replaced: all its trajectories have this value."""
+        assert shared_metric is not None
+        self._step.set_aside[shared_metric] += 1
+
+    @property
+    def set_aside_by_value(self) -> dict[float, int]:
+        """Groups of this step without advantage, by the value that all their trajectories have."""
+        return dict(self._step.set_aside)
 
     def masked(self, trajectories: int) -> None:
         """That many trajectories of a group that is kept failed."""
@@ -193,15 +207,17 @@ class StalenessMetrics:
     def take(self, in_flight: int, ready: int) -> dict[str, float]:
         """The metrics of the step that ends now; counting starts again."""
         step, elapsed = self._step, time.time() - self._step.began_at
+        uninformative = step.set_aside.total()
         metrics = {
             "staleness/depth": in_flight + ready,
             "staleness/waiting": ready,
             "staleness/in_flight": in_flight,
             "staleness/admitted": step.admitted,
-            "staleness/evicted": step.failed + step.aborted + step.dropped,
+            "staleness/evicted": step.failed + step.aborted + step.dropped + uninformative,
             "staleness/evicted_failed": step.failed,
             "staleness/evicted_aborted": step.aborted,
             "staleness/evicted_dropped": step.dropped,
+            "staleness/evicted_uninformative": uninformative,
             "staleness/masked_trajectories": step.masked_trajectories,
             "staleness/replayed": step.replayed,
             "staleness/trained_tokens": step.tokens,
@@ -210,6 +226,8 @@ class StalenessMetrics:
             "staleness/generator_idle_s": step.generator_idle_s,
             "staleness/tokens_per_s": step.tokens / elapsed if elapsed > 0 else 0.0,
         }
+        if uninformative:
+            metrics["training/filter_groups/evicted_samples"] = uninformative  # verl's own name
         if step.rows:
             metrics["staleness/spans_mean"] = step.spans / step.rows
         if step.tokens:

@@ -10,7 +10,17 @@ from omegaconf import DictConfig
 
 from verl_m2po.ground.check import Check, ask_all
 from verl_m2po.ground.problem import Problem
-from verl_m2po.staleness.checks import failed_trajectories, memory, numbers, replay, run_length, sampling, setup, units
+from verl_m2po.staleness.checks import (
+    dynamic_sampling,
+    failed_trajectories,
+    memory,
+    numbers,
+    replay,
+    run_length,
+    sampling,
+    setup,
+    units,
+)
 from verl_m2po.staleness.checks.run_length import check_run_length, planned_steps
 from verl_m2po.staleness.config import is_chosen
 
@@ -40,6 +50,7 @@ def checks(available_memory_bytes: int | None = None, prompts: Prompts = _unknow
         Check("the units of the staleness", units.problems, "data.train_batch_size"),
         Check("parameter_sync_step", units.sync_step, "trainer.v1"),
         Check("how often a rollout is trained", replay.problems, replay.KEY),
+        Check("dynamic sampling", dynamic_sampling.problems, dynamic_sampling.ENABLE),
         Check("failed trajectories", failed_trajectories.problems, "trainer.v1"),
         Check("top_p", sampling.top_p, sampling.TOP_P.key),
         Check("top_k", sampling.top_k, sampling.TOP_K.key),

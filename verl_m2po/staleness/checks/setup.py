@@ -14,8 +14,6 @@ _SWITCH = "trainer.v1.separate_async.hybrid_rollout.enable_switch"
 _SAMPLER = "trainer.v1.sampler.custom_sampler.path"
 _MANAGER = f"{_ROLLOUT}.agent.agent_loop_manager_class"
 _RULED_OUT = {
-    "algorithm.filter_groups.enable": "dynamic sampling (DAPO) replaces groups after generation, which the staleness "
-    "modes do not do yet",
     "skip.rollout_tq.enable": "skipped rollouts have no weight version",
     "actor_rollout_ref.actor.checkpoint.async_save": "verl would still be writing when the checkpoint is declared "
     "whole",

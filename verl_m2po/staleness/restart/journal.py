@@ -117,7 +117,7 @@ class Journal:
         match event:
             case events.Dispatched(tickets, again):
                 self.dispatched(tickets, again)
-            case events.Failed(ticket):
+            case events.Failed(ticket) | events.SetAside(ticket):
                 self.failed(ticket.uid)
 
     def dispatched(self, tickets: Sequence[Ticket], again: bool = False) -> None:
@@ -125,7 +125,7 @@ class Journal:
         self._write(["again" if again else "dispatched", [ticket.to_json() for ticket in tickets]])
 
     def failed(self, uid: str) -> None:
-        """This group came to nothing."""
+        """This group came to nothing, or to nothing that is trained; its place is free again."""
         self._write(["failed", uid])
 
     def _write(self, event: list[Any]) -> None:

@@ -22,8 +22,10 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ, apply_greedy_sampling_params
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from verl_m2po.staleness.dynamic_sampling import DynamicSampling
 from verl_m2po.staleness.restart.frames import FinishedGroup, JournalError, RowsWriter
 from verl_m2po.staleness.rollout.client import GenerationAborted, Session, current_session
+from verl_m2po.staleness.rollout.informative import UnknownMetric, shared_metric
 from verl_m2po.staleness.rollout.masking import StoredRow, row_key, stand_in
 from verl_m2po.staleness.rollout.outputs import check_output, first_line, spans_of
 from verl_m2po.staleness.rollout.reports import answer_timeout_s, wait_for_all
@@ -65,8 +67,10 @@ class _RunningGroup:
             isinstance(error, GenerationAborted) or run_actors.is_death(error) for error in self.failed.values()
         )
 
-    def report(self, error: BaseException | None, run_actors: RunActors) -> GroupReport:
-        """How it ended; `error` is what it ended with."""
+    def report(
+        self, error: BaseException | None, run_actors: RunActors, shared_metric: float | None = None
+    ) -> GroupReport:
+        """How it ended; `error` is what it ended with, `shared_metric` why it has no advantage."""
         return GroupReport(
             uid=self.uid,
             rows=tuple(stored.row for stored in self.stored_rows()),
@@ -78,6 +82,7 @@ class _RunningGroup:
             began_at=self.began_at,
             finished_at=time.time(),
             masked_errors=() if error is not None else tuple(map(first_line, self.failed.values())),
+            shared_metric=shared_metric,
         )
 
 
@@ -88,13 +93,14 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         super().__init__(*args, **kwargs)
         section = self.config.trainer.v1[self.config.trainer.v1.trainer_mode]
         self._generation_timeout_s: float | None = section.get("generation_timeout_s")
+        self._sampling = DynamicSampling.of(self.config)
         self._masks_failures: bool = section.get("on_failed_trajectory") == "mask"
         self._running: dict[str, _RunningGroup] = {}
         self._reports: list[GroupReport] = []
         self._has_report = asyncio.Event()
         self._run_actors = RunActors()
         self._journal: RowsWriter | None = None
-        self._journal_error: JournalError | None = None
+        self._fatal: Exception | None = None
 
     async def depend_on(self, actors: list[Any]) -> None:
         """A group that fails because one of `actors` died is lost with the run from now on; see `RunActors`."""
@@ -109,13 +115,14 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
         Raises:
             JournalError: one of them could not be written to the journal.
+            UnknownMetric: one of them cannot be filtered as configured.
         """
         try:
             await asyncio.wait_for(self._has_report.wait(), REPORT_WAIT_S)
         except asyncio.TimeoutError:
             return []
-        if self._journal_error is not None:
-            raise self._journal_error
+        if self._fatal is not None:
+            raise self._fatal
         reports, self._reports = self._reports, []
         self._has_report.clear()
         return reports
@@ -135,10 +142,19 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         if error is not None and self._masks_failures and group.can_be_masked(self._run_actors):
             error = await self._mask_failed(group)
         del self._running[group.uid]
-        if error is None and self._journal is not None:
+        shared = self._shared_metric(group) if error is None else None
+        if error is None and shared is None and self._journal is not None:
             await self._write_to_journal(self._journal, group)
-        self._reports.append(group.report(error, self._run_actors))
+        self._reports.append(group.report(error, self._run_actors, shared))
         self._has_report.set()
+
+    def _shared_metric(self, group: _RunningGroup) -> float | None:
+        """What makes a group one without advantage, if it is; an error goes to the trainer with the next reports."""
+        try:
+            return self._sampling and shared_metric(group.stored_rows(), self._sampling.metric)
+        except UnknownMetric as error:
+            self._fatal = error
+            return None
 
     async def _write_to_journal(self, journal: RowsWriter, group: _RunningGroup) -> None:
         """Before the report: what is trained is in the journal. An error goes to the trainer with the next reports."""
@@ -146,11 +162,11 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
             rows, packed = zip(*group.stored_rows(), strict=True)
             await asyncio.to_thread(journal.append, FinishedGroup(group.uid, rows, packed))
         except JournalError as error:
-            self._journal_error = error
+            self._fatal = error
         except Exception as error:
             # An agent loop may return anything. Without its report the trainer would wait for this group for ever.
             logger.exception("a prompt group could not be written to the journal")
-            self._journal_error = JournalError(
+            self._fatal = JournalError(
                 f"the journal cannot store group {group.uid}: {first_line(error)}. Let the agent loop and the reward "
                 f"function return plain values, or set trainer.v1.{self.config.trainer.v1.trainer_mode}.journal=false"
             )

@@ -50,6 +50,17 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class SetAside:
+    """Every trajectory of a group is there, and all are equally good: it has no advantage, and its place is free again.
+
+    It has not failed; `report.shared_metric` is what they share.
+    """
+
+    ticket: Ticket
+    report: GroupReport
+
+
+@dataclass(frozen=True, slots=True)
 class Evicted:
     """Finished groups that will never be trained."""
 
@@ -99,6 +110,7 @@ Event = (
     | Finished
     | Returned
     | Failed
+    | SetAside
     | Evicted
     | Trained
     | Advanced

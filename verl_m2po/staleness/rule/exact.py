@@ -15,12 +15,18 @@ class ExactStale(StalenessRule):
     version that `units.exact_version` says: batches 0 .. k by the base model (the ramp, k + 1 batches), then one batch
     per version. The weights may only move on when everything that the present version must generate is there. A failed
     group is replaced in its own place, so a batch never mixes versions. Batches leave in order, rows in order of place.
+
+    Args:
+        staleness_steps: see `StalenessRule`.
+        batch_size: see `StalenessRule`.
+        most_in_flight: groups that are generated at a time; None: all that the present weights must generate.
     """
 
     name = "exact_stale"
 
-    def __init__(self, staleness_steps: int, batch_size: int) -> None:
+    def __init__(self, staleness_steps: int, batch_size: int, most_in_flight: int | None = None) -> None:
         super().__init__(staleness_steps, batch_size)
+        self.most_in_flight = most_in_flight
         self._free_places: deque[int] = deque()
         self._batches: dict[int, dict[int, Group]] = {}
         self._ready = 0
@@ -47,6 +53,16 @@ class ExactStale(StalenessRule):
         return [place for place in self._free_places if self.expected_version(place) <= version]
 
     def admissible(self, version: int) -> int:
+        owed = self._owed(version)
+        return owed if self.most_in_flight is None else min(owed, max(0, self.most_in_flight - self._generating))
+
+    @property
+    def _generating(self) -> int:
+        """Groups in flight but for those of a version to come, which a restart keeps."""
+        return len(self._in_flight) - len(self._postponed)
+
+    def _owed(self, version: int) -> int:
+        """Groups that `version` still has to start."""
         return len(self._due_places(version)) + max(0, self._end(version) - self._next_place)
 
     def readmit(self, ticket: Ticket) -> None:
@@ -126,7 +142,7 @@ class ExactStale(StalenessRule):
         )
 
     def settled(self, version: int) -> bool:
-        return len(self._in_flight) == len(self._postponed) and self.admissible(version) == 0
+        return not self._generating and not self._owed(version)
 
     def check_resumable(self, version: int) -> None:
         if self._next_place < min(self._end(version), (version + self.staleness_steps) * self.batch_size):

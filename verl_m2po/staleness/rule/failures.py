@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from verl_m2po.staleness.rule import events
+from verl_m2po.staleness.rule.records import Group
 
 
 class TooManyFailures(RuntimeError):
@@ -39,6 +40,8 @@ class FailureWindow:
                 self.kept(group.masked_share)
             case events.Finished(group, report):
                 self.kept(group.masked_share, report.masked_errors)
+            case events.SetAside(ticket, report):
+                self.kept(Group(ticket, report.rows).masked_share, report.masked_errors)
             case events.Failed(_, report) if report.error is not None and not report.was_aborted:
                 self.failed(report.error)
 

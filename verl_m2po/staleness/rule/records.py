@@ -179,6 +179,8 @@ class GroupReport:
         began_at: `time.time()` on the worker's machine when the worker took it up, seconds.
         finished_at: the same when it ended.
         masked_errors: what went wrong with each trajectory that is masked, first lines only.
+        shared_metric: all its trajectories have this value of the metric that groups are filtered by, so that it has no
+            advantage and is replaced; None where they differ, or nothing is filtered.
     """
 
     uid: str
@@ -191,3 +193,4 @@ class GroupReport:
     began_at: float = 0.0
     finished_at: float = 0.0
     masked_errors: tuple[str, ...] = ()
+    shared_metric: float | None = None
