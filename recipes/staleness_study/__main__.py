@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from staleness_study import plan
+from staleness_study import plan, replay_plan
 from staleness_study.plan import WALL_CLOCK
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -41,6 +41,18 @@ def run(
 
     jobs = plan.jobs()[:most]
     _finish(run_jobs(studied.without_known(jobs, known) if known else jobs, out / "one_process", workers, Console()))
+
+
+@app.command()
+def replay(
+    out: Folder = OUT,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = os.cpu_count() or 1,
+    most: Annotated[int | None, typer.Option(min=1, help="Only the first of the queue; all by default.")] = None,
+) -> None:
+    """Rollouts that are trained several times, on the bench: methods, uses and windows. Goes on where it stopped."""
+    from staleness_study.run import run_jobs
+
+    _finish(run_jobs(replay_plan.jobs()[:most], out / "one_process", workers, Console()))
 
 
 @app.command()

@@ -53,6 +53,7 @@ class Job:
         overrides: Further Hydra overrides.
         variant: Part of the name, where the overrides differ between jobs.
         steps: Trainer steps. A longer run with the same overrides serves as well: what it did first is the same.
+        replay: Option of the Hydra group ``replay``, with `staleness_updates` as its window; empty: no replay.
     """
 
     stage: str
@@ -62,6 +63,7 @@ class Job:
     overrides: tuple[str, ...] = ()
     variant: str = ""
     steps: int = STEPS
+    replay: str = ""
 
     @property
     def name(self) -> str:
@@ -76,16 +78,21 @@ class Job:
     @property
     def all_overrides(self) -> list[str]:
         """All overrides of the run but its length."""
-        staleness = f"s{self.staleness_updates}" if self.staleness_updates else "on_policy"
         return [
             f"loss={self.loss}",
-            f"staleness={staleness}",
+            *self._staleness_overrides(),
             f"data.seed={self.seed}",
             f"actor_rollout_ref.rollout.seed={self.seed}",
             f"trainer.experiment_name={self.name}",
             "trainer.logger=[file]",
             *self.overrides,
         ]
+
+    def _staleness_overrides(self) -> list[str]:
+        if self.replay:
+            window = f"trainer.v1.replay.staleness_updates={self.staleness_updates}"
+            return ["staleness=replay", f"replay={self.replay}", window]
+        return [f"staleness=s{self.staleness_updates}" if self.staleness_updates else "staleness=on_policy"]
 
 
 def trials() -> Iterator[Job]:

@@ -94,12 +94,13 @@ class ReplayConfig:
     """How often a rollout is trained.
 
     Args:
-        max_uses: trainer steps that may train on the same rollout; 1 trains each once.
-        fresh_share: share of the prompts of each batch, at least, that are new; a whole number of prompts. 1: all.
+        max_uses: trainer steps that may train on the same rollout; 1 trains each once. null: no limit beside its age.
+        fresh_share: share of the prompts of each batch, at least, that are new; a whole number of prompts. 1: all. A
+            rollout is then trained 1 / `fresh_share` times on average.
         sampling: how the others are chosen: `uniform` over those that may be trained again, or the `newest`.
     """
 
-    max_uses: int = 1
+    max_uses: int | None = 1
     fresh_share: float = 1.0
     sampling: str = "uniform"
 

@@ -1,5 +1,6 @@
 """Can a rollout be trained as often as asked, and does the chosen mode train any more than once?"""
 
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -15,7 +16,7 @@ from verl_m2po.staleness.rule.reuse import SAMPLING
 MODE = "replay"
 KEY = "trainer.v1.replay.replay"
 NUMBERS = (
-    Number("max_uses", 1, meaning="trainer steps that train on a rollout"),
+    Number("max_uses", 1, may_be_null=True, meaning="trainer steps that train on a rollout"),
     Number("fresh_share", 0, 1, is_whole=False, excludes_least=True, meaning="a share of the prompts of a batch"),
 )
 OFF = "replay=off trains each rollout once"
@@ -65,18 +66,30 @@ def _share(config: DictConfig, replay: ReplayConfig) -> Iterator[Problem]:
 
 def _uses(config: DictConfig, settings: ReplayModeConfig) -> Iterator[Problem]:
     replay, (clock, bound_steps) = settings.replay, staleness_steps(config)
-    uses, share = replay.max_uses, replay.fresh_share
-    if uses == 1 and share < 1:
-        why = "max_uses=1 trains each rollout once, so every prompt of a batch is new"
-        yield Problem(f"{KEY}.fresh_share", share, why, f"Set it to 1, or {KEY}.max_uses to 2 or more")
-    if uses > 1 and share == 1:
+    uses, share, mean = replay.max_uses, replay.fresh_share, 1 / replay.fresh_share
+    window = f"trainer.v1.replay.staleness_updates={settings.staleness_updates}"
+    once_a_step = f"a rollout is trained once a trainer step, in at most {bound_steps + 1} of {window}"
+
+    def wider(least_uses: float) -> str:
+        return f"Set trainer.v1.replay.staleness_updates to {clock.updates(math.ceil(least_uses) - 1)} or more"
+
+    if uses == 1:
+        if share < 1:
+            why = "max_uses=1 trains each rollout once, so every prompt of a batch is new"
+            yield Problem(f"{KEY}.fresh_share", share, why, f"Set it to 1, or {KEY}.max_uses to 2 or more")
+        return
+    if share == 1:
         why = "it is never reached: fresh_share=1 leaves no place in a batch for a rollout that was trained before"
-        yield Problem(f"{KEY}.max_uses", uses, why, f"Lower {KEY}.fresh_share, such as to {1 / uses:g}")
-    if uses > bound_steps + 1:
-        window = f"trainer.v1.replay.staleness_updates={settings.staleness_updates}"
-        why = f"it is never reached: a rollout is trained once a trainer step, in at most {bound_steps + 1} of {window}"
-        remedy = f"Set trainer.v1.replay.staleness_updates to {clock.updates(uses - 1)} or more"
-        yield Problem(f"{KEY}.max_uses", uses, why, remedy)
-    elif uses > 1 and uses * share < 1:
+        yield Problem(f"{KEY}.max_uses", uses, why, f"Lower {KEY}.fresh_share, such as to {1 / (uses or 4):g}")
+    if uses is not None and uses > bound_steps + 1:
+        yield Problem(f"{KEY}.max_uses", uses, f"it is never reached: {once_a_step}", wider(uses))
+    elif uses is None and mean > bound_steps + 1:
+        why = f"each rollout would have to be trained {mean:g} times, but {once_a_step}"
+        yield Problem(f"{KEY}.fresh_share", share, why, wider(mean))
+    elif uses is not None and uses < mean:
         why = f"with max_uses={uses} rollouts run out, and about {1 / uses:g} of the prompts will be new"
         yield Problem(f"{KEY}.fresh_share", share, why, f"Set it to {1 / uses:g}, or raise max_uses", is_fatal=False)
+    elif uses == mean and uses < bound_steps:
+        why = f"they are used up after about {uses} trainer steps, so the {bound_steps} of {window} are never filled"
+        remedy = "Set it to null, or well above 1 / fresh_share, to train on older rollouts"
+        yield Problem(f"{KEY}.max_uses", uses, why, remedy, is_fatal=False)

@@ -17,7 +17,7 @@ class Reuse:
     """How often a rollout is trained.
 
     Args:
-        max_uses: trainer steps that may train on the same group; 1 trains each once.
+        max_uses: trainer steps that may train on the same group; 1 trains each once, None sets no limit beside its age.
         first_uses: groups of every batch, at least, that were not trained before.
         sampling: how the others are chosen: `uniform` over those that may be trained again, or the `newest`.
         seed: of the choice.
@@ -26,16 +26,20 @@ class Reuse:
         ValueError: a value that nothing can honour.
     """
 
-    max_uses: int
+    max_uses: int | None
     first_uses: int
     sampling: str = "uniform"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_uses < 1 or self.first_uses < 1:
+        if self.first_uses < 1 or (self.max_uses is not None and self.max_uses < 1):
             raise ValueError(f"max_uses={self.max_uses} and first_uses={self.first_uses} must be at least 1")
         if self.sampling not in SAMPLING:
             raise ValueError(f"sampling={self.sampling!r} is none of {', '.join(SAMPLING)}")
+
+    def allows_after(self, uses: int) -> bool:
+        """Whether a group that was trained `uses` times may be trained again."""
+        return self.max_uses is None or uses < self.max_uses
 
 
 @dataclass(slots=True)
@@ -118,7 +122,7 @@ class Pool:
         staying = [
             trained
             for trained in used
-            if trained.uses < self.reuse.max_uses and trained.group.min_version >= oldest_next
+            if self.reuse.allows_after(trained.uses) and trained.group.min_version >= oldest_next
         ]
         self._resting += staying
         return [trained.group.ticket.uid for trained in staying]
