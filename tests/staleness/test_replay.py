@@ -6,14 +6,16 @@ from collections import Counter, defaultdict
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rollout_simulation import Simulation, Trace, Workload
+from rollout_simulation import Simulation, Trace, Workload, outcome
 
 from verl_m2po.staleness.rule.exact import ExactStale
+from verl_m2po.staleness.rule.imitation import Imitation, Recalibration
 from verl_m2po.staleness.rule.records import Row
 from verl_m2po.staleness.rule.replay import Replay, spread
 from verl_m2po.staleness.rule.reuse import SAMPLING, Reuse
 from verl_m2po.staleness.rule.rules import StalenessViolation
 from verl_m2po.staleness.rule.units import UpdateClock, UpdateCount
+from verl_m2po.staleness.rule.worth import BATCHES_TO_A_SUCCESS, Judge, NothingSucceeds, Outcome
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +38,12 @@ def batches(trace: Trace) -> dict[int, list[str]]:
     return found
 
 
+def is_worth(sampling: str, uid: str) -> bool:
+    """Whether `sampling` trains a group again."""
+    seen = outcome(uid)
+    return {"informative": seen.has_advantage, "positive": seen.has_success}.get(sampling, True)
+
+
 def check(bound: int, reuse: Reuse, steps: int, seed: int, fail_share: float, batch: int = BATCH) -> None:
     rule = Replay(bound, batch, reuse)
     simulation = Simulation(rule, workload(fail_share), seed)
@@ -47,9 +55,10 @@ def check(bound: int, reuse: Reuse, steps: int, seed: int, fail_share: float, ba
         assert len(set(uids)) == batch, "a group is twice in a batch"
         new = sum(uid not in uses for uid in uids)
         assert new >= reuse.first_uses
+        assert all(is_worth(reuse.sampling, uid) for uid in uids if uid in uses)
         first_uses += new
         uses.update(uids)
-    assert max(uses.values()) <= reuse.max_uses
+    assert reuse.max_uses is None or max(uses.values()) <= reuse.max_uses
     # Nothing starves: what was generated has been trained, or is counted under the reason why not.
     assert simulation.dispatched == first_uses + trace.ended.total()
     assert rule.depth == 0
@@ -58,7 +67,7 @@ def check(bound: int, reuse: Reuse, steps: int, seed: int, fail_share: float, ba
 
 cases = given(
     bound=st.integers(0, 9),
-    max_uses=st.integers(1, 9),
+    max_uses=st.none() | st.integers(1, 9),
     first_uses=st.integers(1, BATCH),
     sampling=st.sampled_from(SAMPLING),
     seed=st.integers(0, 2**32),
@@ -72,16 +81,22 @@ def test_uses_ages_and_shares_are_as_asked_whatever_happens(bound, max_uses, fir
     check(bound, Reuse(max_uses, first_uses, sampling, seed), 40, seed, fail_share)
 
 
-def test_for_100_000_steps_in_a_row():
-    check(16, Reuse(4, 1), 100_000, seed=1, fail_share=0.05, batch=2)
+@pytest.mark.parametrize(("sampling", "max_uses", "steps"), [("uniform", 4, 100_000), ("positive", None, 4_000)])
+def test_for_a_long_time(sampling, max_uses, steps):
+    check(16, Reuse(max_uses, 1, sampling), steps, seed=1, fail_share=0.05, batch=2)
 
 
 @settings(max_examples=30, deadline=None)
-@given(bound=st.integers(1, 6), max_uses=st.integers(2, 6), sampling=st.sampled_from(SAMPLING), stop=st.integers(1, 24))
+@given(
+    bound=st.integers(1, 6),
+    max_uses=st.none() | st.integers(2, 6),
+    sampling=st.sampled_from(SAMPLING),
+    stop=st.integers(1, 24),
+)
 def test_a_restart_draws_what_the_uninterrupted_run_would(bound, max_uses, sampling, stop):
     def trace(is_interrupted: bool) -> Trace:
         def make() -> Replay:
-            rule = Replay(bound, BATCH, Reuse(max_uses, 2, sampling))
+            rule = Replay(bound, BATCH, Reuse(max_uses, 2, sampling), imitation=Imitation(5, 9))
             rule.limit(25)
             return rule
 
@@ -93,6 +108,7 @@ def test_a_restart_draws_what_the_uninterrupted_run_would(bound, max_uses, sampl
                 state = json.loads(json.dumps(simulation.rule.state_dict()))
                 simulation.rule = make()
                 simulation.rule.load_state_dict(state)
+                assert json.loads(json.dumps(simulation.rule.state_dict())) == state
         return simulation.trace
 
     assert trace(is_interrupted=True) == trace(is_interrupted=False)
@@ -109,6 +125,21 @@ def test_four_uses_and_a_quarter_of_new_groups_generate_a_quarter():
     rule = Replay(64, 32, Reuse(4, 8))
     trace = run(rule, 300)
     assert len({group.ticket.uid for _, _, group in trace.trained}) == 32 + 299 * 8
+
+
+def ages_and_uses(max_uses: int | None) -> tuple[float, float]:
+    """Mean age in steps, and mean uses, of what is trained with a quarter new and a window of 64 steps."""
+    trace = run(Replay(64, 32, Reuse(max_uses, 8)), 400)
+    trained = [(version - group.min_version, group.ticket.uid) for version, _, group in trace.trained]
+    late = trained[32 * 200 :]
+    return sum(age for age, _ in late) / len(late), len(late) / len({uid for _, uid in late})
+
+
+def test_the_share_of_new_groups_sets_the_mean_uses_and_a_tight_limit_empties_the_window():
+    free_age, free_uses = ages_and_uses(None)
+    tight_age, tight_uses = ages_and_uses(4)
+    assert free_uses == pytest.approx(3, abs=1) and tight_uses == pytest.approx(4, rel=0.05)
+    assert free_age > 20 and tight_age < 4
 
 
 def test_uniform_draws_each_of_the_groups_equally_often():
@@ -146,6 +177,44 @@ def test_a_group_of_other_weights_is_refused():
     rule.admit("a", 0)
     with pytest.raises(StalenessViolation, match="dispatched with weight version 0 and generated by versions 1 to 1"):
         rule.finish("a", (Row("a_0_0", 1, 3, ((1, 3),)),))
+
+
+def test_a_batch_that_nobody_judged_is_an_error_where_the_choice_depends_on_it():
+    rule = Replay(9, 1, Reuse(2, 1, "informative"))
+    rule.admit("a", 0)
+    rule.finish("a", (Row("a_0_0", 1, 3, ((0, 3),)),))
+    rule.select(0, 1)
+    with pytest.raises(ValueError, match="sampling=informative: the last batch was trained and not judged"):
+        rule.admissible(1)
+
+
+def test_imitation_of_a_task_whose_rewards_are_never_positive_ends_with_what_to_do():
+    judge, nothing = Judge("positive"), {"a": Outcome(-1.0, True, False, has_score=False)}
+    for _ in range(BATCHES_TO_A_SUCCESS - 1):
+        judge.see(nothing)
+    resumed = Judge("positive")
+    resumed.load_state_dict(json.loads(json.dumps(judge.state_dict())))
+    with pytest.raises(NothingSucceeds, match=r"none of the first 10 batches.*set replay.sampling=informative"):
+        resumed.see(nothing)
+    judge.see({"a": Outcome(1.0, False, False, has_score=True)})
+    for _ in range(BATCHES_TO_A_SUCCESS):
+        judge.see(nothing)
+
+
+def test_the_weight_of_imitation_rises_as_in_spear():
+    weights = [Imitation(ramp_steps=200).weight(step) for step in (0, 50, 100, 150, 200, 900)]
+    assert weights == pytest.approx([0, 0.1464, 0.5, 0.8536, 1, 1], abs=1e-4)
+    assert Imitation().weight(1) == 1
+
+
+def test_the_baseline_is_the_median_of_the_groups_that_were_new_last():
+    recalibration = Recalibration(Imitation(baseline_groups=3))
+    assert recalibration.baseline() is None
+    recalibration.add([9.0, 0.0, 0.25, 1.0])
+    assert recalibration.baseline() == 0.25
+    off = Recalibration(Imitation())
+    off.add([1.0])
+    assert off.baseline() is None
 
 
 @pytest.mark.parametrize("wrong", [(0, 1, "uniform"), (1, 0, "uniform"), (1, 1, "best")])

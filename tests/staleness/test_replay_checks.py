@@ -35,9 +35,22 @@ def problems(mode: str = "replay", staleness_updates: int = 64, **replay):
     return checks.check(config(mode, staleness_updates=staleness_updates, **changes))
 
 
-@pytest.mark.parametrize(("uses", "share"), [(1, 1.0), (2, 0.5), (4, 0.25), (17, 1 / 16), (9, 0.25)])
+@pytest.mark.parametrize(("uses", "share"), [(1, 1.0), (2, 0.5), (4, 0.25), (17, 1 / 16), (9, 0.25), (None, 0.25)])
 def test_a_reuse_that_a_run_can_honour_has_no_problem(uses, share):
-    assert problems(max_uses=uses, fresh_share=share) == []
+    found = problems(max_uses=uses, fresh_share=share)
+    assert not any(problem.is_fatal for problem in found)
+    assert [problem.key for problem in found] == ([f"{KEY}.max_uses"] if uses in (2, 4) else [])
+
+
+def test_a_limit_of_uses_that_empties_the_window_is_mentioned():
+    (problem,) = problems(max_uses=4, fresh_share=0.25)
+    assert "used up after about 4 trainer steps" in problem.why and "null" in problem.remedy
+    assert problems(max_uses=4, fresh_share=0.25, staleness_updates=16) == []
+
+
+@pytest.mark.parametrize("replay", [{}, {"sampling": "positive", "baseline_groups": 10240, "ramp_steps": 200}])
+def test_self_imitation_and_its_settings_go_together(replay):
+    assert problems(max_uses=None, fresh_share=0.25, **replay) == []
 
 
 @pytest.mark.parametrize(
@@ -48,7 +61,15 @@ def test_a_reuse_that_a_run_can_honour_has_no_problem(uses, share):
         ({"max_uses": 4, "fresh_share": 1.5}, "fresh_share", "share of the prompts"),
         ({"max_uses": 4, "fresh_share": 0.3}, "fresh_share", "Set it to 0.296875 or 0.30078125"),
         ({"max_uses": 300, "fresh_share": 0.001, "staleness_updates": 2000}, "fresh_share", "Set it to 0.00390625,"),
-        ({"max_uses": 4, "fresh_share": 0.25, "sampling": "best"}, "sampling", "Set it to uniform or newest"),
+        (
+            {"max_uses": 4, "fresh_share": 0.25, "sampling": "best"},
+            "sampling",
+            "Set it to uniform, newest, informative or",
+        ),
+        ({"max_uses": 4, "fresh_share": 0.125, "ramp_steps": 200}, "ramp_steps", "to positive"),
+        ({"max_uses": 4, "fresh_share": 0.25, "baseline_groups": -1}, "baseline_groups", "too small"),
+        ({"max_uses": None, "fresh_share": 1.0}, "max_uses", "leaves no place"),
+        ({"max_uses": None, "fresh_share": 0.125, "staleness_updates": 16}, "fresh_share", "to 28 or more"),
         ({"max_uses": 4, "fresh_share": 1.0}, "max_uses", "leaves no place"),
         ({"max_uses": 1, "fresh_share": 0.5}, "fresh_share", "every prompt of a batch is new"),
         ({"max_uses": 4, "fresh_share": 0.25, "staleness_updates": 8}, "max_uses", "to 12 or more"),

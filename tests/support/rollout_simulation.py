@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from verl_m2po.staleness.rule.records import Group, Row
 from verl_m2po.staleness.rule.rules import StalenessRule
+from verl_m2po.staleness.rule.worth import Outcome
 
 
 @dataclass
@@ -56,6 +57,14 @@ class Trace:
     max_depth: int = 0
     max_in_flight: int = 0
     waited: float = 0.0
+
+
+def outcome(uid: str) -> Outcome:
+    """What training a group shows of it: an advantage in three of four, a success in half of those."""
+    chance = random.Random(uid)
+    has_advantage = chance.random() < 0.75
+    has_success = has_advantage and chance.random() < 0.5
+    return Outcome(chance.random(), has_advantage, has_success, has_score=has_success)
 
 
 class Simulation:
@@ -171,6 +180,8 @@ class Simulation:
         if not selection.groups:
             return False
         assert len(selection.groups) == count
+        if self.rule.needs_outcomes:
+            self.rule.judge({group.ticket.uid: outcome(group.ticket.uid) for group in selection.groups})
         for group in selection.groups:
             self.trace.trained.append((self.version, selection.oldest_version, group))
         return True

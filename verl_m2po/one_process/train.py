@@ -27,8 +27,10 @@ from verl_m2po.one_process.claim import claim
 from verl_m2po.one_process.learner import Learner
 from verl_m2po.one_process.rollouts import Generator, Problems, with_advantages
 from verl_m2po.one_process.setup import Setup
+from verl_m2po.staleness import outcomes
 from verl_m2po.staleness.account.metrics import StalenessMetrics
-from verl_m2po.staleness.rule.records import Row
+from verl_m2po.staleness.rule.records import Row, Selection
+from verl_m2po.staleness.rule.replay import Replay
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import version_at_step
 from verl_m2po.tasks import arithmetic, supervision
@@ -52,6 +54,7 @@ class Buffer:
 
     def __post_init__(self) -> None:
         self._groups: dict[str, TensorDict] = {}
+        self._selection: Selection | None = None
         self._admitted = 0
 
     def fill(self, version: int, generate: Callable[[int], list[TensorDict]]) -> None:
@@ -74,7 +77,8 @@ class Buffer:
         """The groups to train from weight `version`, with the age of their rows in optimizer updates."""
         selection = self.rule.select(version, self.rule.batch_size)
         assert selection is not None, "what the rule admits is generated at once"
-        self.metrics.trained(selection.groups, version, selection.oldest_version, selection.replayed)
+        self._selection = selection
+        self.metrics.trained(selection.groups, version, selection.oldest_version, len(selection.replayed))
         groups = []
         for group in selection.groups:
             rollouts = self._groups[group.ticket.uid]
@@ -84,6 +88,17 @@ class Buffer:
         for group in (*selection.used_up, *selection.retired):
             del self._groups[group.ticket.uid]
         return groups
+
+    def judge(self, data: DataProto, step: int) -> None:
+        """Tell the rule what the batch that was taken has shown, where that decides what is trained again."""
+        if not self.rule.needs_outcomes:
+            return
+        assert self._selection is not None and isinstance(self.rule, Replay)
+        uids = [group.ticket.uid for group in self._selection.groups for _ in group.rows]
+        scores, mask = data.batch["rm_scores"].sum(-1), data.batch["response_mask"].bool()
+        batch = outcomes.Batch(uids, scores, data.batch["advantages"], mask)
+        if (changed := batch.judged(self.rule, self._selection.replayed, step)) is not None:
+            data.batch["advantages"], data.batch["response_mask"] = changed
 
 
 def _rows(uid: str, group: TensorDict, version: int) -> tuple[Row, ...]:
@@ -132,7 +147,9 @@ class Bench:
         """What trainer step `step` (from 1) trains on, as a DataProto; generates all that is due before it."""
         version = version_at_step(step)
         self._buffer.fill(version, lambda count: self._generator.generate(list(islice(self._order, count))))
-        return with_advantages(self._buffer.take(version), self.setup, self.learner.log_probs)
+        data = with_advantages(self._buffer.take(version), self.setup, self.learner.log_probs)
+        self._buffer.judge(data, step)
+        return data
 
     def step(self, step: int) -> dict[str, float]:
         """One trainer step (from 1); its metrics by verl's names."""

@@ -96,6 +96,8 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         )
         self.rule = rule
         self.version = 0  # weight version that the rollout holds
+        self.replayed: frozenset[str] = frozenset()
+        """Groups of the batch that was handed out last that were trained before."""
         self._metrics, self._failures = metrics, failures
         self._listeners = (*listeners, metrics, failures)
         self._dispatch, self._store = dispatch, LotStore()
@@ -194,6 +196,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         batch = self._store.copy_to_train(selection.groups, selection.oldest_version)
         self._delete(selection.used_up)
         self.tell(events.Trained(global_steps, version, selection))
+        self.replayed = selection.replayed
         return batch, {}
 
     def _wait_for_selection(self, batch_size: int) -> Selection:

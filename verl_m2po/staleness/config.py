@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_m2po.ground.problem import Problem, WrongValue
 from verl_m2po.ground.verl_config import TRAINER_MODE, read
+from verl_m2po.staleness.rule.imitation import Imitation
 from verl_m2po.staleness.rule.replay import Replay
 from verl_m2po.staleness.rule.reuse import Reuse
 from verl_m2po.staleness.rule.units import UpdateClock, UpdateCount
@@ -98,11 +99,18 @@ class ReplayConfig:
         fresh_share: share of the prompts of each batch, at least, that are new; a whole number of prompts. 1: all. A
             rollout is then trained 1 / `fresh_share` times on average.
         sampling: how the others are chosen: `uniform` over those that may be trained again, or the `newest`.
+            `informative`: uniform over those that had an advantage. `positive`: uniform over those in which a
+            trajectory succeeded (a score and an advantage above 0), and only such trajectories are trained again.
+        baseline_groups: with `positive`, the advantage of what is trained again is its score above the median of the
+            mean scores of so many groups; 0 leaves it as it is.
+        ramp_steps: with `positive`, trainer steps over which its weight rises from 0 to 1; 0: it is 1 from the start.
     """
 
     max_uses: int | None = 1
     fresh_share: float = 1.0
     sampling: str = "uniform"
+    baseline_groups: int = 0
+    ramp_steps: int = 0
 
 
 @dataclass
@@ -150,7 +158,8 @@ def make_replay(
     count = first_uses(replay.fresh_share, batch_size)
     assert count is not None, "checks/replay.py refuses other shares"
     reuse = Reuse(replay.max_uses, count, replay.sampling, 0 if seed is None else seed)
-    return Replay(staleness_steps, batch_size, reuse, updates)
+    imitation = Imitation(replay.baseline_groups, replay.ramp_steps)
+    return Replay(staleness_steps, batch_size, reuse, updates, imitation)
 
 
 def is_chosen(config: DictConfig) -> bool:

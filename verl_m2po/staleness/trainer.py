@@ -40,6 +40,7 @@ from verl_m2po.staleness.account.summary import print_summary
 from verl_m2po.staleness.config import BoundedAsyncConfig, ReplayModeConfig, load_mode_config, make_clock, make_replay
 from verl_m2po.staleness.dynamic_sampling import DynamicSampling
 from verl_m2po.staleness.needs import set_what_the_mode_needs
+from verl_m2po.staleness.outcomes import judge
 from verl_m2po.staleness.prompts import indices, require_a_batch
 from verl_m2po.staleness.restart import resume
 from verl_m2po.staleness.restart.persistence import Persistence
@@ -52,6 +53,7 @@ from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow
 from verl_m2po.staleness.rule.informative import InformativeWindow
 from verl_m2po.staleness.rule.records import Ticket
+from verl_m2po.staleness.rule.replay import Replay
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import UpdateCount, version_at_step
 from verl_m2po.staleness.watch.deadline import TimeLimits
@@ -309,6 +311,13 @@ class PPOTrainerReplay(PPOTrainerStaleK):
         settings = load_mode_config(self.config, self.trainer_mode)
         assert isinstance(settings, ReplayModeConfig)
         return make_replay(settings, staleness_steps, batch_size, self.config.data.get("seed"), self._updates)
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """As verl's; says what the batch has shown of its groups, on which it depends which are trained again."""
+        batch = super()._compute_advantage(batch, metrics)
+        rule = self.replay_buffer.rule
+        assert isinstance(rule, Replay)
+        return judge(batch, rule, self.replay_buffer.replayed, self.global_steps) if rule.needs_outcomes else batch
 
 
 class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):

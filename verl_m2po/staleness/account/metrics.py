@@ -110,7 +110,7 @@ class StalenessMetrics:
                 for group in groups:
                     self.dropped(group)
             case events.Trained(_, version, selection):
-                self.trained(selection.groups, version, selection.oldest_version, selection.replayed)
+                self.trained(selection.groups, version, selection.oldest_version, len(selection.replayed))
             case events.TrainerWaited(seconds):
                 self.trainer_waited(seconds)
             case events.GeneratorIdle(since):

@@ -17,6 +17,8 @@ MODE = "replay"
 KEY = "trainer.v1.replay.replay"
 NUMBERS = (
     Number("max_uses", 1, may_be_null=True, meaning="trainer steps that train on a rollout"),
+    Number("baseline_groups", 0, meaning="groups whose mean scores make a baseline"),
+    Number("ramp_steps", 0, meaning="trainer steps"),
     Number("fresh_share", 0, 1, is_whole=False, excludes_least=True, meaning="a share of the prompts of a batch"),
 )
 OFF = "replay=off trains each rollout once"
@@ -50,8 +52,13 @@ def _ranges(replay: ReplayConfig) -> Iterator[Problem]:
         if problem is not None:
             yield problem._replace(key=f"{KEY}.{number.key}")
     if replay.sampling not in SAMPLING:
-        remedy = f"Set it to {' or '.join(SAMPLING)}"
+        remedy = f"Set it to {', '.join(SAMPLING[:-1])} or {SAMPLING[-1]}"
         yield Problem(f"{KEY}.sampling", replay.sampling, "there is no such choice", remedy)
+    elif replay.sampling != "positive":
+        for key in ("baseline_groups", "ramp_steps"):
+            if (value := getattr(replay, key)) > 0:
+                why = f"it changes nothing with sampling={replay.sampling}, under which advantages stay as they are"
+                yield Problem(f"{KEY}.{key}", value, why, f"Set it to 0, or {KEY}.sampling to positive")
 
 
 def _share(config: DictConfig, replay: ReplayConfig) -> Iterator[Problem]:

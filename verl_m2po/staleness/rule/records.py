@@ -148,7 +148,7 @@ class Selection:
             free again.
         kept: uids of those of `groups` that may be selected again: their rows stay where they are.
         retired: groups that were trained before and will not be again; their rows must be deleted.
-        replayed: how many of `groups` were trained before.
+        replayed: uids of those of `groups` that were trained before.
     """
 
     groups: tuple[Group, ...]
@@ -156,7 +156,7 @@ class Selection:
     evicted: tuple[Group, ...] = ()
     kept: frozenset[str] = frozenset()
     retired: tuple[Group, ...] = ()
-    replayed: int = 0
+    replayed: frozenset[str] = frozenset()
 
     @property
     def used_up(self) -> tuple[Group, ...]:

@@ -5,13 +5,16 @@ is ReMix's (arXiv:2507.06892).
 """
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from verl_m2po.staleness.rule.imitation import Imitation, Recalibration
 from verl_m2po.staleness.rule.records import Group, Selection, Ticket
 from verl_m2po.staleness.rule.reuse import Pool, Reuse
 from verl_m2po.staleness.rule.rules import StalenessRule, StalenessViolation
 from verl_m2po.staleness.rule.units import UpdateCount
+from verl_m2po.staleness.rule.worth import Outcome
 
 
 class Replay(StalenessRule):
@@ -26,6 +29,7 @@ class Replay(StalenessRule):
         staleness_steps: largest age of what is trained, in trainer steps.
         batch_size: prompt groups per trainer step.
         reuse: how often a group is trained, and which.
+        imitation: how the advantages of what is trained again are formed anew.
         updates: counts what each step really made. Where steps make more updates than configured, fewer of them are
             within the bound. None: every step makes the same number.
 
@@ -35,12 +39,21 @@ class Replay(StalenessRule):
 
     name = "replay"
 
-    def __init__(self, staleness_steps: int, batch_size: int, reuse: Reuse, updates: UpdateCount | None = None) -> None:
+    def __init__(
+        self,
+        staleness_steps: int,
+        batch_size: int,
+        reuse: Reuse,
+        updates: UpdateCount | None = None,
+        imitation: Imitation = Imitation(),  # noqa: B008  # frozen
+    ) -> None:
         super().__init__(staleness_steps, batch_size)
         if reuse.first_uses > batch_size:
             raise ValueError(f"first_uses={reuse.first_uses} of a batch of {batch_size} groups")
         self._updates = updates
         self.pool = Pool(reuse, self.oldest_usable)
+        self.recalibration = Recalibration(imitation)
+        self._replayed_uids: frozenset[str] = frozenset()
         self._next_version = 0
         self._ready: list[Group] = []
         self._free_places: deque[int] = deque()
@@ -107,13 +120,23 @@ class Replay(StalenessRule):
         self._ready, self._next_version = [], version + 1
         drawn, kept = self.pool.draw(count - len(first), version)
         kept += self.pool.first_used(first, version)
+        self._replayed_uids = frozenset(group.ticket.uid for group in drawn)
         return Selection(
             spread(first, drawn),
             oldest_version=None,
             kept=frozenset(kept),
             retired=self.pool.take_retired(),
-            replayed=len(drawn),
+            replayed=self._replayed_uids,
         )
+
+    @property
+    def needs_outcomes(self) -> bool:
+        return self.pool.judge.is_needed
+
+    def judge(self, outcomes: Mapping[str, Outcome]) -> None:
+        self.pool.judged(outcomes)
+        first = [outcome.mean_score for uid, outcome in outcomes.items() if uid not in self._replayed_uids]
+        self.recalibration.add(first)
 
     def settled(self, version: int) -> bool:
         return len(self._in_flight) == len(self._postponed) and self.admissible(version) == 0
@@ -125,6 +148,7 @@ class Replay(StalenessRule):
             "free_places": list(self._free_places),
             "ready": [group.to_json() for group in self._ready],
             "pool": self.pool.state_dict(),
+            "baseline": self.recalibration.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -138,6 +162,7 @@ class Replay(StalenessRule):
         self._free_places = deque(state["free_places"])
         self._ready = [Group.from_json(data) for data in state["ready"]]
         self.pool.load_state_dict(state["pool"])
+        self.recalibration.load_state_dict(state.get("baseline", []))  # an earlier version had none
 
 
 def spread(first: list[Group], drawn: list[Group]) -> tuple[Group, ...]:

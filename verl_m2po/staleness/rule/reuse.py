@@ -2,13 +2,14 @@
 
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from verl_m2po.staleness.rule.records import Group
+from verl_m2po.staleness.rule.worth import Judge, Outcome
 
-SAMPLING = ("uniform", "newest")
+SAMPLING = ("uniform", "newest", "informative", "positive")
 """How `Pool.draw` chooses."""
 
 
@@ -19,7 +20,9 @@ class Reuse:
     Args:
         max_uses: trainer steps that may train on the same group; 1 trains each once, None sets no limit beside its age.
         first_uses: groups of every batch, at least, that were not trained before.
-        sampling: how the others are chosen: `uniform` over those that may be trained again, or the `newest`.
+        sampling: how the others are chosen: `uniform` over those that may be trained again, or the `newest`. Only
+            groups that had an advantage may be with `informative`, only those with a success with `positive`; among
+            them each is as likely.
         seed: of the choice.
 
     Raises:
@@ -77,10 +80,18 @@ class Pool:
         self._by_age: list[tuple[int, int, str]] = []
         self._by_youth: list[tuple[int, int, str]] = []
         self._retired: list[Group] = []
+        self.judge = Judge(reuse.sampling)
+        self._awaits_outcomes = False
 
     def drawable(self, version: int) -> int:
-        """Groups that may be drawn when training starts from weight `version`, which never goes back."""
+        """Groups that may be drawn when training starts from weight `version`, which never goes back.
+
+        Raises:
+            ValueError: nobody said what training the batch before has shown, on which `sampling` depends.
+        """
         if version > self._version:
+            if self._awaits_outcomes:
+                raise ValueError(f"sampling={self.reuse.sampling}: the last batch was trained and not judged")
             self._version = version
             for trained in self._resting:
                 self._add(trained)
@@ -125,7 +136,17 @@ class Pool:
             if self.reuse.allows_after(trained.uses) and trained.group.min_version >= oldest_next
         ]
         self._resting += staying
+        self._awaits_outcomes = self.judge.is_needed
         return [trained.group.ticket.uid for trained in staying]
+
+    def judged(self, outcomes: Mapping[str, Outcome]) -> None:
+        """What training the last batch has shown, by uid: groups that are not worth another use are given up."""
+        self.judge.see(outcomes)
+        self._awaits_outcomes = False
+        if self.judge.is_needed:
+            is_worth = {uid: self.judge.is_worth(outcome) for uid, outcome in outcomes.items()}
+            self._retired += [each.group for each in self._resting if not is_worth[each.group.ticket.uid]]
+            self._resting = [each for each in self._resting if is_worth[each.group.ticket.uid]]
 
     def draw(self, count: int, version: int) -> tuple[list[Group], list[str]]:
         """`count` groups to train again from weight `version`, and the uids of those that may be trained yet again.
@@ -153,7 +174,7 @@ class Pool:
                 return self._place[uid]
 
     def take_retired(self) -> tuple[Group, ...]:
-        """Groups that became too old since the last call."""
+        """Groups that became too old, or were found not worth another use, since the last call."""
         retired, self._retired = tuple(self._retired), []
         return retired
 
@@ -170,6 +191,7 @@ class Pool:
         return {
             "version": self._version,
             "draws": self._draws,
+            "judge": self.judge.state_dict(),
             "drawable": plain(self._drawable),
             "resting": plain(self._resting),
         }
@@ -185,3 +207,5 @@ class Pool:
         for trained in loaded(state["drawable"]):
             self._add(trained)
         self._resting = loaded(state["resting"])
+        if "judge" in state:  # an earlier version had none
+            self.judge.load_state_dict(state["judge"])

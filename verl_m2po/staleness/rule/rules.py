@@ -6,9 +6,11 @@ with a logarithm of the depth for the heap of `BoundedAsync`; nothing is proport
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from verl_m2po.staleness.rule.records import Group, Row, Selection, Ticket
+from verl_m2po.staleness.rule.worth import Outcome
 
 
 class StalenessViolation(RuntimeError):
@@ -151,6 +153,15 @@ class StalenessRule(ABC):
         Raises:
             StalenessViolation: it cannot.
         """
+        return
+
+    @property
+    def needs_outcomes(self) -> bool:
+        """Whether `judge` must be called for each batch."""
+        return False
+
+    def judge(self, outcomes: Mapping[str, Outcome]) -> None:
+        """What training the batch that was selected last has shown of its groups, by uid; before the next selection."""
         return
 
     @abstractmethod
