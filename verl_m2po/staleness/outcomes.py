@@ -89,7 +89,9 @@ class Batch:
 
 def judge(batch: KVBatchMeta, rule: Replay, replayed: Set[str], step: int) -> KVBatchMeta:
     """The same for a batch in TransferQueue, whose fields are changed there."""
-    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(FIELDS))
+    partition = batch.partition_id
+    assert partition is not None
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=partition, select_fields=list(FIELDS))
     nested_mask = data["response_mask"]
     uids = data["uid"].tolist()
     padded = data.select("rm_scores", "advantages", "response_mask").to_padded_tensor()
@@ -102,6 +104,5 @@ def judge(batch: KVBatchMeta, rule: Replay, replayed: Set[str], step: int) -> KV
         "advantages": response_to_nested(advantages, nested_mask),
         "response_mask": response_to_nested(mask.to(nested_mask.dtype), nested_mask),
     }
-    return tq.kv_batch_put(
-        keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(uids))
-    )
+    columns = TensorDict(fields, batch_size=len(uids))
+    return tq.kv_batch_put(keys=batch.keys, partition_id=partition, fields=columns)
