@@ -93,7 +93,7 @@ def judge(batch: KVBatchMeta, rule: Replay, replayed: Set[str], step: int) -> KV
     assert partition is not None
     data = tq.kv_batch_get(keys=batch.keys, partition_id=partition, select_fields=list(FIELDS))
     nested_mask = data["response_mask"]
-    uids = data["uid"].tolist()
+    uids = list(data["uid"])
     padded = data.select("rm_scores", "advantages", "response_mask").to_padded_tensor()
     seen = Batch(uids, padded["rm_scores"].sum(-1), padded["advantages"], padded["response_mask"].bool())
     changed = seen.judged(rule, replayed, step)
