@@ -12,6 +12,7 @@ from transfer_queue import KVBatchMeta
 from verl.workers.utils.padding import response_to_nested
 
 from verl_m2po.staleness.rule.replay import Replay
+from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.worth import Outcome
 
 FIELDS = ("uid", "rm_scores", "advantages", "response_mask")
@@ -87,8 +88,11 @@ class Batch:
         return self.imitated(replayed, recalibration.baseline(), recalibration.imitation.weight(step))
 
 
-def judge(batch: KVBatchMeta, rule: Replay, replayed: Set[str], step: int) -> KVBatchMeta:
-    """The same for a batch in TransferQueue, whose fields are changed there."""
+def judge(batch: KVBatchMeta, rule: StalenessRule, replayed: Set[str], step: int) -> KVBatchMeta:
+    """The same for a batch in TransferQueue, whose fields are changed there; nothing for a rule that need not know."""
+    if not rule.needs_outcomes:
+        return batch
+    assert isinstance(rule, Replay)
     partition = batch.partition_id
     assert partition is not None
     data = tq.kv_batch_get(keys=batch.keys, partition_id=partition, select_fields=list(FIELDS))

@@ -53,7 +53,6 @@ from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow
 from verl_m2po.staleness.rule.informative import InformativeWindow
 from verl_m2po.staleness.rule.records import Ticket
-from verl_m2po.staleness.rule.replay import Replay
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import UpdateCount, version_at_step
 from verl_m2po.staleness.watch.deadline import TimeLimits
@@ -313,11 +312,9 @@ class PPOTrainerReplay(PPOTrainerStaleK):
         return make_replay(settings, staleness_steps, batch_size, self.config.data.get("seed"), self._updates)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """As verl's; says what the batch has shown of its groups, on which it depends which are trained again."""
+        """As verl's; what the batch shows of its groups may decide which of them are trained again."""
         batch = super()._compute_advantage(batch, metrics)
-        rule = self.replay_buffer.rule
-        assert isinstance(rule, Replay)
-        return judge(batch, rule, self.replay_buffer.replayed, self.global_steps) if rule.needs_outcomes else batch
+        return judge(batch, self.replay_buffer.rule, self.replay_buffer.replayed, self.global_steps)
 
 
 class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):
