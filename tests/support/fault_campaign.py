@@ -248,14 +248,30 @@ def _title(process: psutil.Process) -> str:
 
 
 class Campaign:
-    """One training run and the faults that hit it."""
+    """One training run and the faults that hit it.
 
-    def __init__(self, folder: Path, faults: list[Fault], say: Callable[[str], None] = print) -> None:
+    Args:
+        folder: of everything that it writes.
+        faults: in their order.
+        say: told of each.
+        kind: of the run; None: that of the first fault.
+        steps: trainer steps; None: as many as the faults need.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        faults: list[Fault],
+        say: Callable[[str], None] = print,
+        kind: Kind | None = None,
+        steps: int | None = None,
+    ) -> None:
         self.folder, self.faults, self._say = folder, faults, say
-        self.kind = next(row[faults[0].kind] for row in KINDS if faults[0].kind in row)
+        self.kind = kind or next(row[faults[0].kind] for row in KINDS if faults[0].kind in row)
         # Long enough for every attempt to be hit before the end: what survives an attempt is at most its steps.
-        self.steps = sum(fault.after_steps + SAVE_EVERY for fault in faults if fault.moment != "start") + 4
-        self._ledger = folder / "ledger.jsonl"
+        enough = sum(fault.after_steps + SAVE_EVERY for fault in faults if fault.moment != "start") + 4
+        self.steps = enough if steps is None else steps
+        self.ledger = folder / "ledger.jsonl"
         self._journal = folder / "journal"
         self._attempts: list[list[dict]] = []
         self._journaled: dict[str, set[str]] = {}
@@ -264,7 +280,7 @@ class Campaign:
     def run(self) -> None:
         """Kill, restart, ...; fills in `faults`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = self._command()
+        command = self.command()
         for number, fault in enumerate(self.faults, start=1):
             attempt = Attempt(self.folder, number, command)
             try:
@@ -282,7 +298,8 @@ class Campaign:
         self._end_attempt(last, len(self.faults) + 1)
         self._judge(status, last)
 
-    def _command(self) -> list[str]:
+    def command(self) -> list[str]:
+        """That of every attempt."""
         data = self.folder / "data"
         arithmetic.write_parquet(data, train_rows=PROMPTS, validation_rows=8)
         mode = f"trainer.v1.{self.kind.mode}"
@@ -305,7 +322,7 @@ class Campaign:
             f"trainer.total_training_steps={self.steps}",
             f"trainer.v1.trainer_mode={self.kind.mode}",
             f"{mode}.staleness_updates={self.kind.staleness_steps * BATCH // MINI_BATCH}",
-            f"{mode}.ledger_path={self._ledger}",
+            f"{mode}.ledger_path={self.ledger}",
             f"{mode}.journal={str(self.kind.has_journal).lower()}",
             f"{mode}.journal_path={self._journal}",
             *(self._failing_rewards(mode) if self.kind.masks else ()),
@@ -392,7 +409,7 @@ class Campaign:
     def _end_attempt(self, attempt: Attempt, number: int) -> None:
         if number > 1:
             self.faults[number - 2].recovered_after_s = attempt.first_step_s
-        lines = self._ledger.read_text().splitlines() if self._ledger.exists() else []
+        lines = self.ledger.read_text().splitlines() if self.ledger.exists() else []
         known = sum(len(attempt) for attempt in self._attempts)
         self._attempts.append([_parse(line) for line in lines[known:]])
         before = set[str]().union(*self._journaled.values())

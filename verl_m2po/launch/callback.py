@@ -14,7 +14,7 @@ from verl_m2po.cpu import environment
 from verl_m2po.ground import logs
 from verl_m2po.ground.problem import Problem
 from verl_m2po.ground.verl_config import read
-from verl_m2po.launch import failure, registry
+from verl_m2po.launch import again, failure, registry
 from verl_m2po.launch.signals import Listener
 from verl_m2po.losses import requirements
 from verl_m2po.staleness.account.summary import print_summary
@@ -55,11 +55,33 @@ class PreflightCallback(Callback):
 
     def on_job_end(self, job_return: JobReturn, **_kwargs: Any) -> None:
         """Leave nothing behind, and end as a signal asks for; called by Hydra after the job, failed or not."""
-        if self._config is not None and job_return.status == JobStatus.FAILED:
-            failure.say_at_exit(self._config, job_return._return_value, self._warnings)
+        has_failed = job_return.status == JobStatus.FAILED
+        # While Ray still answers.
+        attempts = self._attempts_if_it_goes_on() if has_failed else None
         if self._listener is not None:
             # An error says more than a status: Hydra raises it after this.
             self._listener.stop(tell_status=job_return.status == JobStatus.COMPLETED)
+        if has_failed and self._config is not None:
+            failure.say(self._config, job_return._return_value, self._warnings, at_once=attempts is not None)
+            if attempts is not None:
+                again.start_again(self._config, attempts)
+
+    def _attempts_if_it_goes_on(self) -> again.Attempts | None:
+        """The attempts of this command, if it starts again after this one, which failed; None if it ends."""
+        if self._config is None or self._listener is None or self._listener.received is not None:
+            return None
+        if not (allowed := again.allowed(self._config)):
+            return None
+        before, step = again.Attempts.read(), again.failed_step(self._config)
+        if not before.failed_at and not step:
+            return None  # it has not begun to train: nothing says that it ever would
+        if (reason := before.why_not(allowed, step)) is not None:
+            logger.warning("the run is not restarted: %s", reason)
+            return None
+        attempts = before.after(step)
+        number = len(attempts.failed_at)
+        logger.warning("restart %d of %d: the run failed at trainer step %d", number, allowed, step)
+        return attempts
 
 
 class Refused(SystemExit):

@@ -12,15 +12,18 @@ from verl_m2po.staleness.config import is_chosen
 _reports: list[str] = []
 
 
-def say_at_exit(config: DictConfig, error: BaseException, warnings: list[str]) -> None:
+def say(config: DictConfig, error: BaseException, warnings: list[str], at_once: bool = False) -> None:
     """Print what ended the job of `config` when this process ends, after Hydra's traceback; all jobs in one block.
 
     Args:
         warnings: what the preflight had to say of it.
+        at_once: print it now, since the process goes on.
     """
-    if not _reports:
+    if not _reports and not at_once:
         atexit.register(_print)
     _reports.append(report(config, error, warnings))
+    if at_once:
+        _print()
 
 
 def report(config: DictConfig, error: BaseException, warnings: list[str]) -> str:

@@ -23,6 +23,7 @@ from verl_m2po.launch.checks import (
     models,
     numbers,
     outputs,
+    restarts,
 )
 from verl_m2po.losses import requirements
 from verl_m2po.staleness import checks
@@ -59,6 +60,7 @@ def of_the_config(memory_bytes: int, main: Callable[..., Any] | None = None) -> 
 def of_the_machine() -> Iterator[Check]:
     """The checks of what such a run finds where it starts: files, devices, an earlier run."""
     yield Check("the log", outputs.log, outputs.NAME.key)
+    yield Check("restarts", restarts.problems, "trainer.v1")
     yield Check("the ledger", outputs.ledger, "trainer.v1")
     yield Check("the journal", outputs.journal, "trainer.v1")
     yield Check("the checkpoints", outputs.checkpoints, outputs.CHECKPOINTS.key)

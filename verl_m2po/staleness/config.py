@@ -41,6 +41,12 @@ class StaleKConfig:
         start_timeout_s: wall-clock seconds for all processes of the run to start and to load the model; after that the
             run ends with an error that says who does not answer. null waits for ever.
         push_timeout_s: the same for one push of the weights to the rollout.
+        no_progress_timeout_s: wall-clock seconds in which no group ends, none is trained and no weights are pushed,
+            while nothing is validated or saved; after that the run ends with an error that says who waits for whom.
+            null waits for ever.
+        restarts: how often the command goes on by itself after an error, from the last checkpoint and the journal. 0
+            ends with the error. After two restarts at the same trainer step the next error ends the run, whatever is
+            left; so does Ctrl-C.
         journal: append what is dispatched and generated to a journal on disk, so that a crash loses what is being
             generated at that moment and not the rollouts since the last checkpoint. false writes none.
         journal_path: folder of the journal, on a filesystem that all nodes share. null: `journal` beside the
@@ -59,6 +65,8 @@ class StaleKConfig:
     stop_wait_s: float | None = 10.0
     start_timeout_s: float | None = 3600.0
     push_timeout_s: float | None = 600.0
+    no_progress_timeout_s: float | None = 7200.0
+    restarts: int = 0
     journal: bool = False
     journal_path: str | None = None
     journal_fsync: bool = False

@@ -57,24 +57,12 @@ from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import UpdateCount, version_at_step
 from verl_m2po.staleness.watch.deadline import TimeLimits
 from verl_m2po.staleness.watch.liveness import Watch
-from verl_m2po.staleness.watch.stop import StopRequest, StopRequested
+from verl_m2po.staleness.watch.progress import Progress
+from verl_m2po.staleness.watch.stop import STEP, StopRequest, StopRequested, put
 from verl_m2po.staleness.watch.stopping import Stopping
 from verl_m2po.staleness.watch.supervision import watch_storage, watch_workers
 
 logger = logging.getLogger(__name__)
-
-
-def require_sound(problems: list[checks.Problem]) -> None:
-    """Warn of what is odd, refuse what contradicts the configured staleness.
-
-    Raises:
-        checks.PreflightError: with every fatal problem.
-    """
-    for problem in problems:
-        if not problem.is_fatal:
-            logger.warning("%s", problem)
-    if fatal := [problem for problem in problems if problem.is_fatal]:
-        raise checks.PreflightError("\n".join(map(str, fatal)))
 
 
 class _StalenessTrainer(PPOTrainer):
@@ -83,14 +71,17 @@ class _StalenessTrainer(PPOTrainer):
     replay_buffer: "buffer.StalenessReplayBuffer"
 
     def __init__(self, config: DictConfig) -> None:
-        require_sound(checks.check(config, available_memory_bytes=psutil.virtual_memory().total))
+        checks.require_sound(checks.check(config, available_memory_bytes=psutil.virtual_memory().total))
         self._persistence = Persistence.open(config)
-        require_sound(self._persistence.problems(resume.ranks_of(config)))
+        checks.require_sound(self._persistence.problems(resume.ranks_of(config)))
         set_what_the_mode_needs(config)
         settings = load_mode_config(config, config.trainer.v1.trainer_mode)
         self._stopping = Stopping(StopRequest(settings.stop_wait_s), lambda: self._persistence.saved_step)
         self._watch = Watch()
         self._limits = TimeLimits(self._watch, config.trainer.v1.trainer_mode, settings)
+        key = f"trainer.v1.{config.trainer.v1.trainer_mode}.no_progress_timeout_s"
+        self._progress = Progress(settings.no_progress_timeout_s, key)
+        self._watch.end_at(self._progress.standstill)
         self._updates = UpdateCount(make_clock(config))
         self._sampling = DynamicSampling.of(config)
         self._informative = self._informative_window()
@@ -136,7 +127,7 @@ class _StalenessTrainer(PPOTrainer):
         settings = load_mode_config(self.config, self.trainer_mode)
         clock, path = self._updates.clock, settings.ledger_path
         ledger = None if path is None else TrainedRowsLedger(path, self._updates)
-        listeners = (ledger, self._persistence.journal, self._informative)
+        listeners = (ledger, self._persistence.journal, self._informative, self._progress)
         return buffer.StalenessReplayBuffer(
             rule=self._make_rule(clock.steps(settings.staleness_updates), clock.train_batch_size),
             metrics=StalenessMetrics(clock, self._updates),
@@ -154,7 +145,7 @@ class _StalenessTrainer(PPOTrainer):
         require_a_batch(prompts, self.config.data.train_batch_size)
         steps = checks.planned_steps(self.config, prompts)
         problems = checks.check_run_length(rule.staleness_steps, self._updates.clock, self.trainer_mode, steps)
-        require_sound(problems)
+        checks.require_sound(problems)
         rule.limit(steps)
 
     def on_train_begin(self) -> None:
@@ -162,6 +153,7 @@ class _StalenessTrainer(PPOTrainer):
         print_summary(self.config)
         self.replay_buffer.tell(events.Began())
         self._stopping.request.announce_training()
+        self._progress.begin(self.replay_buffer.rule.in_flight_tickets)
         # Instead of verl's warm-up batches: the rule admits the ramp.
         self.replay_buffer.pump()
 
@@ -198,6 +190,7 @@ class _StalenessTrainer(PPOTrainer):
 
     def on_sample_end(self) -> None:
         self._stopping.begin(self.global_steps)
+        put(STEP, self.global_steps)
         super().on_sample_end()
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -224,7 +217,8 @@ class _StalenessTrainer(PPOTrainer):
         return super()._consume_sync_metrics() | self.replay_buffer.step_metrics()
 
     def _validate(self) -> dict[str, float]:
-        return self._stopping.validate(self.global_steps, super()._validate, self._end_validating_if_asked)
+        with self._progress.paused():
+            return self._stopping.validate(self.global_steps, super()._validate, self._end_validating_if_asked)
 
     def _end_validating_if_asked(self) -> bool:
         return self._end_if_asked(self._save_amid_generation)
@@ -260,7 +254,8 @@ class _StalenessTrainer(PPOTrainer):
             state["informative"] = self._informative.state_dict()
         if self.config.algorithm.use_kl_in_reward:
             state["kl_coefficient"] = self.kl_ctrl_in_reward.value
-        self._persistence.save(self, state, super()._save_checkpoint)
+        with self._progress.paused():
+            self._persistence.save(self, state, super()._save_checkpoint)
 
     def _load_checkpoint(self) -> None:
         watch_workers(self._watch, self)  # verl has just started them, and takes as long again to start the rest

@@ -3,6 +3,7 @@
 Pure: configuration in, problems out. Each file asks about one thing. What a mode needs it sets itself, in trainer.py.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -24,14 +25,29 @@ from verl_m2po.staleness.checks import (
 from verl_m2po.staleness.checks.run_length import check_run_length, planned_steps
 from verl_m2po.staleness.config import is_chosen
 
-__all__ = ["PreflightError", "Problem", "check", "check_run_length", "checks", "planned_steps"]
+__all__ = ["PreflightError", "Problem", "check", "check_run_length", "checks", "planned_steps", "require_sound"]
 
+
+logger = logging.getLogger(__name__)
 
 Prompts = Callable[[DictConfig], int | None]
 
 
 class PreflightError(ValueError):
     """The configuration contradicts the staleness that it asks for."""
+
+
+def require_sound(problems: list[Problem]) -> None:
+    """Warn of what is odd, refuse what contradicts the configured staleness.
+
+    Raises:
+        PreflightError: with every fatal problem.
+    """
+    for problem in problems:
+        if not problem.is_fatal:
+            logger.warning("%s", problem)
+    if fatal := [problem for problem in problems if problem.is_fatal]:
+        raise PreflightError("\n".join(map(str, fatal)))
 
 
 def _unknown(_config: DictConfig) -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from types import FrameType
@@ -119,6 +119,7 @@ class Watch:
         self._engines: dict[str, str] = {}
         self._lock = threading.Lock()
         self._death: str | None = None
+        self._standstill: Callable[[], str | None] = lambda: None
         self._some_unavailable = False
 
     def add(self, name: str, actors: Sequence[Any]) -> None:
@@ -141,6 +142,10 @@ class Watch:
         """
         with self._lock:
             self._engines |= {address: f"{name} at {address}" for address in addresses}
+
+    def end_at(self, standstill: Callable[[], str | None]) -> None:
+        """End the run, too, when `standstill` says that nothing moves any more."""
+        self._standstill = standstill
 
     def actors(self) -> list[Any]:
         """Handles of all that are watched."""
@@ -226,10 +231,18 @@ class Watch:
         while death is None:
             if has_ended.wait(self._ask_every_s):
                 return
-            death = self.find_dead(timeout_s=0.5)
+            death = self.find_dead(timeout_s=0.5) or self._stands_still()
         self._death = death
         if not has_ended.wait(self._unwind_s):
             self.end(death)
+
+    def _stands_still(self) -> str | None:
+        reason = self._standstill()
+        if reason is None:
+            return None
+        silent = self.find_silent(timeout_s=FIND_CAUSE_S)
+        who = f"No answer from: {', '.join(silent)}" if silent else "Every process still answers"
+        return f"{reason}. {who}"
 
     def _limit_cleaning_up(self, death: str) -> None:
         """End the process, if cleaning up after `death` waits for the dead as well."""

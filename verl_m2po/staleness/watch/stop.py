@@ -19,8 +19,8 @@ CHECK_EVERY_S = 1.0
 """While the trainer waits: how often it looks for a request."""
 
 _NAMESPACE = b"verl_m2po"
-TRAINING, STOP = "training", "stop"
-"""Keys of the store: the run has something to save; the run is asked to end."""
+TRAINING, STOP, STEP = "training", "stop", "step"
+"""Keys of the store: the run has something to save; the run is asked to end; the trainer step that it has come to."""
 
 
 class StopRequested(Exception):
@@ -36,9 +36,15 @@ def is_set(what: str) -> bool:
     return bool(internal_kv._internal_kv_exists(_key(what), namespace=_NAMESPACE))
 
 
-def put(what: str) -> None:
+def put(what: str, value: int = 1) -> None:
     """Put `what` into Ray's store, where every process of this job sees it."""
-    internal_kv._internal_kv_put(_key(what), b"1", namespace=_NAMESPACE)
+    internal_kv._internal_kv_put(_key(what), str(value).encode(), namespace=_NAMESPACE)
+
+
+def get(what: str) -> int | None:
+    """What was put into Ray's store as `what` last; None for nothing."""
+    value = internal_kv._internal_kv_get(_key(what), namespace=_NAMESPACE)
+    return None if value is None else int(value)
 
 
 class StopRequest:
