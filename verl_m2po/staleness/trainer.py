@@ -75,13 +75,12 @@ class _StalenessTrainer(PPOTrainer):
         self._persistence = Persistence.open(config)
         checks.require_sound(self._persistence.problems(resume.ranks_of(config)))
         set_what_the_mode_needs(config)
-        settings = load_mode_config(config, config.trainer.v1.trainer_mode)
+        mode = config.trainer.v1.trainer_mode
+        settings = load_mode_config(config, mode)
         self._stopping = Stopping(StopRequest(settings.stop_wait_s), lambda: self._persistence.saved_step)
         self._watch = Watch()
-        self._limits = TimeLimits(self._watch, config.trainer.v1.trainer_mode, settings)
-        key = f"trainer.v1.{config.trainer.v1.trainer_mode}.no_progress_timeout_s"
-        self._progress = Progress(settings.no_progress_timeout_s, key)
-        self._watch.end_at(self._progress.standstill)
+        self._limits = TimeLimits(self._watch, mode, settings)
+        self._progress = Progress(settings.no_progress_timeout_s, f"trainer.v1.{mode}.no_progress_timeout_s")
         self._updates = UpdateCount(make_clock(config))
         self._sampling = DynamicSampling.of(config)
         self._informative = self._informative_window()
@@ -154,6 +153,7 @@ class _StalenessTrainer(PPOTrainer):
         self.replay_buffer.tell(events.Began())
         self._stopping.request.announce_training()
         self._progress.begin(self.replay_buffer.rule.in_flight_tickets)
+        self._watch.end_at(self._progress.standstill)
         # Instead of verl's warm-up batches: the rule admits the ramp.
         self.replay_buffer.pump()
 
