@@ -32,7 +32,7 @@ def test_micro_batches_hold_whole_prompts_and_divide_the_mini_batch(rows):
     ("override", "key"),
     [
         ("actor_rollout_ref.actor.use_kl_loss=true", "actor_rollout_ref.actor.use_kl_loss=True"),
-        ("staleness=bounded_async", "trainer.v1.trainer_mode=bounded_async"),
+        ("trainer.v1.trainer_mode=separate_async", "trainer.v1.trainer_mode=separate_async"),
         ("actor_rollout_ref.rollout.top_p=0.9", "actor_rollout_ref.rollout.top_p=0.9"),
         ("actor_rollout_ref.rollout.temperature=0", "actor_rollout_ref.rollout.temperature=0"),
         ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.enable=True"),

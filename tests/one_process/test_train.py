@@ -4,7 +4,8 @@ import torch
 from tensordict import TensorDict
 from verl import DataProto
 
-from verl_m2po.one_process import train
+from verl_m2po.ground.fields import AGE_FIELD
+from verl_m2po.one_process import rollouts, train
 
 PROMPT, WIDTH = 6, 5
 
@@ -25,3 +26,25 @@ def test_lengths_are_without_what_follows_the_end_of_the_turn():
     assert metrics["response_length/clip_ratio"] == 0.25
     assert metrics["prompt_length/mean"] == PROMPT
     assert metrics["perf/total_num_tokens"] == 4 * PROMPT + 14
+
+
+def test_groups_of_calls_that_ended_at_different_lengths_are_of_one_length_and_what_is_added_is_masked():
+    def group(width):
+        mask = torch.ones(2, width, dtype=torch.bool)
+        fields = {
+            "prompts": torch.ones(2, PROMPT, dtype=torch.long),
+            "responses": torch.full((2, width), 7),
+            "attention_mask": torch.ones(2, PROMPT + width, dtype=torch.long),
+            "response_mask": mask,
+            "rollout_log_probs": -mask.float(),
+            AGE_FIELD: torch.tensor([4, 4]),
+        }
+        return TensorDict(fields, batch_size=2)
+
+    long, short = group(5), group(3)
+    first, second = rollouts._of_one_length([long, short])
+    assert first is long
+    assert second["responses"].shape == (2, 5) and second["prompts"].shape == (2, PROMPT)
+    assert torch.equal(second["response_mask"], torch.arange(5).expand(2, 5) < 3)
+    assert second["attention_mask"].sum() == 2 * (PROMPT + 5) and second["rollout_log_probs"].sum() == -6
+    assert torch.equal(second[AGE_FIELD], short[AGE_FIELD])

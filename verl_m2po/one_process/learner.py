@@ -117,6 +117,12 @@ class Learner:
         named = {f"{diagnostics.PREFIX}{name}": value for name, value in mini_batch.metrics.items()}
         return reduce_metrics(metrics) | named | {"actor/grad_norm": norm.item()}
 
+    def multiply_learning_rate(self, factor: float) -> None:
+        """Of all updates that follow, in proportion to what the schedule says; to disturb a run."""
+        self._schedule.base_lrs = [rate * factor for rate in self._schedule.base_lrs]
+        for group in self._optimizer.param_groups:
+            group["lr"] *= factor
+
     @contextmanager
     def _scaled_step(self, mini_batch: MiniBatch) -> Iterator[None]:
         settings = self._step_scale

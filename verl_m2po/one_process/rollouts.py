@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase, Qwen2ForCausalLM
@@ -140,6 +141,25 @@ def _until_end(responses: Tensor, end: int) -> Tensor:
     return ended_before == 0
 
 
+def _of_one_length(groups: list[TensorDict]) -> list[TensorDict]:
+    """`groups` as long as the longest; where all responses of a call ended early, its groups are shorter."""
+    longest = max(group["responses"].shape[1] for group in groups)
+    return [_padded(group, longest - group["responses"].shape[1]) for group in groups]
+
+
+def _padded(group: TensorDict, more: int) -> TensorDict:
+    if not more:
+        return group
+    # What stands there is masked, and comes after all that is not.
+    fields = {
+        name: value
+        if name == "prompts" or value.dim() == 1
+        else F.pad(value, (0, more), value=name == "attention_mask")
+        for name, value in group.items()
+    }
+    return TensorDict(fields, batch_size=group.batch_size)
+
+
 def with_advantages(
     groups: list[TensorDict], setup: Setup, proximal_log_probs: Callable[[TensorDict], Tensor]
 ) -> DataProto:
@@ -153,7 +173,7 @@ def with_advantages(
     Returns:
         The batch; its metrics, those of the rollout correction, are in `meta_info`.
     """
-    batch = torch.cat(groups)
+    batch = torch.cat(_of_one_length(groups))
     uids = np.repeat([str(i) for i in range(len(groups))], [len(group) for group in groups])
     data = DataProto(batch=batch, non_tensor_batch={"uid": uids.astype(object)})
     data.batch["token_level_scores"] = data.batch["token_level_rewards"] = data.batch["rm_scores"]

@@ -17,9 +17,9 @@ from verl_m2po.launch.checks import losses
 from verl_m2po.losses.kernel.settings import KEY
 from verl_m2po.one_process.honoured import concerns_devices, not_honoured
 from verl_m2po.staleness import checks
-from verl_m2po.staleness.config import ReplayModeConfig, is_chosen, load_mode_config, make_replay
+from verl_m2po.staleness.build_rule import build_rule
+from verl_m2po.staleness.config import StaleKConfig, is_chosen, load_mode_config
 from verl_m2po.staleness.needs import set_what_the_mode_needs
-from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import UpdateClock
 from verl_m2po.tasks import tiny_model
@@ -31,7 +31,7 @@ RECIPE = tiny_model.SMALL
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model.path"
 THROUGH_VERL = f"The same overrides work with `python -m verl.trainer.main_ppo --config-name={CONFIG}`"
-MODES = ("sync", "stale_k", "stale_k_separate", "replay")
+MODES = ("sync", "stale_k", "stale_k_separate", "bounded_async", "replay")
 
 
 # Their inputs are made by no trainer of verl 0.9.1's v1, or by a critic.
@@ -69,11 +69,9 @@ class Setup:
 
     def make_rule(self) -> StalenessRule:
         """The rule that says what is generated and what is trained, for a run of `steps`."""
-        mode, rule = self.config.trainer.v1.trainer_mode, ExactStale(self.staleness_steps, self.batch_size)
-        if mode == "replay":
-            settings = load_mode_config(self.config, mode)
-            assert isinstance(settings, ReplayModeConfig)
-            rule = make_replay(settings, self.staleness_steps, self.batch_size, self.config.data.seed, None)
+        mode = self.config.trainer.v1.trainer_mode
+        settings = load_mode_config(self.config, mode) if is_chosen(self.config) else StaleKConfig()
+        rule = build_rule(settings, self.clock, self.config.data.seed)
         rule.limit(self.steps)
         return rule
 

@@ -28,7 +28,9 @@ from verl_m2po.one_process.learner import Learner
 from verl_m2po.one_process.rollouts import Generator, Problems, with_advantages
 from verl_m2po.one_process.setup import Setup
 from verl_m2po.staleness import outcomes
+from verl_m2po.staleness.account.bound import move_bound
 from verl_m2po.staleness.account.metrics import StalenessMetrics
+from verl_m2po.staleness.rule.adaptive_async import AdaptiveAsync
 from verl_m2po.staleness.rule.records import Row, Selection
 from verl_m2po.staleness.rule.replay import Replay
 from verl_m2po.staleness.rule.rules import StalenessRule
@@ -73,10 +75,24 @@ class Buffer:
                 self.rule.finish(uid, _rows(uid, group, version))
                 self._groups[uid] = group
 
-    def take(self, version: int) -> list[TensorDict]:
-        """The groups to train from weight `version`, with the age of their rows in optimizer updates."""
-        selection = self.rule.select(version, self.rule.batch_size)
-        assert selection is not None, "what the rule admits is generated at once"
+    def take(self, version: int, generate: Callable[[int], list[TensorDict]]) -> list[TensorDict]:
+        """The groups to train from weight `version`, with the age of their rows in optimizer updates.
+
+        Args:
+            version: Weight version that generates all that the rule admits.
+            generate: Gives that many groups of responses.
+        """
+        while True:
+            self.fill(version, generate)
+            selection = self.rule.select(version, self.rule.batch_size)
+            assert selection is not None, "what the rule admits is generated at once"
+            for group in selection.evicted:
+                self.metrics.dropped(group)
+                del self._groups[group.ticket.uid]
+            if selection.groups:
+                return self._hand_out(selection, version)
+
+    def _hand_out(self, selection: Selection, version: int) -> list[TensorDict]:
         self._selection = selection
         self.metrics.trained(selection.groups, version, selection.oldest_version, len(selection.replayed))
         groups = []
@@ -146,8 +162,8 @@ class Bench:
     def batch(self, step: int) -> Any:
         """What trainer step `step` (from 1) trains on, as a DataProto; generates all that is due before it."""
         version = version_at_step(step)
-        self._buffer.fill(version, lambda count: self._generator.generate(list(islice(self._order, count))))
-        data = with_advantages(self._buffer.take(version), self.setup, self.learner.log_probs)
+        groups = self._buffer.take(version, lambda count: self._generator.generate(list(islice(self._order, count))))
+        data = with_advantages(groups, self.setup, self.learner.log_probs)
         self._buffer.judge(data, step)
         return data
 
@@ -159,7 +175,11 @@ class Bench:
         metrics: dict[str, Any] = self.learner.train_step(data.batch)
         ended = time.perf_counter()
         metrics = reduce_metrics(metrics) | data.meta_info["metrics"] | data_metrics(data)
-        metrics |= self._buffer.metrics.take(self._buffer.rule.in_flight, self._buffer.rule.ready)
+        rule = self._buffer.rule
+        if isinstance(rule, AdaptiveAsync):
+            # One process waits for all that it generates.
+            metrics |= move_bound(rule, self.setup.clock, metrics, (generated - began) / (ended - began))
+        metrics |= self._buffer.metrics.take(rule.in_flight, rule.ready)
         return metrics | {
             "training/global_step": step,
             "timing_s/gen": generated - began,

@@ -219,6 +219,11 @@ class StalenessReplayBuffer(_ListsValidationOnly):
     def _delete(self, groups: tuple[Group, ...]) -> None:
         self._store.delete([(group.ticket, group.rows) for group in groups])
 
+    @property
+    def waiting_share(self) -> float:
+        """Share of the present trainer step, so far, in which the trainer waited for rollouts."""
+        return self._metrics.waiting_share
+
     def step_metrics(self) -> dict[str, Any]:
         """The metrics of the trainer step that ends now; of groups without advantage verl's trainer draws a table."""
         counts = {DAPO_FILTERED_REWARD_COUNTS_KEY: self._metrics.set_aside_by_value}

@@ -85,6 +85,32 @@ class StaleKSeparateConfig(StaleKConfig):
 
 
 @dataclass
+class AdaptiveConfig:
+    """A bound that the trust region moves, once a trainer step; see rule/adaptive.py.
+
+    Args:
+        enable: false: the bound is `staleness_updates` from the first step to the last.
+        min_staleness_updates: the bound never falls below it, optimizer updates; a whole number of trainer steps.
+        max_staleness_updates: where the bound begins, and never rises above; `staleness_updates` must be the same.
+        target_masked_fraction: share of masked response tokens above which the bound falls.
+        target_second_moment: of the log ratios in the trust region before masking, less the mismatch floor; above it
+            the bound falls. m2po masks from its threshold on.
+        quiet_share: share of both targets below which the bound may rise.
+        waiting_share: share of a step for which the trainer must wait for rollouts, or the bound does not rise.
+        patience_steps: trainer steps above a target, in a row, after which the bound falls.
+    """
+
+    enable: bool = False
+    min_staleness_updates: int = 0
+    max_staleness_updates: int | None = None
+    target_masked_fraction: float = 0.01
+    target_second_moment: float = 0.04
+    quiet_share: float = 0.5
+    waiting_share: float = 0.02
+    patience_steps: int = 2
+
+
+@dataclass
 class BoundedAsyncConfig(StaleKConfig):
     """No trained token older than `staleness_updates` optimizer updates; separate devices, generation never waits.
 
@@ -92,10 +118,12 @@ class BoundedAsyncConfig(StaleKConfig):
         min_usable_share: a finished group with at least this share of its generated tokens within the bound is trained
             with the older tokens masked, otherwise it is dropped and replaced; a generation that is expected to end
             below it is aborted. 0 masks whatever it can and never aborts; 1 never masks.
+        adaptive: lets the bound move below `staleness_updates`.
     """
 
     staleness_updates: int = 0
     min_usable_share: float = 0.25
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
 
 
 @dataclass

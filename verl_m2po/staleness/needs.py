@@ -2,11 +2,12 @@
 
 import logging
 from dataclasses import asdict
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from verl_m2po.ground.verl_config import has_proximal_policy
-from verl_m2po.staleness.config import SEPARATE_MODES, load_mode_config, make_clock
+from verl_m2po.staleness.config import SEPARATE_MODES, BoundedAsyncConfig, load_mode_config, make_clock
 
 logger = logging.getLogger(__name__)
 
@@ -18,9 +19,11 @@ def set_what_the_mode_needs(config: DictConfig) -> None:
 
     The policy that generated the tokens must be in a ratio: the loss's own in bypass mode, or that of verl's weights
     where a proximal policy stands between. Generation must report weight versions and lots: our agent loop manager.
+    What moves a bound must be measured, whatever the loss.
     """
     mode = config.trainer.v1.trainer_mode
-    needs = {
+    settings = load_mode_config(config, mode)
+    needs: dict[str, Any] = {
         "algorithm.rollout_correction.bypass_mode": not has_proximal_policy(config),
         "actor_rollout_ref.rollout.calculate_log_probs": True,
         "actor_rollout_ref.rollout.agent.agent_loop_manager_class": AGENT_LOOP_MANAGER,
@@ -32,9 +35,11 @@ def set_what_the_mode_needs(config: DictConfig) -> None:
         mini_batches = make_clock(config).mini_batches_per_step
         needs[f"trainer.v1.{mode}.parameter_sync_step"] = mini_batches
         needs["trainer.v1.separate_async.parameter_sync_step"] = mini_batches
+    if isinstance(settings, BoundedAsyncConfig) and settings.adaptive.enable:
+        needs["actor_rollout_ref.actor.policy_loss.diagnostics"] = True
     with open_dict(config):
         # Workers read the section; without the overlay it may be incomplete, or absent.
-        config.trainer.v1[mode] = asdict(load_mode_config(config, mode))
+        config.trainer.v1[mode] = asdict(settings)
         for key, value in needs.items():
             if OmegaConf.select(config, key) != value:
                 logger.info("trainer_mode=%s sets %s=%s", mode, key, value)

@@ -34,10 +34,12 @@ from verl_m2po.ground import logs
 from verl_m2po.ground.fields import AGE_FIELD
 from verl_m2po.patches import verl as verl_patches
 from verl_m2po.staleness import buffer, checks
+from verl_m2po.staleness.account.bound import move_bound
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.account.summary import print_summary
-from verl_m2po.staleness.config import BoundedAsyncConfig, ReplayModeConfig, load_mode_config, make_clock, make_replay
+from verl_m2po.staleness.build_rule import build_rule
+from verl_m2po.staleness.config import StaleKConfig, load_mode_config, make_clock
 from verl_m2po.staleness.dynamic_sampling import DynamicSampling
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.outcomes import judge
@@ -48,7 +50,7 @@ from verl_m2po.staleness.rollout.client import SpanRecordingClient
 from verl_m2po.staleness.rollout.reports import WorkerReports
 from verl_m2po.staleness.rows.store import LOT_FIELD, lot_partition
 from verl_m2po.staleness.rule import events
-from verl_m2po.staleness.rule.bounded import BoundedAsync
+from verl_m2po.staleness.rule.adaptive_async import AdaptiveAsync
 from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow
 from verl_m2po.staleness.rule.informative import InformativeWindow
@@ -112,9 +114,10 @@ class _StalenessTrainer(PPOTrainer):
                 self._shutdown_dump_executor()
                 self._leave_step(stop)
 
-    def _make_rule(self, staleness_steps: int, batch_size: int) -> StalenessRule:
-        most = None if self._sampling is None else self._sampling.most_in_flight_batches * batch_size
-        return ExactStale(staleness_steps, batch_size, most)
+    def _make_rule(self, settings: StaleKConfig) -> StalenessRule:
+        clock, sampling = self._updates.clock, self._sampling
+        most = None if sampling is None else sampling.most_in_flight_batches * clock.train_batch_size
+        return build_rule(settings, clock, self.config.data.get("seed"), self._updates, most)
 
     def _informative_window(self) -> InformativeWindow | None:
         sampling, batch_size = self._sampling, self._updates.clock.train_batch_size
@@ -128,7 +131,7 @@ class _StalenessTrainer(PPOTrainer):
         ledger = None if path is None else TrainedRowsLedger(path, self._updates)
         listeners = (ledger, self._persistence.journal, self._informative, self._progress)
         return buffer.StalenessReplayBuffer(
-            rule=self._make_rule(clock.steps(settings.staleness_updates), clock.train_batch_size),
+            rule=self._make_rule(settings),
             metrics=StalenessMetrics(clock, self._updates),
             failures=FailureWindow(settings.max_failed_fraction, settings.failed_window_groups),
             listeners=[each for each in listeners if each is not None],
@@ -301,11 +304,6 @@ class PPOTrainerStaleK(_StalenessTrainer, PPOTrainerColocateAsync):
 class PPOTrainerReplay(PPOTrainerStaleK):
     """A batch is part new, part trained before; trainer and rollout share the devices and take turns."""
 
-    def _make_rule(self, staleness_steps: int, batch_size: int) -> StalenessRule:
-        settings = load_mode_config(self.config, self.trainer_mode)
-        assert isinstance(settings, ReplayModeConfig)
-        return make_replay(settings, staleness_steps, batch_size, self.config.data.get("seed"), self._updates)
-
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """As verl's; what the batch shows of its groups may decide which of them are trained again."""
         batch = super()._compute_advantage(batch, metrics)
@@ -339,7 +337,9 @@ class PPOTrainerStaleKSeparate(_SeparateStalenessTrainer):
 class PPOTrainerBoundedAsync(_SeparateStalenessTrainer):
     """No trained token older than the bound; generation is interrupted by a weight update and goes on after it."""
 
-    def _make_rule(self, staleness_steps: int, batch_size: int) -> StalenessRule:
-        settings = load_mode_config(self.config, self.trainer_mode)
-        assert isinstance(settings, BoundedAsyncConfig)
-        return BoundedAsync(staleness_steps, batch_size, settings.min_usable_share, self._updates)
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        """As verl's; what the step has shown then moves an adaptive bound, before a checkpoint of the step is saved."""
+        batch = super().step(metrics, timing_raw)
+        if isinstance(rule := self.replay_buffer.rule, AdaptiveAsync):
+            metrics |= move_bound(rule, self._updates.clock, metrics, self.replay_buffer.waiting_share)
+        return batch

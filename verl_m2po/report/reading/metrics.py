@@ -83,6 +83,8 @@ HEALTH = (
 BUFFER = (
     Panel("depth (prompt groups held)", ("staleness/depth",)),
     Panel("waiting (finished prompt groups)", ("staleness/waiting",)),
+    Panel("bound (optimizer updates)", ("staleness/bound_updates",)),
+    Panel("load of the trust region (share of its target)", ("staleness/bound_load",)),
     Panel("admitted (prompt groups per step)", ("staleness/admitted",)),
     Panel("evicted (prompt groups per step)", ("staleness/evicted", "training/off_policy/evicted_samples")),
     Panel("trainer idle (s per step)", ("staleness/trainer_idle_s",)),

@@ -136,6 +136,12 @@ class StalenessMetrics:
         """The trainer had no batch for that many seconds."""
         self._step.trainer_idle_s += seconds
 
+    @property
+    def waiting_share(self) -> float:
+        """Share of the present step, so far, in which the trainer waited."""
+        elapsed = time.time() - self._step.began_at
+        return min(1.0, self._step.trainer_idle_s / elapsed) if elapsed > 0 else 0.0
+
     def failed(self) -> None:
         """A group failed and is replaced."""
         self._step.failed += 1

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from verl_m2po.ground.check import Check, ask_all
 from verl_m2po.ground.problem import Problem
 from verl_m2po.staleness.checks import (
+    adaptive,
     dynamic_sampling,
     failed_trajectories,
     memory,
@@ -67,6 +68,7 @@ def checks(available_memory_bytes: int | None = None, prompts: Prompts = _unknow
         Check("parameter_sync_step", units.sync_step, "trainer.v1"),
         Check("how often a rollout is trained", replay.problems, replay.KEY),
         Check("dynamic sampling", dynamic_sampling.problems, dynamic_sampling.ENABLE),
+        Check("a bound that moves", adaptive.problems, adaptive.KEY),
         Check("failed trajectories", failed_trajectories.problems, "trainer.v1"),
         Check("top_p", sampling.top_p, sampling.TOP_P.key),
         Check("top_k", sampling.top_k, sampling.TOP_K.key),
@@ -82,6 +84,7 @@ def checks(available_memory_bytes: int | None = None, prompts: Prompts = _unknow
         Check("the length of the run", partial(run_length.problems, prompts=prompts), "trainer.total_training_steps"),
     )
     yield Check("replay in a mode without it", replay.in_another_mode, replay.KEY)
+    yield Check("a moving bound in a mode without it", adaptive.in_another_mode, adaptive.KEY)
     for question in questions:
         yield question._replace(ask=partial(_of_our_modes, question.ask))
 

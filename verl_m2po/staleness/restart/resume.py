@@ -41,6 +41,7 @@ _REFUSED = {
 """Settings that must be those of the checkpoint, and why. The staleness of the mode is one more."""
 
 _MENTIONED = (
+    "trainer.v1.bounded_async.adaptive",
     "actor_rollout_ref.actor.policy_loss",
     "actor_rollout_ref.actor.optim",
     "actor_rollout_ref.actor.loss_agg_mode",

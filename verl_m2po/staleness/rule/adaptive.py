@@ -96,9 +96,17 @@ class AdaptiveBound:
 
     def load(self, signal: Signal) -> float:
         """The larger signal as a share of its target; what is not finite counts as far above."""
-        targets = self.targets
-        shares = (signal.masked_share / targets.masked_share, signal.second_moment / targets.second_moment)
+        shares = self._shares(signal)
         return min(max(0.0, *shares), LARGEST_LOAD) if all(map(math.isfinite, shares)) else LARGEST_LOAD
+
+    def is_masking(self, signal: Signal) -> bool:
+        """Whether the masked share is the larger signal, not the second moment."""
+        masked, moment = self._shares(signal)
+        return not masked < moment
+
+    def _shares(self, signal: Signal) -> tuple[float, float]:
+        targets = self.targets
+        return signal.masked_share / targets.masked_share, signal.second_moment / targets.second_moment
 
     def observe(self, signal: Signal) -> Reason:
         """Move the bound after a trainer step; why it was moved, or was not."""
@@ -148,14 +156,8 @@ class AdaptiveBound:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`.
-
-        Raises:
-            ValueError: its bound is outside the present limits.
-        """
-        if not self.least <= state["bound_steps"] <= self.most:
-            raise ValueError(f"the checkpoint's bound of {state['bound_steps']} is not in {self.least} to {self.most}")
-        self.bound_steps = state["bound_steps"]
+        """Go on from `state`; where the limits are others now, from the nearest bound within them."""
+        self.bound_steps = min(max(state["bound_steps"], self.least), self.most)
         self._loaded, self._since_move = state["loaded"], state["since_move"]
         self._ceiling, self._load_at_ceiling = state["ceiling"], state["load_at_ceiling"]
         self._settled_load = state["settled_load"]

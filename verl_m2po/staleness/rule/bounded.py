@@ -22,7 +22,11 @@ class BoundedAsync(StalenessRule):
        tokens are masked. Long answers are kept that way, where dropping would teach the model to be short.
     4. *Drop* the group otherwise.
 
+    `bound_steps` may move during a run, up to `staleness_steps`; a new bound holds from the next call on.
+
     Args:
+        staleness_steps: the bound in trainer steps, and the largest that it may be moved to.
+        batch_size: prompt groups per trainer step.
         min_usable_share: 0 never aborts and drops a group only if none of its tokens is within the bound; 1 never
             masks: a group with one token over the bound is dropped.
         updates: counts what each step really made. Where steps make more updates than configured, fewer of them are
@@ -41,6 +45,7 @@ class BoundedAsync(StalenessRule):
         super().__init__(staleness_steps, batch_size)
         if not 0 <= min_usable_share <= 1:
             raise ValueError(f"min_usable_share is {min_usable_share}; it is a share of tokens, from 0 to 1")
+        self.bound_steps = staleness_steps
         self.min_usable_share = min_usable_share
         self._updates = updates
         self._trained = 0
@@ -54,10 +59,10 @@ class BoundedAsync(StalenessRule):
         return [group for _, _, group in sorted(self._ready, key=lambda item: item[:2])]
 
     def oldest_usable(self, version: int) -> int:
-        oldest = super().oldest_usable(version)
+        oldest = version - self.bound_steps
         if self._updates is None:
             return oldest
-        return self._updates.oldest_within(self._updates.clock.updates(self.staleness_steps), version, oldest)
+        return self._updates.oldest_within(self._updates.clock.updates(self.bound_steps), version, oldest)
 
     @property
     def trained(self) -> int:
