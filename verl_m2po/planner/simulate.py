@@ -145,16 +145,14 @@ class _Simulation:
             self.rule.admit(str(number), self.version, number)
             self.fleet.start(number, each)
 
-    def _finish(self, group: int) -> None:
-        uid, share = str(group), self.workload.failures.group_share
-        generated = self.fleet.groups.pop(group)
+    def _finish(self, group: int, tokens: dict[int, int]) -> None:
+        uid, share, generated = str(group), self.workload.failures.group_share, sum(tokens.values())
         if share and self._luck.random() < share:
             self.rule.fail(uid)
-            self.account.failed(sum(generated.tokens.values()))
+            self.account.failed(generated)
             return
         # One row for all responses: the rules look at tokens by version, summed over a group.
-        spans = tuple(sorted(generated.tokens.items()))
-        self.rule.finish(uid, (Row(uid, self.workload.prompt_tokens, sum(generated.tokens.values()), spans),))
+        self.rule.finish(uid, (Row(uid, self.workload.prompt_tokens, generated, tuple(tokens.items())),))
 
     def _wait_until(self, is_done: Callable[[], bool]) -> float:
         """As the buffer waits: it takes what has come, starts what the rule admits, and asks again; seconds waited."""
@@ -170,8 +168,8 @@ class _Simulation:
         breaks = self._breakages[0][0] if self._breakages else _NEVER
         if until == breaks == self.fleet.next_at():
             raise Deadlock(f"{self.rule.name} at weight version {self.version} waits, and nothing is in flight")
-        for group in self.fleet.run(min(until, breaks)):
-            self._finish(group)
+        for group, tokens in self.fleet.run(min(until, breaks)):
+            self._finish(group, tokens)
         if breaks <= until and self.fleet.now >= breaks:
             self._break_or_join()
 
