@@ -151,13 +151,9 @@ def _padded(group: TensorDict, more: int) -> TensorDict:
     if not more:
         return group
     # What stands there is masked, and comes after all that is not.
-    fields = {
-        name: value
-        if name == "prompts" or value.dim() == 1
-        else F.pad(value, (0, more), value=name == "attention_mask")
-        for name, value in group.items()
-    }
-    return TensorDict(fields, batch_size=group.batch_size)
+    with_response = [name for name, value in group.items() if name != "prompts" and value.dim() > 1]
+    longer = {name: F.pad(group[name], (0, more), value=name == "attention_mask") for name in with_response}
+    return TensorDict({**dict(group.items()), **longer}, batch_size=group.batch_size)
 
 
 def with_advantages(

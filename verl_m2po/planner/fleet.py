@@ -50,7 +50,7 @@ class Fleet:
         return int(self._requests.is_live.sum())
 
     def start(self, group: int, lengths: list[int]) -> None:
-        """A group is dispatched, numbered higher than all before it; each response goes to the server with the fewest."""
+        """A group is dispatched, numbered above all before it; each response goes to the server with the fewest."""
         self._arriving.append((self.now + self._generation.start_s, group, lengths))
 
     def next_at(self) -> float:
