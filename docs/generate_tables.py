@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 from generate_configuration import CONFIG, title
+from generate_matrix import features
 from pages import replace_section
 
 DOCS = Path(__file__).parent
@@ -78,6 +79,7 @@ SECTIONS: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("README.md", "number of losses"): count_of_losses,
     ("README.md", "losses"): losses,
     ("docs/plugin.md", "extensions"): extensions,
+    ("docs/compatibility.md", "features"): features,
     ("docs/plugin.md", "patches"): patches,
     ("docs/plugin.md", "extension points"): extension_points,
 }

@@ -4,11 +4,12 @@ import ast
 import re
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
+import generate_matrix
 import generate_tables
 import pytest
 from markdown_it import MarkdownIt
@@ -215,6 +216,15 @@ def test_every_generated_table_is_that_of_the_code(page, section):
     text = (REPOSITORY / page).read_text()
     lines = generate_tables.SECTIONS[page, section]()
     assert with_section(text, section, "\n".join(lines)) == text, "run: make docs-tables"
+
+
+def test_what_tests_show_is_in_the_table_of_features():
+    """A misspelt mark would be shown nowhere."""
+    runs = generate_matrix.marked()
+    assert len(runs) > 10
+    assert {(run.feature, run.mode) for run in runs} <= set(product(generate_matrix.FEATURES, generate_matrix.MODES))
+    elsewhere = [path for path in (REPOSITORY / "tests").rglob("*.py") if generate_matrix.E2E not in path.parents]
+    assert not [path for path in elsewhere if "mark.feature(" in path.read_text() and path != Path(__file__)]
 
 
 def test_every_quoted_refusal_is_still_said():

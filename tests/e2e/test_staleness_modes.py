@@ -27,6 +27,7 @@ from verl_m2po.staleness.restart.checkpoint import POINTER, Checkpoints, flaws
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
+@pytest.mark.feature("validation while training", mode="stale_k")
 def test_no_staleness_is_verls_synchronous_mode(train, tmp_path):
     """k = 0 against `sync`, two ranks, one update a step: the same samples, so the same losses, step by step.
 
@@ -70,6 +71,9 @@ def test_every_trained_row_is_exactly_k_steps_old(train, tmp_path, mode, k_steps
     assert_every_place_was_trained_once(ledger, steps, batch, responses)
 
 
+@pytest.mark.feature("a critic (`gae`)", mode="stale_k")
+@pytest.mark.feature("a reference model, KL in the loss", mode="stale_k")
+@pytest.mark.feature("`ppo_epochs=2`", mode="stale_k")
 def test_a_critic_a_reference_policy_and_two_epochs(train, tmp_path, tiny):
     """GAE on stale rollouts, the KL to the reference in the loss, every rollout in two updates: four updates a step."""
     steps, updates_per_step = 3, 2 * UPDATES_PER_STEP
@@ -94,6 +98,7 @@ def test_a_critic_a_reference_policy_and_two_epochs(train, tmp_path, tiny):
     assert max(result.series("actor/m2po/mismatch_floor")) < 1e-9
 
 
+@pytest.mark.feature("failed trajectories masked", mode="stale_k_separate")
 def test_a_prompt_that_fails_is_replaced_by_the_same_weights_and_a_trajectory_masked(train, tmp_path):
     """A tenth fail in the reward function, which raises, returns NaN, infinity or None, or never ends.
 
@@ -172,6 +177,8 @@ def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path)
     assert sum(result.series("staleness/evicted_aborted")) > 0
 
 
+@pytest.mark.feature("a journal", mode="stale_k")
+@pytest.mark.feature("resuming from a checkpoint", mode="stale_k")
 @pytest.mark.timeout(1200)  # three runs
 def test_stale_k_goes_on_where_a_checkpoint_and_the_journal_are(train, tmp_path):
     """Eight steps; then as if it had died before checkpoint 6, with a journal, and before checkpoint 4, without one."""

@@ -1,11 +1,29 @@
 """What people train, in the staleness modes: real runs, small ones."""
 
+import math
+from pathlib import Path
+
 import pytest
-from mode_runs import UPDATES_PER_STEP, assert_every_place_was_trained_once, run_mode, versions_by_step
+from mode_runs import (
+    SEPARATE,
+    UPDATES_PER_STEP,
+    assert_every_place_was_trained_once,
+    run_mode,
+    spans_of,
+    versions_by_step,
+)
+
+from benchmarks.paced import SECONDS_PER_TOKEN
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-FILTERED = ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=acc")
+REPOSITORY = Path(__file__).parents[2]
+LORA = ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16")
+FILTERED = (
+    "algorithm.filter_groups.enable=true",
+    "algorithm.filter_groups.metric=acc",
+    "algorithm.filter_groups.max_num_gen_batches=20",
+)
 
 
 def assert_groups_without_advantage_were_replaced(result, ledger) -> None:
@@ -21,9 +39,101 @@ def assert_groups_without_advantage_were_replaced(result, ledger) -> None:
     assert result.series("critic/score/min") == [0.0] * len(counted)
 
 
-def test_dynamic_sampling_fills_each_batch_by_the_weights_that_it_is_owed(train, tmp_path):
+def with_tool(path: str) -> tuple[str, ...]:
+    """Overrides for verl's tool agent loop: up to three turns; the tool in the file `path` evaluates them."""
+    rollout = "actor_rollout_ref.rollout"
+    return (
+        f"{rollout}.agent.default_agent_loop=tool_agent",
+        f"{rollout}.multi_turn.enable=true",
+        f"{rollout}.multi_turn.format=expression",
+        f"{rollout}.multi_turn.function_tool_path={REPOSITORY / path}",
+        f"{rollout}.multi_turn.max_assistant_turns=3",
+        f"{rollout}.multi_turn.max_tool_response_length=20000",
+        "data.max_response_length=64",
+        f"reward.custom_reward_function.path={REPOSITORY / 'tests/support/any_number_reward.py'}",
+    )
+
+
+def assert_tool_tokens_are_there_and_untrained(result, ledger, rows_per_step: int) -> None:
+    """The answers of the tool stand in the responses; the ledger and the trainer know the generated tokens alone."""
+    trained = result.series("staleness/trained_tokens")
+    by_step = [
+        sum(n for line in ledger if line["step"] == s for _, n in spans_of(line)) for s in range(1, 1 + len(trained))
+    ]
+    assert trained == by_step
+    assert max(result.series("num_turns/mean")) > 3, "no row has a question, a call, its answer and a turn after it"
+    for responses, generated in zip(result.series("response_length/mean"), trained, strict=True):
+        assert responses * rows_per_step > 1.2 * generated
+
+
+@pytest.mark.feature("an agent with a tool, several turns", mode="stale_k")
+@pytest.mark.feature("dynamic sampling", mode="stale_k")
+@pytest.mark.feature("LoRA", mode="stale_k")
+def test_an_agent_calls_a_tool_over_several_turns_that_are_all_as_old_as_promised(train, tmp_path):
+    """A tool that is slow, raises, or returns 10,000 characters; adapters; groups without advantage are replaced."""
     steps = 4
-    result, ledger = run_mode(train, tmp_path, "stale_k", UPDATES_PER_STEP, *FILTERED, steps=steps)
+    tool = with_tool("tests/support/unreliable_calculator.py")
+    result, ledger = run_mode(train, tmp_path, "stale_k", UPDATES_PER_STEP, *FILTERED, *LORA, *tool, steps=steps)
     assert versions_by_step(ledger) == {step: {max(0, step - 2)} for step in range(1, steps + 1)}
     assert_every_place_was_trained_once(ledger, steps)
     assert_groups_without_advantage_were_replaced(result, ledger)
+    assert_tool_tokens_are_there_and_untrained(result, ledger, rows_per_step=32)
+    # The first turn alone is behind an answer of 10,000 characters: it never came into the row.
+    assert max(result.series("response_length/max")) <= 64
+    # At age zero, in float32, the trainer gives every generated token the probability that it was drawn with.
+    assert max(result.series("actor/m2po/mismatch_floor")) < 1e-9
+
+
+@pytest.mark.feature("an agent with a tool, several turns", mode="bounded_async")
+@pytest.mark.feature("dynamic sampling", mode="bounded_async")
+@pytest.mark.feature("a critic (`gae`)", mode="bounded_async")
+def test_turns_that_a_weight_update_interrupts_have_their_versions_in_the_ledger(train, tmp_path, tiny):
+    """Bounded staleness, 50 ms a token: turns go on with newer weights, after the tool's answer and before it."""
+    steps, bound_steps = 5, 2
+    result, ledger = run_mode(
+        train,
+        tmp_path,
+        "bounded_async",
+        bound_steps * UPDATES_PER_STEP,
+        *SEPARATE,
+        *FILTERED,
+        *with_tool("verl_m2po/tasks/calculator.py"),
+        "algorithm.adv_estimator=gae",
+        f"critic.model.path={tiny}",
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=benchmarks.paced.token_time:TokenTime",
+        steps=steps,
+        environment={SECONDS_PER_TOKEN: "0.05"},
+    )
+    assert max(result.series("staleness/age_updates_max")) <= bound_steps * UPDATES_PER_STEP
+    assert_groups_without_advantage_were_replaced(result, ledger)
+    assert_tool_tokens_are_there_and_untrained(result, ledger, rows_per_step=32)
+    assert all(math.isfinite(value) for value in result.series("critic/vf_loss"))
+    assert any(len(row[1]) > 1 for line in ledger for group in line["groups"] for row in group[3])
+
+
+@pytest.mark.feature("LoRA", mode="stale_k_separate")
+@pytest.mark.feature("dynamic sampling", mode="stale_k_separate")
+@pytest.mark.feature("a reference model, KL in the loss", mode="stale_k_separate")
+def test_what_is_trained_of_adapters_is_what_the_rollout_serves(train, tmp_path):
+    """A high learning rate, and the base as reference policy. A rollout with the base alone is soon far away."""
+    steps = 4
+    result, ledger = run_mode(
+        train,
+        tmp_path,
+        "stale_k_separate",
+        0,
+        *SEPARATE,
+        *LORA,
+        *FILTERED,
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.actor.optim.lr=0.01",
+        steps=steps,
+    )
+    assert versions_by_step(ledger) == {step: {step - 1} for step in range(1, steps + 1)}
+    assert_every_place_was_trained_once(ledger, steps)
+    assert_groups_without_advantage_were_replaced(result, ledger)
+    # Merged weights travel as bfloat16.
+    assert max(result.series("actor/m2po/mismatch_floor")) < 1e-3
+    assert result.series("actor/kl_loss")[-1] > 0.02, "the policy has not moved far enough to tell it from the base"
+    (difference_nats,) = result.series("staleness/served_difference_nats")
+    assert 0 < difference_nats < 0.05, "compared once, after the first push of trained weights"

@@ -13,7 +13,7 @@ from hydra import compose
 from verl_m2po.ground.check import ask_all
 from verl_m2po.ground.problem import Problem
 from verl_m2po.launch import callback, registry
-from verl_m2po.launch.checks import data, effects, entry_point, inactive, losses, models
+from verl_m2po.launch.checks import data, effects, entry_point, inactive, losses, models, tools
 from verl_m2po.staleness import checks
 
 M2PO = "algorithm.policy_loss=m2po"
@@ -134,14 +134,25 @@ class TestModels:
         problem = one(models.more_than_text(verls(*STALE, f"data.train_files={tmp_path / 'a.parquet'}")))
         assert problem.key == "data.image_key"
 
-    @pytest.mark.parametrize("rank", ["lora_rank=8", "lora.rank=8", "lora_adapter_path=/a"])
-    def test_an_adapter_that_is_not_merged_in_a_separate_mode(self, rank):
-        rank = f"actor_rollout_ref.model.{rank}"
-        problem = one(models.lora(verls("trainer.v1.trainer_mode=bounded_async", rank)))
-        assert (problem.key, problem.remedy) == ("actor_rollout_ref.model.lora.merge", "Set it to true")
-        merged = "actor_rollout_ref.model.lora.merge=true"
-        assert not list(models.lora(verls("trainer.v1.trainer_mode=bounded_async", rank, merged)))
-        assert not list(models.lora(verls(*STALE, rank)))
+    @pytest.mark.parametrize(
+        ("targets", "missing"), [("[q_proj,nope]", "nope"), ("no.*", "no.*"), ("all-linear", ""), ("[q_proj]", "")]
+    )
+    def test_targets_of_an_adapter_that_the_model_does_not_have(self, tiny, targets, missing):
+        model = (f"actor_rollout_ref.model.path={tiny}", f"actor_rollout_ref.model.target_modules={targets}")
+        found = list(models.lora(verls(*model, "actor_rollout_ref.model.lora_rank=8")))
+        assert [problem.key for problem in found] == ["actor_rollout_ref.model.target_modules"] * bool(missing)
+        assert all(f"no module {missing}; its modules are named" in problem.why for problem in found)
+        assert all("down_proj" in problem.why for problem in found)
+        assert not list(models.lora(verls(*model))), "no adapter is trained"
+
+
+@pytest.mark.parametrize("kl", models.KL)
+def test_a_critic_that_would_get_the_order_for_the_actors_adapters_is_refused(kl):
+    lora, gae = "actor_rollout_ref.model.lora_rank=8", "algorithm.adv_estimator=gae"
+    problem = one(models.adapters_beside_a_critic(verls(lora, gae, f"{kl}=true")))
+    assert (problem.key, problem.value) == ("algorithm.adv_estimator", "gae") and kl in problem.why
+    for sound in ((lora, gae), (gae, f"{kl}=true"), (lora, "algorithm.adv_estimator=grpo", f"{kl}=true")):
+        assert not list(models.adapters_beside_a_critic(verls(*sound)))
 
 
 def main_of(name: str, source: str, tmp_path):
@@ -318,3 +329,35 @@ class TestData:
             "trainer.total_epochs=1",
         )
         assert checks.planned_steps(config, prompts) == planned
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (None, "it cannot be read (No such file or directory)"),
+        ("tools: [", "it is no YAML"),
+        ("- a", "it has no list `tools`"),
+        ("tools: []", "it has no list `tools`"),
+        ("tools: [{class_name: Calculator}]", "tool 1 has no class_name of the form module.Class"),
+        ("tools: [{class_name: mine.Calculator}]", "tool 1 (mine.Calculator) has no config.type=native"),
+        ("tools: [{class_name: mine.Calculator, config: {type: native}}]", None),
+    ],
+)
+def test_a_configuration_of_tools_that_does_not_parse_is_refused(tmp_path, written, said):
+    path = tmp_path / "tools.yaml"
+    if written is not None:
+        path.write_text(written)
+    found = list(tools.config(verls(f"{tools.CONFIG.key}={path}")))
+    assert [problem.key for problem in found] == [tools.CONFIG.key] * (said is not None)
+    assert all(str(said) in problem.why for problem in found)
+
+
+@pytest.mark.parametrize(("written", "count"), [("def f(:", 1), ("def f(): pass", 0)])
+def test_tool_functions_that_are_no_python_are_refused(tmp_path, written, count):
+    (tmp_path / "tools.py").write_text(written)
+    found = list(tools.functions(verls(f"{tools.FUNCTIONS.key}={tmp_path / 'tools.py'}")))
+    assert [problem.key for problem in found] == [tools.FUNCTIONS.key] * count
+
+
+def test_nothing_is_asked_of_tools_that_are_not_there():
+    assert not [*tools.config(verls()), *tools.functions(verls())]

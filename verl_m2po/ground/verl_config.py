@@ -45,6 +45,13 @@ def has_proximal_policy(config: DictConfig) -> bool:
     return correction.get("rollout_is") is not None or correction.get("rollout_rs") is not None
 
 
+def trains_an_adapter(config: DictConfig) -> bool:
+    """Whether the actor trains LoRA adapters, by any of the three keys that verl reads."""
+    ranks = (read(config, f"actor_rollout_ref.model.{key}") for key in ("lora_rank", "lora.rank"))
+    has_rank = any(isinstance(rank, int) and rank > 0 for rank in ranks)
+    return has_rank or read(config, "actor_rollout_ref.model.lora_adapter_path") is not None
+
+
 def overridden_keys(config: DictConfig) -> list[str]:
     """Keys that were set by hand: those of the command line's overrides, without `+`, in order."""
     overrides = read(config, "hydra.overrides.task") or []

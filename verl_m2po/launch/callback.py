@@ -10,6 +10,7 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from verl_m2po import patches
 from verl_m2po.cpu import environment
 from verl_m2po.ground import logs
 from verl_m2po.ground.problem import Problem
@@ -52,6 +53,9 @@ class PreflightCallback(Callback):
         if is_ours:
             _keep_earlier_log(config)
             print_summary(config)
+        if read(config, "trainer.device") == environment.PLATFORM_NAME:
+            # verl's own checks of a config with adapters ask for vLLM on the driver.
+            patches.install(on_cpu=True)
 
     def on_job_end(self, job_return: JobReturn, **_kwargs: Any) -> None:
         """Leave nothing behind, and end as a signal asks for; called by Hydra after the job, failed or not."""

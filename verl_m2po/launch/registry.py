@@ -24,6 +24,7 @@ from verl_m2po.launch.checks import (
     numbers,
     outputs,
     restarts,
+    tools,
 )
 from verl_m2po.losses import requirements
 from verl_m2po.staleness import checks
@@ -53,7 +54,8 @@ def of_the_config(memory_bytes: int, main: Callable[..., Any] | None = None) -> 
     yield Check("the KL in the reward", effects.kl_in_reward, effects.KL_IN_REWARD)
     yield Check("the clip range", effects.clip, effects.CLIP)
     yield Check("images and video", models.more_than_text, model.PATH.key)
-    yield Check("LoRA", models.lora, models.MERGE)
+    yield Check("LoRA", models.lora, models.TARGETS)
+    yield Check("LoRA beside a critic", models.adapters_beside_a_critic, models.ESTIMATOR)
     yield from checks.checks(memory_bytes, prompts)
 
 
@@ -73,6 +75,8 @@ def of_the_machine() -> Iterator[Check]:
     yield Check("the size of the training data", data.batch, data.TRAIN)
     yield Check("the size of the validation data", data.validation, data.VALIDATION)
     yield Check("long prompts", data.overlong, data.FILTER)
+    yield Check("the tools", tools.config, tools.CONFIG.key)
+    yield Check("the tool functions", tools.functions, tools.FUNCTIONS.key)
     yield Check("the devices", devices.problems, "trainer.device")
     yield Check("this machine", machine.problems, "trainer.device")
 

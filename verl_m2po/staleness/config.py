@@ -76,7 +76,20 @@ class StaleKConfig:
 
 
 @dataclass
-class StaleKSeparateConfig(StaleKConfig):
+class SeparateConfig(StaleKConfig):
+    """What the modes on separate devices share.
+
+    Args:
+        served_within_nats: after the first push of trained weights the rollout gives the probabilities of some trained
+            tokens again, and the run ends if their logarithms differ from the trainer's by more than this on average,
+            in nats. null does not ask. Only vLLM is asked.
+    """
+
+    served_within_nats: float | None = 0.3
+
+
+@dataclass
+class StaleKSeparateConfig(SeparateConfig):
     """Exactly `staleness_updates` optimizer updates old, trainer and rollout on separate devices.
 
     Generation of one batch overlaps the training of another for `staleness_updates` of at least one trainer step.
@@ -111,7 +124,7 @@ class AdaptiveConfig:
 
 
 @dataclass
-class BoundedAsyncConfig(StaleKConfig):
+class BoundedAsyncConfig(SeparateConfig):
     """No trained token older than `staleness_updates` optimizer updates; separate devices, generation never waits.
 
     Args:

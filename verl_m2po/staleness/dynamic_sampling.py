@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from verl_m2po.ground.settings import Number, Text
 from verl_m2po.ground.verl_config import read
+from verl_m2po.staleness.rule.informative import InformativeWindow
 
 ENABLE = "algorithm.filter_groups.enable"
 REWARD = "reward"
@@ -49,3 +50,14 @@ class DynamicSampling:
             return None
         most = MOST_BATCHES.of(config)
         return cls(METRIC.of(config), most if most > 0 else None, MOST_IN_FLIGHT.of(config))
+
+
+def informative_window(sampling: DynamicSampling | None, batch_size: int) -> InformativeWindow | None:
+    """What ends a run whose prompts teach it too little; None where nothing does.
+
+    Args:
+        batch_size: prompt groups per trainer step.
+    """
+    if sampling is None or sampling.most_batches is None:
+        return None
+    return InformativeWindow(sampling.metric, sampling.most_batches, batch_size)

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from verl_m2po.ground.verl_config import has_proximal_policy
+from verl_m2po.ground.verl_config import has_proximal_policy, trains_an_adapter
 from verl_m2po.staleness.config import SEPARATE_MODES, BoundedAsyncConfig, load_mode_config, make_clock
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,9 @@ def set_what_the_mode_needs(config: DictConfig) -> None:
         mini_batches = make_clock(config).mini_batches_per_step
         needs[f"trainer.v1.{mode}.parameter_sync_step"] = mini_batches
         needs["trainer.v1.separate_async.parameter_sync_step"] = mini_batches
+        if trains_an_adapter(config):
+            # Unmerged, verl 0.9.1 sends the frozen base alone to a rollout with processes of its own (verl issue 7495).
+            needs["actor_rollout_ref.model.lora.merge"] = True
     if isinstance(settings, BoundedAsyncConfig) and settings.adaptive.enable:
         needs["actor_rollout_ref.actor.policy_loss.diagnostics"] = True
     with open_dict(config):

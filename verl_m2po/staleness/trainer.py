@@ -40,7 +40,7 @@ from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.account.summary import print_summary
 from verl_m2po.staleness.build_rule import build_rule
 from verl_m2po.staleness.config import StaleKConfig, load_mode_config, make_clock
-from verl_m2po.staleness.dynamic_sampling import DynamicSampling
+from verl_m2po.staleness.dynamic_sampling import DynamicSampling, informative_window
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.outcomes import judge
 from verl_m2po.staleness.prompts import indices, require_a_batch
@@ -48,12 +48,12 @@ from verl_m2po.staleness.restart import resume
 from verl_m2po.staleness.restart.persistence import Persistence
 from verl_m2po.staleness.rollout.client import SpanRecordingClient
 from verl_m2po.staleness.rollout.reports import WorkerReports
+from verl_m2po.staleness.rollout.scoring import ServedCheck
 from verl_m2po.staleness.rows.store import LOT_FIELD, lot_partition
 from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.rule.adaptive_async import AdaptiveAsync
 from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow
-from verl_m2po.staleness.rule.informative import InformativeWindow
 from verl_m2po.staleness.rule.records import Ticket
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import UpdateCount, version_at_step
@@ -85,7 +85,7 @@ class _StalenessTrainer(PPOTrainer):
         self._progress = Progress(settings.no_progress_timeout_s, f"trainer.v1.{mode}.no_progress_timeout_s")
         self._updates = UpdateCount(make_clock(config))
         self._sampling = DynamicSampling.of(config)
-        self._informative = self._informative_window()
+        self._informative = informative_window(self._sampling, self._updates.clock.train_batch_size)
         super().__init__(config)
 
     def init(self) -> None:
@@ -118,12 +118,6 @@ class _StalenessTrainer(PPOTrainer):
         clock, sampling = self._updates.clock, self._sampling
         most = None if sampling is None else sampling.most_in_flight_batches * clock.train_batch_size
         return build_rule(settings, clock, self.config.data.get("seed"), self._updates, most)
-
-    def _informative_window(self) -> InformativeWindow | None:
-        sampling, batch_size = self._sampling, self._updates.clock.train_batch_size
-        if sampling is None or sampling.most_batches is None:
-            return None
-        return InformativeWindow(sampling.metric, sampling.most_batches, batch_size)
 
     def _build_replay_buffer(self) -> "buffer.StalenessReplayBuffer":
         settings = load_mode_config(self.config, self.trainer_mode)
@@ -316,6 +310,14 @@ class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):
     def _setup(self) -> None:
         with verl_patches.quiet_separate_setup():
             super()._setup()
+        self._served = ServedCheck.of(self.config, self.actor_rollout_wg, self.standalone_server_manager)
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        self._served.before_update(batch)
+        return super()._update_actor(batch, metrics)
+
+    def _consume_sync_metrics(self) -> dict:
+        return super()._consume_sync_metrics() | self._served.take_metrics()
 
     def get_llm_client(self) -> SpanRecordingClient:
         return self.standalone_server_manager.get_client(client_cls=SpanRecordingClient)
@@ -325,6 +327,7 @@ class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):
             self.replay_buffer.settle()
             with self._limits.push(self.global_steps):
                 super().on_step_end()
+                self._served.after_push()
             self.replay_buffer.advance(self.global_steps)
 
 
