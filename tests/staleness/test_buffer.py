@@ -402,7 +402,13 @@ def test_with_a_journal_a_crash_loses_only_what_was_being_generated(
     steps, settings = 9, {"some": "setting"}
     journal = Journal(tmp_path / "journal", False, settings)
     journal.start(None)
-    lost = Run(transfer_queue, make_rule(), f"lost{saved}{stopped}", fail_share=0.1, journal=journal, mask_share=0.3)
+    lost = Run(
+        *(transfer_queue, make_rule(), f"lost{saved}{stopped}"),
+        fail_share=0.1,
+        journal=journal,
+        mask_share=0.3,
+        uninformative_share=0.2,
+    )
     lost.buffer.rule.limit(steps)
     lost.buffer.begin(0)
     state, position, drawn, trained = None, journal.position(), 0, {}
@@ -424,7 +430,12 @@ def test_with_a_journal_a_crash_loses_only_what_was_being_generated(
     clear(transfer_queue)  # what a crash does
 
     journal = Journal(tmp_path / "journal", False, settings)
-    again = Run(transfer_queue, make_rule(), f"again{saved}{stopped}", journal=journal, mask_share=0.3)
+    again = Run(
+        *(transfer_queue, make_rule(), f"again{saved}{stopped}"),
+        journal=journal,
+        mask_share=0.3,
+        uninformative_share=0.2,
+    )
     again.buffer.rule.limit(steps)
     again.dispatched = drawn
     if state is not None:
