@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from ray.exceptions import RayTaskError
 
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.rollout import scoring
@@ -68,6 +69,18 @@ def test_it_is_asked_once_about_the_first_push_after_an_update(monkeypatch, tole
         check.after_push()
         assert check.take_metrics() == ({"staleness/served_difference_nats": 0.0} if tolerance and not step else {})
     assert asked == ([((0, 0), 4)] * 2 if tolerance else [])
+
+
+def test_a_server_that_cannot_score_names_the_key(monkeypatch):
+    def refuse(*_):
+        raise RayTaskError("generate", "traceback", ValueError("prompt_logprobs are not supported"))
+
+    monkeypatch.setattr(scoring, "take_probe", lambda batch, ranks: batch)
+    monkeypatch.setattr(scoring, "score", refuse)
+    with pytest.raises(
+        RuntimeError, match=rf"{KEY}=0\.3: the tokens cannot be scored \(ValueError: prompt_logprobs .* Set it to null"
+    ):
+        ServedCheck(KEY, 0.3, SimpleNamespace(world_size=1), {}).before_update(None)
 
 
 @pytest.mark.parametrize("mode", ["stale_k", "stale_k_separate", "bounded_async"])

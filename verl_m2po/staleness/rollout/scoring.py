@@ -13,6 +13,7 @@ from transfer_queue import KVBatchMeta
 from verl.workers.utils.padding import response_from_nested
 
 from verl_m2po.staleness.config import SeparateConfig, load_mode_config
+from verl_m2po.staleness.rollout.outputs import first_line
 from verl_m2po.staleness.watch.served import Scores, require_served
 
 TOKENS_PER_ROW = 64
@@ -125,7 +126,16 @@ class ServedCheck:
         """Score some rows of `batch`, whose update follows, with the weights of before."""
         if self._is_due and self._before is None:
             probe = take_probe(batch, self._actor.world_size)
-            self._before = probe, score(probe, self._actor, self._servers)
+            self._before = probe, self._score(probe)
+
+    def _score(self, probe: Probe) -> Scores:
+        try:
+            return score(probe, self._actor, self._servers)
+        except ray.exceptions.RayTaskError as error:
+            raise RuntimeError(
+                f"{self._key}={self._tolerance_nats:g}: the tokens cannot be scored ({first_line(error.cause)}). Set "
+                "it to null to do without the comparison"
+            ) from error
 
     def after_push(self) -> None:
         """Score them again, and compare.
@@ -136,7 +146,7 @@ class ServedCheck:
         if self._before is None or self._tolerance_nats is None:
             return
         probe, before = self._before
-        after = score(probe, self._actor, self._servers)
+        after = self._score(probe)
         largest = require_served(before, after, self._tolerance_nats, self._key)
         self._metrics = {"staleness/served_difference_nats": largest}
         self._before, self._is_due = None, False
