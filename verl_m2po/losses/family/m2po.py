@@ -15,7 +15,7 @@ from verl_m2po.losses.kernel.needs import BEHAVIOUR, MODE, VERL_MODES
 from verl_m2po.losses.kernel.record import Decision, Loss, TokenLoss
 from verl_m2po.losses.kernel.registry import register
 from verl_m2po.losses.kernel.settings import KEY, check_choice, check_positive_threshold
-from verl_m2po.losses.kernel.tokens import Tokens
+from verl_m2po.losses.kernel.tokens import Tokens, at_most
 from verl_m2po.second_moment import TrustRegion, TrustRegionSearch
 
 MISMATCH_FLOOR = f"{KEY}.m2po.subtract_mismatch_floor"
@@ -52,7 +52,7 @@ class M2POConfig(BaseConfig):
 def m2po_tokens(tokens: Tokens, _settings: M2POConfig, region: TrustRegion) -> TokenLoss:
     """-A r on the tokens that Algorithm 1 of M2PO keeps, over all response tokens; nothing is clipped."""
     value = (tokens.advantages * tokens.importance_weight).neg_()
-    return TokenLoss(value, value, tokens.magnitude <= region.threshold_log_ratio, region=region)
+    return TokenLoss(value, value, at_most(tokens.magnitude, region.threshold_log_ratio), region=region)
 
 
 class _Search:

@@ -15,7 +15,7 @@ from verl_m2po.losses.kernel.needs import BEHAVIOUR
 from verl_m2po.losses.kernel.record import Decision, Loss, TokenLoss
 from verl_m2po.losses.kernel.registry import register
 from verl_m2po.losses.kernel.settings import KEY, check_positive_threshold
-from verl_m2po.losses.kernel.tokens import LOG_RATIO_LIMIT, Tokens
+from verl_m2po.losses.kernel.tokens import LOG_RATIO_LIMIT, Tokens, at_most
 from verl_m2po.second_moment import TrustRegion
 
 
@@ -44,7 +44,7 @@ def m2po_clip_tokens(tokens: Tokens, _settings: M2POClipConfig, region: TrustReg
     advantages, tau = tokens.advantages, region.threshold_log_ratio
     derivative = -advantages * tokens.importance_weight
     bound = torch.exp(torch.sign(advantages) * tau.clamp(max=LOG_RATIO_LIMIT)).mul_(advantages).neg_()
-    is_inside = tokens.magnitude <= tau
+    is_inside = at_most(tokens.magnitude, tau)
     value = torch.where(is_inside, derivative, bound)
     return TokenLoss(value, derivative, is_inside, region=region)
 

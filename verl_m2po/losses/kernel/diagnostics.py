@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from verl_m2po.losses.kernel.mini_batch import MicroBatchSums, MiniBatch, current_mini_batch
-from verl_m2po.losses.kernel.tokens import Tokens
+from verl_m2po.losses.kernel.tokens import Tokens, as_numbers
 from verl_m2po.second_moment import TrustRegion
 
 # Sums over the tokens of a micro-batch. The trust region is A > 0 and r > 1, or A < 0 and r < 1; counted tokens are
@@ -55,37 +55,32 @@ def token_sums(tokens: Tokens, keep: Tensor, derivative: Tensor) -> Tensor:
         derivative: Derivative of the token's loss with respect to its log-prob, same shape; 0 where not kept.
     """
     log_ratio, magnitude = tokens.log_ratio, tokens.magnitude
-    # All of these are finite, and to multiply takes a fraction of the time of a selection.
-    kept = _as_numbers(keep, log_ratio.dtype)
+    # Sums of 0 and 1 are exact, since groups of rows have fewer than 2^24 tokens.
+    kept, counted = as_numbers(keep, log_ratio.dtype), tokens.counted.sum()
     kept_magnitude, kept_ratio = magnitude * kept, tokens.importance_weight * kept
+    sums = {
+        "response_tokens": counted if tokens.mask is tokens.response_mask else as_numbers(tokens.response_mask).sum(),
+        "counted_tokens": counted,
+        "kept_tokens": kept.sum(),
+        "log_ratio": log_ratio.sum(),
+        "magnitude_trust_region": magnitude.sum(),
+        "magnitude_kept_trust_region": kept_magnitude.sum(),
+        "kept_ratio": kept_ratio.sum(),
+        "gain": -derivative.sum(),
+        # One after the other in memory that is in the cache.
+        "trust_region_tokens": torch.sign(magnitude, out=kept).sum(),
+        "kept_trust_region_tokens": torch.sign(kept_magnitude, out=kept).sum(),
+        "gain_magnitude": derivative.abs().sum(),
+    }
     squared = {
         "square": log_ratio,
         "square_trust_region": magnitude,
         "square_kept_trust_region": kept_magnitude,
         "kept_ratio_square": kept_ratio,
     }
-    sums = {
-        "response_tokens": _as_numbers(tokens.response_mask).sum(),
-        "counted_tokens": _as_numbers(tokens.mask).sum(),
-        "kept_tokens": kept.sum(),
-        "trust_region_tokens": torch.sign(magnitude).sum(),
-        "kept_trust_region_tokens": torch.sign(kept_magnitude).sum(),
-        "log_ratio": log_ratio.sum(),
-        "magnitude_trust_region": magnitude.sum(),
-        "magnitude_kept_trust_region": kept_magnitude.sum(),
-        "kept_ratio": kept_ratio.sum(),
-        "gain": -derivative.sum(),
-        "gain_magnitude": derivative.abs().sum(),
-        # Half as long as squaring and adding up.
-        **{name: torch.linalg.vector_norm(values).double().square() for name, values in squared.items()},
-    }
+    # Half as long as squaring and adding up.
+    sums |= {name: torch.linalg.vector_norm(values).double().square() for name, values in squared.items()}
     return torch.stack([sums[name].double() for name in TOKEN_SUMS])
-
-
-def _as_numbers(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    # The same bytes, which become floats several times as fast as bools. Sums are exact, since groups
-    # of rows have fewer than 2^24 tokens.
-    return mask.contiguous().view(torch.uint8).to(dtype)
 
 
 def report(token_sums: Tensor, keep: Tensor, region: TrustRegion | None) -> dict[str, float]:

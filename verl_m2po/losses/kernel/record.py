@@ -134,7 +134,7 @@ class Loss:
         """`tokens` with their ratio to the behaviour policy."""
         if self.behaviour_log_ratio is None:
             return tokens
-        return dataclasses.replace(tokens, log_ratio=self.behaviour_log_ratio(tokens))
+        return dataclasses.replace(tokens, log_ratio=self.behaviour_log_ratio(tokens), is_ordinary=False)
 
     def settings_in(self, config: ActorConfig) -> Any:
         """Its settings in verl's actor settings; None where it has none."""

@@ -1,13 +1,14 @@
 """The tokens of a micro-batch, computed once: what losses, look-ahead, diagnostics and masks all look at."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from verl_m2po.second_moment import check_tokens, chunk_size, trust_region_magnitude
+from verl_m2po.second_moment import check_tokens, chunk_size, on_host, trust_region_magnitude
 
 # verl clamps log ratios here before it takes the exponential, so that no gradient passes beyond it.
 LOG_RATIO_LIMIT = 20.0
@@ -23,22 +24,27 @@ class Tokens:
         log_ratio: log of current over old policy, at least float32; 0 outside `mask`.
         advantages: Advantage of each token, same dtype; 0 outside `mask`.
         mask: bool; response tokens with a finite log ratio.
+        counted: `mask` as 0 and 1, same dtype as `log_ratio`.
         response_mask: bool; all response tokens, which count in denominators.
         raw_log_prob: log-probs under the current policy as they came.
         rollout_is_weights: verl's rollout correction weights, same dtype as `log_ratio`; 0 outside `mask`. None: 1.
+        is_ordinary: All |log r| are known to be at most 20, as in all batches but broken ones; never on an accelerator,
+            which would have to be waited for.
     """
 
     log_ratio: Tensor
     advantages: Tensor
     mask: Tensor
+    counted: Tensor
     response_mask: Tensor
     raw_log_prob: Tensor
     rollout_is_weights: Tensor | None = None
+    is_ordinary: bool = False
 
     @cached_property
     def log_prob(self) -> Tensor:
         """log-probs under the current policy, same dtype as `log_ratio`; 0 outside `mask`."""
-        return self.raw_log_prob.to(self.log_ratio.dtype).masked_fill(~self.mask, 0.0)
+        return zero_outside(self.mask, self.raw_log_prob.to(self.log_ratio.dtype), self.counted)
 
     @cached_property
     def magnitude(self) -> Tensor:
@@ -48,7 +54,7 @@ class Tokens:
     @cached_property
     def importance_weight(self) -> Tensor:
         """r, and 0 where |log r| > 20; 1 outside `mask`."""
-        return importance_weight(self.log_ratio)
+        return self.log_ratio.exp() if self.is_ordinary else importance_weight(self.log_ratio)
 
     def sequence_log_ratio(self) -> Tensor:
         """Sum of log ratios over each response, [batch, 1]."""
@@ -61,14 +67,15 @@ class Tokens:
     def only(self, kept: Tensor) -> "Tokens":
         """The same tokens as if those outside `kept`, bool [batch, response], had no finite log ratio."""
         mask = self.mask & kept
-        dropped = ~mask
+        counted = as_numbers(mask, self.log_ratio.dtype)
         weights = self.rollout_is_weights
         return dataclasses.replace(
             self,
-            log_ratio=self.log_ratio.masked_fill(dropped, 0.0),
-            advantages=self.advantages.masked_fill(dropped, 0.0),
+            log_ratio=zero_outside(mask, self.log_ratio, counted),
+            advantages=zero_outside(mask, self.advantages, counted),
             mask=mask,
-            rollout_is_weights=None if weights is None else weights.masked_fill(dropped, 0.0),
+            counted=counted,
+            rollout_is_weights=None if weights is None else zero_outside(mask, weights, counted),
         )
 
 
@@ -98,21 +105,71 @@ def tokens_of(
         named["rollout_is_weights"] = rollout_is_weights
     check_tokens("log_prob", log_prob, **named)
     dtype = torch.promote_types(torch.promote_types(log_prob.dtype, old_log_prob.dtype), torch.float32)
-    log_ratio = log_prob.to(dtype) - old_log_prob
-    response_mask = response_mask.bool()
-    # A log ratio is finite only if both log-probs are. `isfinite` takes twice as long.
-    mask = (log_ratio.abs() <= torch.finfo(dtype).max) & response_mask
-    dropped = ~mask
-    if rollout_is_weights is not None:
-        rollout_is_weights = rollout_is_weights.to(dtype).masked_fill(dropped, 0.0)
+    response_mask = mask = response_mask.bool()
+    counted = as_numbers(mask, dtype)
+    log_ratio = _ordinary_log_ratio(log_prob, old_log_prob, counted) if on_host(log_prob) else None
+    is_ordinary = log_ratio is not None
+    if log_ratio is None:
+        log_ratio = log_prob.to(dtype) - old_log_prob
+        # A log ratio is finite only if both log-probs are. `isfinite` takes twice as long.
+        mask = (log_ratio.abs() <= torch.finfo(dtype).max) & response_mask
+        log_ratio.masked_fill_(~mask, 0.0)
+        counted = as_numbers(mask, dtype)
     return Tokens(
-        log_ratio.masked_fill_(dropped, 0.0),
-        advantages.to(dtype).masked_fill(dropped, 0.0),
+        log_ratio,
+        zero_outside(mask, advantages.to(dtype), counted),
         mask,
+        counted,
         response_mask,
         log_prob,
-        rollout_is_weights,
+        None if rollout_is_weights is None else zero_outside(mask, rollout_is_weights.to(dtype), counted),
+        is_ordinary,
     )
+
+
+def _ordinary_log_ratio(log_prob: Tensor, old_log_prob: Tensor, counted: Tensor) -> Tensor | None:
+    """log_prob - old_log_prob where `counted` is 1, 0 elsewhere; None if any is NaN or beyond verl's limit."""
+    log_ratio = (log_prob.to(counted.dtype) - old_log_prob).mul_(counted)
+    if not log_ratio.numel():
+        return log_ratio
+    smallest, largest = (limit.item() for limit in log_ratio.aminmax())
+    return log_ratio if smallest >= -LOG_RATIO_LIMIT and largest <= LOG_RATIO_LIMIT else None
+
+
+# A CPU takes ten times as long for torch's selections and comparisons, one number at a time, as for products.
+
+
+def zero_outside(mask: Tensor, values: Tensor, numbers: Tensor, out: Tensor | None = None) -> Tensor:
+    """`values` where `mask`, and 0 elsewhere, whatever stands there.
+
+    Args:
+        mask: bool, shape of `values`.
+        values: Floating point.
+        numbers: `mask` as 0 and 1.
+        out: Where the result goes, of the dtype of `values`; None: a new tensor.
+    """
+    if on_host(values):
+        product = torch.mul(values, numbers, out=out)
+        # NaN and inf survive a product, and then show in the sum.
+        if math.isfinite(product.sum().item()):
+            return product
+    selected = values.masked_fill(~mask, 0.0)
+    return selected if out is None else out.copy_(selected)
+
+
+def as_numbers(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A bool tensor as 0 and 1."""
+    return mask.contiguous().view(torch.uint8).to(dtype)
+
+
+def at_most(values: Tensor, limit: Tensor) -> Tensor:
+    """values <= limit, bool; NaN is not.
+
+    Args:
+        values: Floating point, any shape.
+        limit: 0-d.
+    """
+    return torch.le(values, limit, out=torch.empty_like(values)).bool()
 
 
 def row_groups(tokens: Tensor) -> list[slice]:
