@@ -83,7 +83,7 @@ class TrustRegionSearch:
         limit = largest_root(self.threshold, magnitude.dtype)
         for chunk in magnitude.flatten().split(chunk_size(magnitude)):
             inside = torch.le(chunk, limit, out=torch.empty_like(chunk)).mul_(chunk)
-            self._inside.append(self.units.sums(inside))
+            self._inside.append(self.units.sums_within(inside))
             self._largest_inside.append(inside.amax() if chunk.numel() else inside.new_zeros(()))
             # Only these can ever be dropped. To select them would stall an accelerator; there they keep their place.
             self._outside.append(_select_above(chunk, limit) if on_host(chunk) else chunk - inside)
