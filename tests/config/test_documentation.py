@@ -1,16 +1,16 @@
-"""The YAML is the one source of the documentation, so it must be complete and in verl's form."""
+"""Docstrings of settings and comments of YAML are the one source of the page, so they must be complete."""
 
 import importlib.util
 import re
 from pathlib import Path
 
 import pytest
-from composing import OUR_CONFIGS, options, primaries
+from composing import ADDED, OUR_CONFIGS, options, primaries
 
 from verl_m2po.config.hydra import GROUPS
 
 REPOSITORY = Path(__file__).parents[2]
-FILES = [f"{name}.yaml" for name in ["overlay", *primaries()]]
+FILES = [f"{name}.yaml" for name in primaries()]
 FILES += [f"{group}/{option}.yaml" for group in GROUPS for option in options(group)]
 
 
@@ -25,6 +25,12 @@ def generator():
 def test_the_page_is_current(generator):
     written = generator.PAGE.read_text()
     assert written == generator.page(), "run: python docs/generate_configuration.py"
+
+
+def test_every_added_key_is_explained(generator):
+    added = list(generator.added_settings())
+    assert {setting.key for setting in added} == set(ADDED)
+    assert not [setting.key for setting in added if not setting.comment]
 
 
 @pytest.mark.parametrize("file", FILES)

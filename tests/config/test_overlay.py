@@ -5,7 +5,7 @@ import sys
 from importlib import resources
 
 import pytest
-from composing import ADDED, REPLACED, additions, all_composed, changes, composed, leaves, options, select
+from composing import ADDED, REPLACED, additions, all_composed, changes, composed, leaves, options
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
@@ -29,12 +29,6 @@ def test_every_added_setting_can_be_set_without_a_plus():
     assert "trainer.v1.stale_k.staleness_updates" in added
     overrides = [f"{key}={'null' if value is None else value}" for key, value in added.items()]
     assert composed("ppo_trainer", *overrides) == config
-
-
-def test_the_defaults_of_the_trainer_modes_are_those_of_their_code():
-    modes = pytest.importorskip("verl_m2po.staleness.config").MODE_DEFAULTS
-    section = select(composed("ppo_trainer"), "trainer.v1")
-    assert {mode: section[mode] for mode in modes} == modes
 
 
 def test_a_config_in_another_directory_that_lists_verls_inherits_it(tmp_path):

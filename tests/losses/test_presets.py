@@ -84,17 +84,6 @@ def test_presets_of_rec_are_its_named_members(configs, preset, member):
     }
 
 
-def test_the_overlay_has_the_defaults_of_the_dataclasses():
-    from verl_m2po.losses.config import SETTINGS
-
-    overlay = OmegaConf.load(resources.files("verl_m2po.config") / "overlay.yaml")
-    for name, node in overlay.actor_rollout_ref.actor.policy_loss.items():
-        if name in SETTINGS:
-            given = {key: value for key, value in node.items() if key != "_target_"}
-            defaults = vars(SETTINGS[name]())
-            assert given == {key: defaults[key] for key in given}, name
-
-
 def test_the_age_of_the_data_reaches_decoupled_loglinear():
     config = composed(
         "loss=decoupled_loglinear", "trainer.v1.trainer_mode=probe", "+trainer.v1.probe.staleness_updates=8"

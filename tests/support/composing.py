@@ -13,6 +13,8 @@ import verl  # noqa: F401  # loads the plugin
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from verl_m2po import overlay
+
 MISSING = object()
 ENTRY_POINT_CONFIGS = "verl.trainer.config"
 OUR_CONFIGS = resources.files("verl_m2po.config")
@@ -107,7 +109,7 @@ def options(group: str) -> list[str]:
 def primaries() -> list[str]:
     """Our primary configs."""
     names = [file.name for file in OUR_CONFIGS.iterdir() if file.name.endswith(".yaml")]
-    return sorted(name.removesuffix(".yaml") for name in names if name != "overlay.yaml")
+    return sorted(name.removesuffix(".yaml") for name in names)
 
 
 def own_values(name: str) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def option_values(group: str, option: str) -> dict[str, Any]:
 # The one value of verl's that the overlay replaces: its class is closed to new keys, ours is a subclass of it.
 REPLACED = {"actor_rollout_ref.actor.policy_loss._target_"}
 # Every key that the overlay adds.
-ADDED = own_values("overlay").keys() - REPLACED
+ADDED = {key for key, _ in leaves(overlay.added_keys()) if not key.startswith("hydra.")} - REPLACED
 
 
 def changes(before: dict, after: dict) -> set[str]:

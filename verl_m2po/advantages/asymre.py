@@ -4,14 +4,25 @@ See "Asymmetric REINFORCE for off-policy Reinforcement Learning" (arXiv:2506.205
 """
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from verl_m2po.advantages.groups import group_advantages, setting
+from verl_m2po.advantages.groups import group_advantages, settings_of
 
-BASELINE_SHIFT = -0.1
+
+@dataclass
+class AsymREConfig:
+    """Settings of `algorithm.adv_estimator=asymre`.
+
+    Args:
+        baseline_shift: Added to the group mean, in units of reward; below 0 good responses weigh more than bad ones. 0
+            is the plain group mean.
+    """
+
+    baseline_shift: float = -0.1
 
 
 @register_adv_est("asymre")
@@ -30,13 +41,12 @@ def asymre_advantage(
         token_level_rewards: Sums over a response to its reward, [batch, response].
         response_mask: Tokens of the response, same shape.
         index: Prompt of each row, [batch].
-        config: verl's algorithm settings; `asymre.baseline_shift` (default -0.1, in units of reward): below 0 good
-            responses weigh more than bad ones; 0 is the plain group mean.
+        config: verl's algorithm settings; ours are `asymre`, see `AsymREConfig`.
 
     Returns:
         Advantages and returns, the same tensor.
     """
-    shift = setting(config, "asymre.baseline_shift", BASELINE_SHIFT)
+    shift = settings_of(config, "asymre", AsymREConfig).baseline_shift
     return group_advantages(
         token_level_rewards, response_mask, index, lambda rewards, _group: rewards - (rewards.mean() + shift)
     )

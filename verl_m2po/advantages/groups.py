@@ -1,14 +1,17 @@
 """Rewards by prompt: what all group-relative advantage estimators share."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 # An estimator for one group: rewards [n] and what names the group, to advantages [n].
 GroupRule = Callable[[Tensor, Hashable], Tensor]
+
+Settings = TypeVar("Settings")
 
 
 def group_advantages(
@@ -42,10 +45,11 @@ def group_advantages(
     return spread, spread
 
 
-def setting(config: Any, name: str, default: Any) -> Any:
-    """`algorithm.<name>` with dots, as verl hands the config of the algorithm to an estimator."""
-    for part in name.split("."):
-        if config is None:
-            return default
-        config = config.get(part, None)
-    return default if config is None else config
+def settings_of(config: Any, name: str, settings_class: type[Settings]) -> Settings:
+    """`algorithm.<name>` as verl hands the config of the algorithm to an estimator; what is not set has its default."""
+    section = None if config is None else config.get(name, None)
+    if section is None:
+        return settings_class()
+    names = (field.name for field in dataclasses.fields(settings_class))
+    given = {name: section.get(name, None) for name in names}
+    return settings_class(**{name: value for name, value in given.items() if value is not None})

@@ -6,17 +6,30 @@ See "The Best of N Worlds: Aligning Reinforcement Learning with Best-of-N Sampli
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from verl_m2po.advantages.groups import group_advantages, setting
+from verl_m2po.advantages.groups import group_advantages, settings_of
 
-K = 4
 BASELINES = ("none", "leave_one_out")
-BASELINE = "leave_one_out"
+
+
+@dataclass
+class MaxAtKConfig:
+    """Settings of `algorithm.adv_estimator=max_at_k`.
+
+    Args:
+        k: Responses of which the best counts; at most actor_rollout_ref.rollout.n. 1 is REINFORCE.
+        baseline: What is subtracted from the weight of a response. leave_one_out: what the best of k is without it;
+            none: nothing.
+    """
+
+    k: int = 4
+    baseline: str = "leave_one_out"
 
 
 @register_adv_est("max_at_k")
@@ -37,9 +50,7 @@ def max_at_k_advantage(
         token_level_rewards: Sums over a response to its reward, [batch, response].
         response_mask: Tokens of the response, same shape.
         index: Prompt of each row, [batch].
-        config: verl's algorithm settings. `max_at_k.k` (default 4): responses of which the best counts; 1 is REINFORCE.
-            `max_at_k.baseline`: "leave_one_out" (default) subtracts, for each response, what the best of k is without
-            it; "none" subtracts nothing.
+        config: verl's algorithm settings; ours are `max_at_k`, see `MaxAtKConfig`.
 
     Returns:
         Advantages and returns, the same tensor.
@@ -47,8 +58,8 @@ def max_at_k_advantage(
     Raises:
         ValueError: k is less than 1, or the baseline is unknown.
     """
-    k = setting(config, "max_at_k.k", K)
-    baseline = setting(config, "max_at_k.baseline", BASELINE)
+    settings = settings_of(config, "max_at_k", MaxAtKConfig)
+    k, baseline = settings.k, settings.baseline
     if baseline not in BASELINES:
         raise ValueError(f"algorithm.max_at_k.baseline must be one of {', '.join(BASELINES)}, got {baseline!r}.")
 

@@ -5,15 +5,26 @@ See OAPL (arXiv:2602.19362), Eq. 2.
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from verl_m2po.advantages.groups import group_advantages, setting
+from verl_m2po.advantages.groups import group_advantages, settings_of
 
-BETA1 = 1.0
+
+@dataclass
+class OAPLAdvantageConfig:
+    """Settings of `algorithm.adv_estimator=oapl`.
+
+    Args:
+        beta1: Temperature of the soft value of a prompt, in units of reward, above 0. inf is the group mean; towards 0
+            it is the largest reward of the group.
+    """
+
+    beta1: float = 1.0
 
 
 @register_adv_est("oapl")
@@ -30,8 +41,7 @@ def oapl_advantage(
         token_level_rewards: Sums over a response to its reward, [batch, response].
         response_mask: Tokens of the response, same shape.
         index: Prompt of each row, [batch].
-        config: verl's algorithm settings; `oapl.beta1` (default 1, in units of reward): towards 0 V is the largest
-            reward of the group, towards inf the mean.
+        config: verl's algorithm settings; ours are `oapl`, see `OAPLAdvantageConfig`.
 
     Returns:
         Advantages and returns, the same tensor.
@@ -39,7 +49,7 @@ def oapl_advantage(
     Raises:
         ValueError: beta1 is not a positive number.
     """
-    beta1 = setting(config, "oapl.beta1", BETA1)
+    beta1 = settings_of(config, "oapl", OAPLAdvantageConfig).beta1
     if not beta1 > 0:
         raise ValueError(f"algorithm.oapl.beta1 must be positive, got {beta1}.")
     return group_advantages(

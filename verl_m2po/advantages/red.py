@@ -5,16 +5,36 @@ See "Group-Relative REINFORCE Is Secretly an Off-Policy Algorithm" (arXiv:2509.2
 
 import zlib
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from verl_m2po.advantages.groups import group_advantages, setting
+from verl_m2po.advantages.groups import group_advantages, settings_of
 
-SEED = 0
-TEMPERATURE = 1.0
+
+@dataclass
+class REDDropConfig:
+    """Settings of `algorithm.adv_estimator=red_drop`.
+
+    Args:
+        seed: Which responses are dropped follows from this and from the prompt's uid.
+    """
+
+    seed: int = 0
+
+
+@dataclass
+class REDWeightConfig:
+    """Settings of `algorithm.adv_estimator=red_weight`.
+
+    Args:
+        temperature: Advantages are A exp(A / temperature), in units of reward, above 0. inf is plain A.
+    """
+
+    temperature: float = 1.0
 
 
 @register_adv_est("red_drop")
@@ -31,13 +51,13 @@ def red_drop_advantage(
         token_level_rewards: Sums over a response to its reward, [batch, response].
         response_mask: Tokens of the response, same shape.
         index: Prompt of each row, [batch].
-        config: verl's algorithm settings; `red_drop.seed` (default 0) and the group's name together choose which
-            responses are dropped, so the same batch drops the same ones again.
+        config: verl's algorithm settings; ours are `red_drop`, see `REDDropConfig`. The same batch drops the same
+            responses again.
 
     Returns:
         Advantages and returns, the same tensor; 0 for what was dropped.
     """
-    seed = setting(config, "red_drop.seed", SEED)
+    seed = settings_of(config, "red_drop", REDDropConfig).seed
 
     def rule(rewards: Tensor, group: Hashable) -> Tensor:
         kept = balanced_subset(rewards, zlib.crc32(f"{seed}/{group}".encode()))
@@ -60,7 +80,7 @@ def red_weight_advantage(
         token_level_rewards: Sums over a response to its reward, [batch, response].
         response_mask: Tokens of the response, same shape.
         index: Prompt of each row, [batch].
-        config: verl's algorithm settings; `red_weight.temperature` (default 1, in units of reward); inf is plain A.
+        config: verl's algorithm settings; ours are `red_weight`, see `REDWeightConfig`.
 
     Returns:
         Advantages and returns, the same tensor.
@@ -68,7 +88,7 @@ def red_weight_advantage(
     Raises:
         ValueError: The temperature is not a positive number.
     """
-    temperature = setting(config, "red_weight.temperature", TEMPERATURE)
+    temperature = settings_of(config, "red_weight", REDWeightConfig).temperature
     if not temperature > 0:
         raise ValueError(f"algorithm.red_weight.temperature must be positive, got {temperature}.")
 

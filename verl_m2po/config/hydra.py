@@ -35,6 +35,7 @@ PRIMARY_CONFIGS = (
     "_generated_ppo_torchtitan_trainer",
     "_generated_ppo_veomni_trainer",
 )
+# Stands for verl's own configs where a search path entry is expected.
 OVERLAY = "overlay"
 
 # Our groups, unset: `loss=m2po` then works on verl's own configs, without a `+`. The later one wins.
@@ -43,12 +44,17 @@ GROUPS = ("advantage", "task", "model", "loss", "staleness", "replay", "hardware
 
 def builds_on_primary(config: DictConfig) -> bool:
     """Return whether `config` has one of verl's primary configs in its defaults, and so gets the overlay from there."""
-    entries = config.get("defaults") or []
+    entries = _defaults(config, [])
     return any(isinstance(entry, str) and entry.lstrip("/") in PRIMARY_CONFIGS for entry in entries)
 
 
+def _defaults(config: DictConfig, without_any: list[str]) -> Any:
+    entries = config.get("defaults")
+    return without_any if entries is None else entries
+
+
 class OverlayConfigSource(ConfigSource):
-    """verl's primary configs, with the keys of ``overlay.yaml`` added.
+    """verl's primary configs, with the keys of `verl_m2po.overlay` added.
 
     Comes first in the search path and answers for verl's primary configs only: it loads the file that Hydra would have
     loaded and merges our keys into it, so the result follows that config whatever its version.
@@ -62,7 +68,6 @@ class OverlayConfigSource(ConfigSource):
     def __init__(self, provider: str, path: str) -> None:
         super().__init__(provider=provider, path=path)
         self._verl = ImportlibResourcesConfigSource(provider=provider, path=VERL_CONFIGS)
-        self._ours = ImportlibResourcesConfigSource(provider=provider, path=OUR_CONFIGS)
         self._main = self._verl if self.path == OVERLAY else _source(provider, self.path)
         self._bases = (self._main, self._verl)
 
@@ -82,14 +87,22 @@ class OverlayConfigSource(ConfigSource):
         # A config that lists another primary config has the overlay from that one.
         if not builds_on_primary(result.config):
             result.config = self._with_overlay(result.config)
+            # Here, because Hydra refuses the key while it composes, before it calls anyone.
+            for hint in keys.hints(sys.argv[1:]):
+                logger.warning("%s", hint)
         return result
 
     def _with_overlay(self, config: DictConfig) -> DictConfig:
-        merged = OmegaConf.merge(config, self._ours.load_config(OVERLAY).config)
+        # Not above: Hydra is often imported before verl's losses, which this imports.
+        from verl_m2po import overlay
+
+        merged = OmegaConf.merge(config, overlay.added_keys())
         assert isinstance(merged, DictConfig)
         # Without a defaults list, what the config itself says comes first: our groups may change it.
-        defaults = merged.get("defaults") or ["_self_"]
-        merged.defaults = [*defaults, *({group: None} for group in GROUPS if not self._has_own(group))]
+        merged.defaults = [
+            *_defaults(merged, ["_self_"]),
+            *({group: None} for group in GROUPS if not self._has_own(group)),
+        ]
         return merged
 
     def _has_own(self, group: str) -> bool:
@@ -125,9 +138,6 @@ class M2POSearchPathPlugin(SearchPathPlugin):
         base = OVERLAY if main in (None, VERL_CONFIGS) else main
         search_path.prepend(provider=PROVIDER, path=f"{SCHEME}://{base}")
         search_path.append(provider=PROVIDER, path=OUR_CONFIGS)
-        # Here, because Hydra refuses the key while it composes, before it calls anyone.
-        for hint in keys.hints(sys.argv[1:]):
-            logger.warning("%s", hint)
 
 
 def _register(*plugins: Any) -> None:

@@ -16,6 +16,9 @@ from verl_m2po.losses.step_scale import StepScaleConfig
 
 logger = logging.getLogger(__name__)
 
+INTERPOLATION = "interpolation"
+"""In the metadata of a field: the key that its default follows in a composed config."""
+
 registry.load()
 SETTINGS: dict[str, type[BaseConfig]] = {
     **{name: loss.settings for name, loss in registry.LOSSES.items() if loss.settings is not None},
@@ -26,8 +29,10 @@ SETTINGS: dict[str, type[BaseConfig]] = {
 
 @dataclass
 class _SelectablePolicyLossConfig(PolicyLossConfig):
-    selected: str | None = None
-    requested_mode: str | None = None
+    selected: str | None = field(default=None, metadata={INTERPOLATION: "${oc.select:algorithm.policy_loss,null}"})
+    requested_mode: str | None = field(
+        default=None, metadata={INTERPOLATION: "${oc.select:trainer.v1.trainer_mode,null}"}
+    )
     diagnostics: bool = False
 
     def __post_init__(self):
@@ -50,10 +55,10 @@ M2POPolicyLossConfig: Any = dataclasses.make_dataclass(
         "__doc__": """verl's policy loss settings with ours beside them: one field for each of `SETTINGS`.
 
     Args:
-        selected: Registered name of the loss to use, from `algorithm.policy_loss`. It wins over `loss_mode`; None
+        selected: Registered name of the loss to use, from `algorithm.policy_loss`. It wins over `loss_mode`; null
             leaves `loss_mode` as it is.
         requested_mode: `trainer.v1.trainer_mode`, for the actor worker to see at its first update whether that is what
-            trains. None: it is not looked at.
+            trains. null: it is not looked at.
         diagnostics: Log the second moments, the effective sample size and the rest of `actor/m2po/*` for any loss.
     """,
     },

@@ -1,7 +1,7 @@
 """The settings of the trainer modes, each under `trainer.v1.<mode>`, and their defaults.
 
-The Hydra overlay merges `MODE_DEFAULTS` into verl's own configuration; a configuration without the overlay gets them
-when the mode starts. What is not listed here cannot be set: an unknown key is refused by name.
+`verl_m2po.overlay` adds them to verl's own configuration; a configuration without it gets them when the mode starts.
+What is not listed here cannot be set: an unknown key is refused by name.
 """
 
 import math
@@ -30,17 +30,19 @@ class StaleKConfig:
             on-policy. Must be a whole number of trainer steps, see docs/staleness.md.
         generation_timeout_s: wall-clock seconds for one trajectory; after that it failed. null waits for ever.
         on_failed_trajectory: `refill` replaces a group one of whose trajectories failed by another prompt; `mask` keeps
-            it if one succeeded, with none of the failed ones' tokens trained on, see masking.py.
+            it if one succeeded, and the failed ones are not trained on; see docs/reliability.md.
         max_failed_fraction: the run stops when more than this share of the last `failed_window_groups` prompt groups
             failed; one with masked trajectories counts as their share of it. 1 never stops.
-        failed_window_groups: see `max_failed_fraction`; nothing is judged before that many groups have ended.
+        failed_window_groups: number of prompt groups over which `max_failed_fraction` is judged; nothing is judged
+            before that many have ended.
         buffer_memory_limit_gib: refuse to start if the waiting rollouts could need more than this, in GiB. null takes
             half of the machine's memory. TransferQueue can spill to disk; the error says how.
         stop_wait_s: wall-clock seconds for which a run that was asked to end (Ctrl-C, SIGTERM) still waits for rollouts
             in flight. null waits as long as they take.
         start_timeout_s: wall-clock seconds for all processes of the run to start and to load the model; after that the
             run ends with an error that says who does not answer. null waits for ever.
-        push_timeout_s: the same for one push of the weights to the rollout.
+        push_timeout_s: wall-clock seconds for one push of the weights to the rollout; after that the run ends. null
+            waits for ever.
         no_progress_timeout_s: wall-clock seconds in which no group ends, none is trained and no weights are pushed,
             while nothing is validated or saved; after that the run ends with an error that says who waits for whom.
             null waits for ever.
@@ -54,6 +56,8 @@ class StaleKConfig:
         journal_fsync: wait for the disk after each group. false: the journal outlives a crash of any process, not of
             the machine.
         ledger_path: file to which every trained row is appended, with its weight versions, as JSON lines. null: none.
+        parameter_sync_step: mini-batches between two weight syncs; the mode sets it. verl reads it under the name of
+            the mode.
     """
 
     staleness_updates: int = 0
@@ -71,7 +75,6 @@ class StaleKConfig:
     journal_path: str | None = None
     journal_fsync: bool = False
     ledger_path: str | None = None
-    # Read by verl's base trainer under the name of the mode; the mode sets it, see trainer.py.
     parameter_sync_step: int = 1
 
 
@@ -128,6 +131,8 @@ class BoundedAsyncConfig(SeparateConfig):
     """No trained token older than `staleness_updates` optimizer updates; separate devices, generation never waits.
 
     Args:
+        staleness_updates: age that no trained token exceeds when its trainer step begins, in optimizer updates. 0 is
+            on-policy. Must be a whole number of trainer steps, see docs/staleness.md.
         min_usable_share: a finished group with at least this share of its generated tokens within the bound is trained
             with the older tokens masked, otherwise it is dropped and replaced; a generation that is expected to end
             below it is aborted. 0 masks whatever it can and never aborts; 1 never masks.
@@ -169,6 +174,9 @@ class ReplayModeConfig(StaleKConfig):
     Trainer and rollout share the devices; new rollouts come from the present weights.
 
     Args:
+        staleness_updates: age that no trained token exceeds when its trainer step begins, in optimizer updates. 0
+            trains new rollouts only. Must be a whole number of trainer steps, see docs/staleness.md.
+        journal: not in this mode; it must be false.
         replay: how often a rollout is trained.
     """
 

@@ -5,9 +5,8 @@ Hydra refuses it and suggests a `+`, with which nothing would read it.
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import resources
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from verl_m2po.ground.problem import Problem
 from verl_m2po.ground.verl_config import read
@@ -17,7 +16,7 @@ SIMILARITY = 0.8
 
 def problems(config: DictConfig) -> Iterator[Problem]:
     """Yield every key that was added on the command line beside one of ours with nearly the same name."""
-    for override in read(config, "hydra.overrides.task") or []:
+    for override in read(config, "hydra.overrides.task", []):
         key, _, value = override.lstrip("+").partition("=")
         if override.startswith("+") and (meant := nearest(key)):
             yield Problem(f"+{key}", value, "there is no such setting, so nothing would read it", f"Set {meant}")
@@ -46,8 +45,10 @@ def nearest(key: str) -> str | None:
 
 def our_keys() -> Iterator[str]:
     """Yield the full name of every key that the overlay adds."""
-    text = resources.files("verl_m2po.config").joinpath("overlay.yaml").read_text()
-    yield from _names(OmegaConf.to_container(OmegaConf.create(text)), "")
+    # Not above: whoever asks for hints has often not imported verl's losses yet.
+    from verl_m2po import overlay
+
+    yield from _names(overlay.added_keys(), "")
 
 
 def _names(node: object, prefix: str) -> Iterator[str]:
