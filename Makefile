@@ -97,6 +97,7 @@ bench: $(STAMP) ## Measure the losses, the decision and a trainer step, into doc
 	$(WORKSHOP) -m benchmarks --out docs/benchmarks.md
 	$(WORKSHOP) -m benchmarks.presets --out docs/benchmarks.md
 	$(WORKSHOP) -m benchmarks.decision --out docs/benchmarks.md
+	$(WORKSHOP) -m benchmarks.selection --out docs/benchmarks.md
 	$(WORKSHOP) -m benchmarks.trainer_step --out docs/benchmarks.md
 
 methods: $(STAMP) ## Two trainer steps of every method on equally stale data, into docs/figures/methods (about 4 minutes)

@@ -82,7 +82,7 @@ class Call:
             )
         loss.backward()
         if mini_batch.sums:
-            diagnostics.total(mini_batch.sums).tolist()
+            diagnostics.added_up(mini_batch.sums).tolist()
 
 
 class Timed(Protocol):

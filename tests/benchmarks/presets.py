@@ -59,7 +59,7 @@ class PresetCall:
             )
         loss.backward()
         if mini_batch.sums:
-            diagnostics.total(mini_batch.sums).tolist()
+            diagnostics.added_up(mini_batch.sums).tolist()
 
 
 def decide(actor: ActorConfig, batch: Batch) -> Any:

@@ -9,7 +9,7 @@ from verl.workers.config import FSDPActorConfig
 
 from verl_m2po.losses.config import M2POPolicyLossConfig
 from verl_m2po.losses.family.bapo import Bounds
-from verl_m2po.losses.kernel.diagnostics import total
+from verl_m2po.losses.kernel.diagnostics import added_up
 from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
 from verl_m2po.losses.kernel.registry import LOSSES
 from verl_m2po.second_moment import TrustRegion
@@ -48,7 +48,7 @@ def run(name, settings, log_prob, old_log_prob, advantages, response_mask, weigh
             rollout_is_weights=weights,
         )
     loss.backward()
-    return log_prob.grad, total(mini_batch.sums), metrics
+    return log_prob.grad, added_up(mini_batch.sums), metrics
 
 
 def arguments(dtype=torch.float32):

@@ -77,7 +77,7 @@ class Observed:
             # All its finite tokens count as kept: what such a loss clips is its own affair.
             tokens = micro_batch.tokens
             sums = diagnostics.token_sums(tokens, tokens.mask, -tokens.advantages * tokens.importance_weight)
-            diagnostics.leave(mini_batch, sums, tokens.mask, None)
+            diagnostics.leave_sums(mini_batch, sums, tokens.mask, None)
         is_age_zero = self.is_age_zero(micro_batch.data)
         if is_age_zero is not None:
             diagnostics.add_age_zero(mini_batch, age_zero_sums(Seen(micro_batch.tokens, is_age_zero)))

@@ -217,11 +217,11 @@ class M2POTrainingWorker(ProvenTrainingWorker):
         """Ratios over the whole mini-batch, formed once from sums over all ranks; none where no loss left a sum."""
         if not mini_batch.sums:
             return {}
-        sums = diagnostics.total(mini_batch.sums)
+        sums = diagnostics.added_up(mini_batch.sums)
         group = self.engine.get_data_parallel_group()
         if group is not None:
             dist.all_reduce(sums, group=group)
-        metrics = diagnostics.whole(sums, self._mismatch_floor)
+        metrics = diagnostics.mini_batch_metrics(sums, self._mismatch_floor)
         self._mismatch_floor = metrics.get("mismatch_floor")
         return metrics
 

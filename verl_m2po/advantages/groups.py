@@ -50,6 +50,6 @@ def settings_of(config: Any, name: str, settings_class: type[Settings]) -> Setti
     section = None if config is None else config.get(name, None)
     if section is None:
         return settings_class()
-    names = (field.name for field in dataclasses.fields(settings_class))
-    given = {name: section.get(name, None) for name in names}
-    return settings_class(**{name: value for name, value in given.items() if value is not None})
+    default: Any = settings_class()
+    given = {name: section.get(name, None) for name in dataclasses.asdict(default)}
+    return dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})

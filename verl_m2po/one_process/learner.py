@@ -111,7 +111,7 @@ class Learner:
             if torch.isfinite(norm):
                 self._optimizer.step()
         if mini_batch.sums:
-            statistics = diagnostics.whole(diagnostics.total(mini_batch.sums), self._mismatch_floor)
+            statistics = diagnostics.mini_batch_metrics(diagnostics.added_up(mini_batch.sums), self._mismatch_floor)
             self._mismatch_floor = statistics.get("mismatch_floor")
             mini_batch.metrics |= statistics
         named = {f"{diagnostics.PREFIX}{name}": value for name, value in mini_batch.metrics.items()}

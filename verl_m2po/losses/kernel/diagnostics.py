@@ -93,13 +93,13 @@ def report(token_sums: Tensor, keep: Tensor, region: TrustRegion | None) -> dict
     """
     mini_batch = current_mini_batch()
     if mini_batch is not None:
-        leave(mini_batch, token_sums, keep, region)
+        leave_sums(mini_batch, token_sums, keep, region)
         return {}
     named = zip(TOKEN_SUMS, token_sums.tolist(), strict=True)
     return {f"{PREFIX}micro_batch/{name}": value for name, value in named}
 
 
-def leave(mini_batch: MiniBatch, token_sums: Tensor, keep: Tensor, region: TrustRegion | None) -> None:
+def leave_sums(mini_batch: MiniBatch, token_sums: Tensor, keep: Tensor, region: TrustRegion | None) -> None:
     """Leave the sums of a micro-batch with the actor worker."""
     mini_batch.sums.append(MicroBatchSums(token_sums, region))
     mini_batch.keep = keep
@@ -119,7 +119,7 @@ def add_entropy(mini_batch: MiniBatch, entropy: Tensor, response_mask: Tensor) -
     mini_batch.sums[-1].entropy = torch.stack((total, response_mask.sum(), total_masked, masked.sum()))
 
 
-def total(parts: Sequence[MicroBatchSums]) -> Tensor:
+def added_up(parts: Sequence[MicroBatchSums]) -> Tensor:
     """The sums of all `parts`, at least one: float64, by the names of `SUMS`."""
     sums = parts[0].tokens.new_zeros(len(SUMS))
     sums[_OF[TOKEN_SUMS]] = torch.stack([part.tokens for part in parts]).sum(0)
@@ -140,7 +140,7 @@ def total(parts: Sequence[MicroBatchSums]) -> Tensor:
     return sums
 
 
-def whole(sums: Tensor, mismatch_floor: float | None = None) -> dict[str, float]:
+def mini_batch_metrics(sums: Tensor, mismatch_floor: float | None = None) -> dict[str, float]:
     """The metrics of a whole mini-batch, without their prefix.
 
     Args:
@@ -151,11 +151,11 @@ def whole(sums: Tensor, mismatch_floor: float | None = None) -> dict[str, float]
     named: dict[str, float] = dict(zip(SUMS, sums.tolist(), strict=True))
     if named["age_zero_tokens"]:
         mismatch_floor = named["square_age_zero"] / named["age_zero_tokens"]
-    metrics = ratios(named)
+    metrics = metrics_of_sums(named)
     return metrics if mismatch_floor is None else metrics | {"mismatch_floor": mismatch_floor}
 
 
-def ratios(sums: dict[str, float]) -> dict[str, float]:
+def metrics_of_sums(sums: dict[str, float]) -> dict[str, float]:
     """The metrics of a whole mini-batch from its sums, without their prefix.
 
     Args:
@@ -190,5 +190,5 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-# What `ratios` gives for every loss.
-NAMES = tuple(ratios(dict.fromkeys(SUMS, 0.0)))
+# What `metrics_of_sums` gives for every loss.
+NAMES = tuple(metrics_of_sums(dict.fromkeys(SUMS, 0.0)))
