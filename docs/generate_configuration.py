@@ -17,7 +17,7 @@ GROUPS = {
     "advantage": "How advantages are made.",
     "loss": "Which loss, with everything that it needs.",
     "staleness": "How old the training data is. Ages are in optimizer updates; see staleness.md for the units.",
-    "replay": "How often a rollout is trained; with `staleness=replay`.",
+    "replay": "How often a rollout is trained; with `staleness=replay` or `bounded_async`.",
     "model": "Which model.",
     "task": "Which data and reward.",
     "hardware": "Where it runs.",

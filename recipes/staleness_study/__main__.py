@@ -15,6 +15,7 @@ OUT = Path("outputs/study")
 PAGE = Path("docs/results.md")
 # Beside the page
 DATA = Path("results/one_process.json")
+REPLAY_PAGE, REPLAY_DATA = Path("docs/replay.md"), Path("results/replay.json")
 # Of runs through verl, by stage, which is also their folder's name
 VERL_DATA = {stage: Path(f"results/{stage}.json") for stage in ("verl", WALL_CLOCK)}
 Folder = Annotated[Path, typer.Option(help="Folder of the runs; finished ones in it are skipped.")]
@@ -53,6 +54,23 @@ def replay(
     from staleness_study.run import run_jobs
 
     _finish(run_jobs(replay_plan.jobs()[:most], out / "one_process", workers, Console()))
+
+
+@app.command()
+def replay_results(
+    out: Folder = OUT,
+    page: Annotated[Path, typer.Option(help="Its marked section is rewritten.")] = REPLAY_PAGE,
+    collect: Annotated[bool, typer.Option(help="Read the runs; otherwise write from the JSON beside the page.")] = True,
+) -> None:
+    """Put what the stage `replay` has run so far into its JSON file and docs/replay.md."""
+    from staleness_study import replay_page
+    from staleness_study import results as studied
+
+    data = page.parent / REPLAY_DATA
+    if collect:
+        studied.write(studied.collect(replay_plan.jobs(), out / "one_process"), data)
+    replay_page.write(*studied.load(data), page)
+    typer.echo(f"written: {page}, {data}")
 
 
 @app.command()

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from staleness_study import replay_plan
 from staleness_study.plan import WALL_CLOCK, Job
 from staleness_study.run import LOG, RECORD, is_whole
 from verl_m2po.report.reading import metrics
@@ -33,6 +34,9 @@ SECONDS = "seconds"
 SCORE = "training_score"
 # Its last means, two of ten trainer steps each
 FINAL_SCORES = 2
+# Curve of the stage `replay`: prompts that were generated so far
+PROMPTS = "prompts"
+ADMITTED = "staleness/admitted"
 # Of the records of runs that share a table
 SHARED = ("config", "model", "versions")
 # Metrics that are kept as means over the trainer steps since the validation before.
@@ -171,6 +175,8 @@ def _read(
         return None
     steps, known = accuracy.index.tolist(), run.settings
     times = {SECONDS: _seconds(run, steps)} if stage == WALL_CLOCK else {}
+    if stage == replay_plan.STAGE:
+        times = {PROMPTS: [float(run.series(ADMITTED).loc[:step].sum()) for step in steps[1:]]}
     wanted = CURVES | ({SCORE: metrics.TRAINING_SCORE} if stage == "verl" else {})
     return Result(
         stage,

@@ -1,10 +1,13 @@
-"""The trainer mode `replay` on real Ray, TransferQueue, FSDP and vLLM: successes are trained again, in their window."""
+"""Replay on real Ray, TransferQueue, FSDP and vLLM: rollouts are trained again, in their window."""
 
 import pytest
+from mode_runs import BATCH, SEPARATE, run_mode, spans_of
+
+from benchmarks.paced import SECONDS_PER_TOKEN
 
 pytestmark = pytest.mark.e2e
 
-BATCH, STEPS = 8, 5
+STEPS = 5
 
 
 def test_part_of_each_batch_is_generated_and_the_rest_are_earlier_successes(train):
@@ -19,3 +22,26 @@ def test_part_of_each_batch_is_generated_and_the_rest_are_earlier_successes(trai
     assert sum(admitted) == sum(BATCH - again for again in replayed)
     assert run.series("staleness/age_updates_max")[0] == 0
     assert 0 < max(run.series("staleness/age_updates_max")) <= 4
+
+
+def test_where_generation_is_late_the_trainer_trains_again_instead_of_waiting(train, tmp_path):
+    """Two groups are generated at a time, a token takes 0.3 s: about as long for two groups as a trainer step."""
+    result, ledger = run_mode(
+        train,
+        tmp_path,
+        "bounded_async",
+        8,
+        *(*SEPARATE, "loss=m2po", "replay=x4", "actor_rollout_ref.rollout.max_num_seqs=8"),
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=benchmarks.paced.token_time:TokenTime",
+        steps=STEPS,
+        environment={SECONDS_PER_TOKEN: "0.3"},
+    )
+    trained: set[str] = set()
+    for line, replayed in zip(ledger, result.series("staleness/replayed"), strict=True):
+        uids = {group[1] for group in line["groups"]}
+        assert len(uids) == BATCH, "a group is twice in a batch"
+        assert len(uids & trained) == replayed <= BATCH * 3 / 4
+        assert all(line["version"] - 4 <= version <= line["version"] for version, _ in spans_of(line))
+        assert all(line["generated"]), "when a group was generated is known at each of its uses"
+        trained |= uids
+    assert BATCH <= len(trained) < STEPS * BATCH

@@ -11,8 +11,9 @@ from rollout_simulation import Simulation, Trace, Workload, outcome
 from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.imitation import Imitation, Recalibration
 from verl_m2po.staleness.rule.records import Row
-from verl_m2po.staleness.rule.replay import Replay, spread
+from verl_m2po.staleness.rule.replay import Replay
 from verl_m2po.staleness.rule.reuse import SAMPLING, Reuse
+from verl_m2po.staleness.rule.reusing import spread
 from verl_m2po.staleness.rule.rules import StalenessViolation
 from verl_m2po.staleness.rule.units import UpdateClock, UpdateCount
 from verl_m2po.staleness.rule.worth import BATCHES_TO_A_SUCCESS, Judge, NothingSucceeds, Outcome

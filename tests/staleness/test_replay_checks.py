@@ -4,6 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from verl_m2po.staleness import checks
+from verl_m2po.staleness.checks import memory
 
 KEY = "trainer.v1.replay.replay"
 
@@ -86,7 +87,7 @@ def test_a_share_that_the_uses_cannot_keep_is_mentioned():
     assert not problem.is_fatal and "about 0.5 of the prompts will be new" in str(problem)
 
 
-@pytest.mark.parametrize("mode", ["sync", "stale_k", "bounded_async"])
+@pytest.mark.parametrize("mode", ["sync", "stale_k", "stale_k_separate"])
 def test_replay_in_a_mode_that_trains_each_rollout_once_is_refused(mode):
     (problem,) = problems(mode, max_uses=4, fresh_share=0.25)
     assert problem.is_fatal and problem.key == f"{KEY}.max_uses" and "staleness=replay" in problem.remedy
@@ -95,3 +96,32 @@ def test_replay_in_a_mode_that_trains_each_rollout_once_is_refused(mode):
 def test_a_journal_is_refused():
     (problem,) = checks.check(config("replay", journal=True))
     assert problem.is_fatal and problem.key == "trainer.v1.replay.journal"
+
+
+@pytest.mark.parametrize(
+    ("replay", "key"),
+    [
+        ({"max_uses": 4, "fresh_share": 0.25}, None),
+        ({"max_uses": 2, "fresh_share": 0.25}, None),
+        ({"max_uses": None, "fresh_share": 0.125}, None),
+        ({"max_uses": 0}, "max_uses"),
+        ({"max_uses": 99, "fresh_share": 0.25}, "max_uses"),
+        ({"max_uses": 4, "fresh_share": 0.3}, "fresh_share"),
+        ({"max_uses": None}, "max_uses"),
+        ({"fresh_share": 0.5}, "fresh_share"),
+    ],
+)
+def test_bounded_async_is_asked_the_same_but_for_the_mean_which_speeds_decide(replay, key):
+    asked = config("bounded_async")
+    OmegaConf.update(asked, "trainer.v1.bounded_async", {"staleness_updates": 16, "replay": replay})
+    found = checks.check(asked)
+    assert [problem.key for problem in found] == ([f"trainer.v1.bounded_async.replay.{key}"] if key else [])
+
+
+def test_what_is_kept_for_another_use_needs_memory_beside_what_waits():
+    asked = config("bounded_async")
+    OmegaConf.update(asked, "trainer.v1.bounded_async", {"staleness_updates": 16, "replay": {"max_uses": 1}})
+    once = memory.estimate_buffer_bytes(asked, 4)
+    OmegaConf.update(asked, "trainer.v1.bounded_async.replay.max_uses", None)
+    assert memory.estimate_buffer_bytes(asked, 4) == 2 * once
+    assert memory.buffer_rows(asked, 4) == (4 + 2 + 5) * 256 * 9

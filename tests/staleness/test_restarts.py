@@ -1,7 +1,7 @@
 """Crashes at random moments of random runs, with a journal: nothing twice, nothing skipped, nothing of another age."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from rollout_simulation import Simulation, Workload
 
 from verl_m2po.staleness.rule.bounded import BoundedAsync
+from verl_m2po.staleness.rule.bounded_replay import BoundedReplay
 from verl_m2po.staleness.rule.exact import ExactStale
+from verl_m2po.staleness.rule.reuse import Reuse
 from verl_m2po.staleness.rule.units import exact_version
 
 pytestmark = pytest.mark.slow
@@ -136,3 +138,50 @@ def test_nothing_is_lost_or_doubled_wherever_a_run_stops(make_rule, stops, is_sl
             assert versions == {exact_version(version, simulation.rule.staleness_steps)} and group.ticket.place == i
         else:
             assert min(v for v in versions if oldest is None or v >= oldest) >= version - 3
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    max_uses=st.none() | st.integers(2, 4),
+    sampling=st.sampled_from(["uniform", "positive"]),
+    crash=st.tuples(st.integers(0, 8), st.integers(0, 5), st.integers(0, 6)),
+    is_slow=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_no_use_is_lost_or_doubled_where_rollouts_are_trained_several_times(max_uses, sampling, crash, is_slow, seed):
+    """A use that a crash has undone is none; see the test above for what a crash is."""
+
+    def make_rule() -> BoundedReplay:
+        rule = BoundedReplay(3, BATCH, Reuse(max_uses, 1, sampling))
+        rule.limit(STEPS)
+        return rule
+
+    workload = Workload(length=lambda rng: rng.uniform(10, 200), tokens_per_time=60.0 if is_slow else 1000.0)
+    to_checkpoint, beyond, ended = crash
+    simulation = Journalled(make_rule(), workload, seed)
+    for done in range(1, to_checkpoint + 1):
+        simulation._train(done)
+    trained = list(simulation.trace.trained)
+    state, dispatched = simulation.rule.state_dict(), simulation.dispatched
+    simulation.events, simulation.finished = [], {}
+    for lost in range(to_checkpoint + 1, to_checkpoint + beyond + 1):
+        simulation._train(lost)
+    for _ in range(min(ended, len(simulation._ends))):
+        simulation._end_next()
+    events, finished = simulation.events, simulation.finished
+    simulation = Journalled(make_rule(), workload, seed + 1)
+    simulation.restart(to_checkpoint, state, dispatched, events, finished)
+    for done in range(to_checkpoint + 1, STEPS + 1):
+        simulation._train(done)
+    trained += simulation.trace.trained
+    uses = Counter((version, group.ticket.uid) for version, _, group in trained)
+    assert len(trained) == STEPS * BATCH == len(uses), "a group is twice in a batch"
+    assert max_uses is None or max(Counter(uid for _, uid in uses).values()) <= max_uses
+    for version, oldest, group in trained:
+        versions = [v for row in group.rows for v, _ in row.spans if oldest is None or v >= oldest]
+        assert version - 3 <= min(versions) and max(versions) <= version
+    # A group whose first use a crash has undone has it again: it came back from the journal, with its own uid.
+    undone = finished.keys() & {ticket.uid for kind, ticket in events if kind == "dispatched"}
+    ended = undone - {group.ticket.uid for *_, group in trained}
+    waiting = {group.ticket.uid for group in simulation.rule.stored_groups()}
+    assert ended <= waiting | simulation.dropped

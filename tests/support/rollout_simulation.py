@@ -79,6 +79,7 @@ class Simulation:
         self._ends: list[tuple[float, int, str]] = []
         self._generating: dict[str, tuple[float, list[int], list[tuple[float, int]]]] = {}
         self.dispatched = 0
+        self.dropped: set[str] = set()
         self._versions: list[tuple[float, int]] = [(0.0, 0)]
 
     def run(self, steps: int) -> Trace:
@@ -176,6 +177,7 @@ class Simulation:
             return False
         for group in selection.evicted:
             self.trace.ended["dropped"] += 1
+            self.dropped.add(group.ticket.uid)
             self.trace.dropped_lengths.append(group.tokens_per_response)
         if not selection.groups:
             return False

@@ -32,7 +32,7 @@ from verl_m2po.staleness.account.bound import move_bound
 from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.rule.adaptive_async import AdaptiveAsync
 from verl_m2po.staleness.rule.records import Row, Selection
-from verl_m2po.staleness.rule.replay import Replay
+from verl_m2po.staleness.rule.reusing import Reusing
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import version_at_step
 from verl_m2po.tasks import arithmetic, supervision
@@ -109,7 +109,7 @@ class Buffer:
         """Tell the rule what the batch that was taken has shown, where that decides what is trained again."""
         if not self.rule.needs_outcomes:
             return
-        assert self._selection is not None and isinstance(self.rule, Replay)
+        assert self._selection is not None and isinstance(self.rule, Reusing)
         uids = [group.ticket.uid for group in self._selection.groups for _ in group.rows]
         scores, mask = data.batch["rm_scores"].sum(-1), data.batch["response_mask"].bool()
         batch = outcomes.Batch(uids, scores, data.batch["advantages"], mask)

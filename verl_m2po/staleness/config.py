@@ -13,10 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_m2po.ground.problem import Problem, WrongValue
 from verl_m2po.ground.verl_config import TRAINER_MODE, read
-from verl_m2po.staleness.rule.imitation import Imitation
-from verl_m2po.staleness.rule.replay import Replay
-from verl_m2po.staleness.rule.reuse import Reuse
-from verl_m2po.staleness.rule.units import UpdateClock, UpdateCount
+from verl_m2po.staleness.rule.units import UpdateClock
 
 ON_FAILED_TRAJECTORY = ("refill", "mask")
 
@@ -127,24 +124,6 @@ class AdaptiveConfig:
 
 
 @dataclass
-class BoundedAsyncConfig(SeparateConfig):
-    """No trained token older than `staleness_updates` optimizer updates; separate devices, generation never waits.
-
-    Args:
-        staleness_updates: age that no trained token exceeds when its trainer step begins, in optimizer updates. 0 is
-            on-policy. Must be a whole number of trainer steps, see docs/staleness.md.
-        min_usable_share: a finished group with at least this share of its generated tokens within the bound is trained
-            with the older tokens masked, otherwise it is dropped and replaced; a generation that is expected to end
-            below it is aborted. 0 masks whatever it can and never aborts; 1 never masks.
-        adaptive: lets the bound move below `staleness_updates`.
-    """
-
-    staleness_updates: int = 0
-    min_usable_share: float = 0.25
-    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
-
-
-@dataclass
 class ReplayConfig:
     """How often a rollout is trained.
 
@@ -165,6 +144,27 @@ class ReplayConfig:
     sampling: str = "uniform"
     baseline_groups: int = 0
     ramp_steps: int = 0
+
+
+@dataclass
+class BoundedAsyncConfig(SeparateConfig):
+    """No trained token older than `staleness_updates` optimizer updates; separate devices, generation never waits.
+
+    Args:
+        staleness_updates: age that no trained token exceeds when its trainer step begins, in optimizer updates. 0 is
+            on-policy. Must be a whole number of trainer steps, see docs/staleness.md.
+        min_usable_share: a finished group with at least this share of its generated tokens within the bound is trained
+            with the older tokens masked, otherwise it is dropped and replaced; a generation that is expected to end
+            below it is aborted. 0 masks whatever it can and never aborts; 1 never masks.
+        adaptive: lets the bound move below `staleness_updates`.
+        replay: how often a rollout is trained where generation is late. `max_uses` other than 1: instead of waiting the
+            trainer fills its batch with what was trained before, down to `fresh_share` of new prompts.
+    """
+
+    staleness_updates: int = 0
+    min_usable_share: float = 0.25
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
 
 
 @dataclass
@@ -201,22 +201,6 @@ def first_uses(fresh_share: float, batch_size: int) -> int | None:
     """Prompts of a batch that are `fresh_share` of it; None if that is no whole number of at least 1."""
     count = round(fresh_share * batch_size)
     return count if count >= 1 and math.isclose(count, fresh_share * batch_size, rel_tol=1e-9) else None
-
-
-def make_replay(
-    settings: ReplayModeConfig, staleness_steps: int, batch_size: int, seed: int | None, updates: UpdateCount | None
-) -> Replay:
-    """The rule of the mode `replay`.
-
-    Args:
-        seed: `data.seed`; null draws as 0 does.
-    """
-    replay = settings.replay
-    count = first_uses(replay.fresh_share, batch_size)
-    assert count is not None, "checks/replay.py refuses other shares"
-    reuse = Reuse(replay.max_uses, count, replay.sampling, 0 if seed is None else seed)
-    imitation = Imitation(replay.baseline_groups, replay.ramp_steps)
-    return Replay(staleness_steps, batch_size, reuse, updates, imitation)
 
 
 def is_chosen(config: DictConfig) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.workers.utils.padding import response_to_nested
 
-from verl_m2po.staleness.rule.replay import Replay
+from verl_m2po.staleness.rule.reusing import Reusing
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.worth import Outcome
 
@@ -75,7 +75,7 @@ class Batch:
         mask = self.response_mask & ~is_left_out[:, None]
         return advantages * mask, mask
 
-    def judged(self, rule: Replay, replayed: Set[str], step: int) -> tuple[Tensor, Tensor] | None:
+    def judged(self, rule: Reusing, replayed: Set[str], step: int) -> tuple[Tensor, Tensor] | None:
         """Tell `rule` what the batch of trainer step `step` has shown.
 
         Returns:
@@ -92,7 +92,7 @@ def judge(batch: KVBatchMeta, rule: StalenessRule, replayed: Set[str], step: int
     """The same for a batch in TransferQueue, whose fields are changed there; nothing for a rule that need not know."""
     if not rule.needs_outcomes:
         return batch
-    assert isinstance(rule, Replay)
+    assert isinstance(rule, Reusing)
     partition = batch.partition_id
     assert partition is not None
     data = tq.kv_batch_get(keys=batch.keys, partition_id=partition, select_fields=list(FIELDS))

@@ -198,7 +198,9 @@ class _StalenessTrainer(PPOTrainer):
         before = self._updates.in_step(step)
         ages = [self._updates.between(tag["min_global_steps"], version) + before for tag in batch.tags]
         fields = TensorDict({AGE_FIELD: torch.tensor(ages)}, batch_size=len(ages))
-        return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+        batch = tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+        # What the batch shows of its groups may decide which of them are trained again.
+        return judge(batch, self.replay_buffer.rule, self.replay_buffer.replayed, step)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """As verl's; counts the updates, and refuses those that would make an exact age another one."""
@@ -297,11 +299,6 @@ class PPOTrainerStaleK(_StalenessTrainer, PPOTrainerColocateAsync):
 @register_trainer("replay")
 class PPOTrainerReplay(PPOTrainerStaleK):
     """A batch is part new, part trained before; trainer and rollout share the devices and take turns."""
-
-    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """As verl's; what the batch shows of its groups may decide which of them are trained again."""
-        batch = super()._compute_advantage(batch, metrics)
-        return judge(batch, self.replay_buffer.rule, self.replay_buffer.replayed, self.global_steps)
 
 
 class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):

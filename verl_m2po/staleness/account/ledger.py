@@ -68,6 +68,7 @@ class TrainedRowsLedger:
                 self.evicted(groups)
             case events.Trained(step, version, selection):
                 self.trained(step, version, selection.oldest_version, selection.groups)
+                self.evicted((*selection.used_up, *selection.retired))
 
     def advanced(self) -> None:
         """The rollout holds new weights from now on."""
@@ -78,7 +79,7 @@ class TrainedRowsLedger:
         self._generated[report.uid] = (report.began_at, report.finished_at)
 
     def evicted(self, groups: tuple[Group, ...]) -> None:
-        """These finished groups will never be trained."""
+        """These finished groups will never be trained, or not again."""
         for group in groups:
             self._generated.pop(group.ticket.uid, None)
 
@@ -120,7 +121,7 @@ class TrainedRowsLedger:
         return {"updates_before": self._updates.between(0, version) + self._updates.in_step(step)}
 
     def _times(self, group: Group) -> list[float] | None:
-        times = self._generated.pop(group.ticket.uid, None)
+        times = self._generated.get(group.ticket.uid)
         return times and [round(moment, 3) for moment in times]
 
     def resumed(self, step: int) -> None:

@@ -66,7 +66,7 @@ def checks(available_memory_bytes: int | None = None, prompts: Prompts = _unknow
         Check("the numbers of the mode", numbers.problems, "trainer.v1"),
         Check("the units of the staleness", units.problems, "data.train_batch_size"),
         Check("parameter_sync_step", units.sync_step, "trainer.v1"),
-        Check("how often a rollout is trained", replay.problems, replay.KEY),
+        Check("how often a rollout is trained", replay.problems, "trainer.v1"),
         Check("dynamic sampling", dynamic_sampling.problems, dynamic_sampling.ENABLE),
         Check("a bound that moves", adaptive.problems, adaptive.KEY),
         Check("failed trajectories", failed_trajectories.problems, "trainer.v1"),
@@ -83,7 +83,7 @@ def checks(available_memory_bytes: int | None = None, prompts: Prompts = _unknow
         Check("the entries of TransferQueue", memory.has_entries, memory.CAPACITY.key),
         Check("the length of the run", partial(run_length.problems, prompts=prompts), "trainer.total_training_steps"),
     )
-    yield Check("replay in a mode without it", replay.in_another_mode, replay.KEY)
+    yield Check("replay in a mode without it", replay.in_another_mode, "trainer.v1")
     yield Check("a moving bound in a mode without it", adaptive.in_another_mode, adaptive.KEY)
     for question in questions:
         yield question._replace(ask=partial(_of_our_modes, question.ask))

@@ -18,7 +18,7 @@ from verl_m2po.staleness.checks.numbers import (
     mode_and_settings,
     staleness_steps,
 )
-from verl_m2po.staleness.config import is_chosen
+from verl_m2po.staleness.config import BoundedAsyncConfig, is_chosen
 from verl_m2po.staleness.rows.codec import BYTES_PER_PROMPT_TOKEN, BYTES_PER_RESPONSE_TOKEN
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,16 @@ def _replayed_batches(config: DictConfig) -> int:
     return _steps_between_checkpoints(config) or TOTAL_STEPS.of(config) or 0
 
 
+def _kept_batches(config: DictConfig, staleness_steps: int) -> int:
+    """Batches that were trained and may be again, beside those that wait for their first use.
+
+    The mode replay generates a batch when it trains one, so that together they are no more than its window has steps.
+    """
+    settings = mode_and_settings(config)[1]
+    is_reusing = isinstance(settings, BoundedAsyncConfig) and settings.replay.max_uses != 1
+    return staleness_steps + 1 if is_reusing else 0
+
+
 def estimate_buffer_bytes(config: DictConfig, staleness_steps: int) -> int:
     """Memory for the waiting rollouts if every response has its full length, in bytes.
 
@@ -57,7 +67,11 @@ def estimate_buffer_bytes(config: DictConfig, staleness_steps: int) -> int:
     has, for a crash that may never come: that is not counted.
     """
     replayed = _steps_between_checkpoints(config) if mode_and_settings(config)[1].journal else 0
-    rows = (staleness_steps + 1 + replayed) * TRAIN_BATCH_SIZE.of(config) * RESPONSES.of(config)
+    rows = (
+        (staleness_steps + 1 + _kept_batches(config, staleness_steps) + replayed)
+        * TRAIN_BATCH_SIZE.of(config)
+        * RESPONSES.of(config)
+    )
     response_bytes = RESPONSE_LENGTH.of(config) * BYTES_PER_RESPONSE_TOKEN
     prompt_bytes = PROMPT_LENGTH.of(config) * BYTES_PER_PROMPT_TOKEN
     return rows * (response_bytes + prompt_bytes + ROW_OVERHEAD_BYTES)
@@ -68,7 +82,7 @@ def buffer_rows(config: DictConfig, staleness_steps: int) -> int:
 
     What a journal puts back after a crash is among them. An entry is a prompt or a response; validation comes on top.
     """
-    batches = staleness_steps + 2 + _replayed_batches(config)
+    batches = staleness_steps + 2 + _kept_batches(config, staleness_steps) + _replayed_batches(config)
     return batches * TRAIN_BATCH_SIZE.of(config) * (1 + RESPONSES.of(config))
 
 

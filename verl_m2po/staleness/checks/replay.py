@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,11 +11,11 @@ from verl_m2po.ground.problem import Problem
 from verl_m2po.ground.settings import Number
 from verl_m2po.ground.verl_config import TRAINER_MODE, read
 from verl_m2po.staleness.checks.numbers import mode_and_settings, staleness_steps
-from verl_m2po.staleness.config import ReplayConfig, ReplayModeConfig, first_uses
+from verl_m2po.staleness.config import BoundedAsyncConfig, ReplayConfig, ReplayModeConfig, first_uses
 from verl_m2po.staleness.rule.reuse import SAMPLING
+from verl_m2po.staleness.rule.units import UpdateClock
 
-MODE = "replay"
-KEY = "trainer.v1.replay.replay"
+MODES = ("replay", "bounded_async")
 NUMBERS = (
     Number("max_uses", 1, may_be_null=True, meaning="trainer steps that train on a rollout"),
     Number("baseline_groups", 0, meaning="groups whose mean scores make a baseline"),
@@ -24,79 +25,134 @@ NUMBERS = (
 OFF = "replay=off trains each rollout once"
 
 
+def key_of(mode: str) -> str:
+    """The section of `mode` that says how often a rollout is trained."""
+    return f"trainer.v1.{mode}.replay"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run asks of replay, and what it is checked against.
+
+    Args:
+        mode: trainer mode.
+        replay: settings.
+        clock: converts optimizer updates and trainer steps.
+        window: the key of the bound with its value.
+        bound_steps: the bound, in trainer steps.
+    """
+
+    mode: str
+    replay: ReplayConfig
+    clock: UpdateClock
+    window: str
+    bound_steps: int
+
+    def problem(self, setting: str, why: str, remedy: str, is_fatal: bool = True) -> Problem:
+        """About one of the settings."""
+        return Problem(self.key(setting), getattr(self.replay, setting), why, remedy, is_fatal=is_fatal)
+
+    def key(self, setting: str) -> str:
+        return f"{key_of(self.mode)}.{setting}"
+
+    def wider(self, least_uses: float) -> str:
+        """The remedy of a window without room for so many uses."""
+        updates = self.clock.updates(math.ceil(least_uses) - 1)
+        return f"Set trainer.v1.{self.mode}.staleness_updates to {updates} or more"
+
+    @property
+    def once_a_step(self) -> str:
+        return f"a rollout is trained once a trainer step, in at most {self.bound_steps + 1} of {self.window}"
+
+
 def problems(config: DictConfig) -> Iterator[Problem]:
-    """Yield settings of the mode `replay` that no run can honour."""
-    _, settings = mode_and_settings(config)
-    if not isinstance(settings, ReplayModeConfig):
+    """Yield settings of replay that no run can honour."""
+    mode, settings = mode_and_settings(config)
+    if not isinstance(settings, ReplayModeConfig | BoundedAsyncConfig):
         return
-    replay = settings.replay
-    if settings.journal:
-        why = "the journal knows when a rollout was generated, not how often it was trained since"
-        yield Problem(f"trainer.v1.{MODE}.journal", True, why, "Set it to false; checkpoints hold all rollouts")
-    yield from [*_ranges(replay)] or [*_share(config, replay)] or _uses(config, settings)
+    if settings.journal and mode == "replay":
+        why = "the mode replay begins a batch with the weights that train it, which a crash has lost"
+        yield Problem(f"trainer.v1.{mode}.journal", True, why, "Set it to false; checkpoints hold all rollouts")
+    clock, bound_steps = staleness_steps(config)
+    window = f"trainer.v1.{mode}.staleness_updates={settings.staleness_updates}"
+    asked = Asked(mode, settings.replay, clock, window, bound_steps)
+    if isinstance(settings, BoundedAsyncConfig) and settings.adaptive.enable and settings.replay.max_uses != 1:
+        why = "what is kept for another use has the age of a bound that stays"
+        remedy = f"Leave out staleness=adaptive or replay=: set {asked.key('max_uses')} to 1"
+        yield asked.problem("max_uses", why, remedy)
+    found = [*_ranges(asked)] or [*_share(asked)] or [*_uses(asked)]
+    yield from found or (_mean_uses(asked) if mode == "replay" else ())
 
 
 def in_another_mode(config: DictConfig) -> Iterator[Problem]:
     """Yield replay that was asked for in a mode that trains each rollout once."""
     mode = read(config, TRAINER_MODE)
-    asked = OmegaConf.select(config, KEY)
-    if mode == MODE or asked is None or asked == OmegaConf.structured(ReplayConfig()):
+    if mode in MODES:
         return
-    why = f"trainer.v1.trainer_mode={mode} trains each rollout once, and the exact modes promise one age"
-    yield Problem(f"{KEY}.max_uses", asked.get("max_uses"), why, f"Set staleness=replay beside it; {OFF}")
+    for key in map(key_of, MODES):
+        asked = OmegaConf.select(config, key)
+        if asked is not None and asked != OmegaConf.structured(ReplayConfig()):
+            why = f"trainer.v1.trainer_mode={mode} trains each rollout once, and the exact modes promise one age"
+            remedy = f"Set staleness=replay or staleness=bounded_async beside it; {OFF}"
+            yield Problem(f"{key}.max_uses", asked.get("max_uses"), why, remedy)
+            return
 
 
-def _ranges(replay: ReplayConfig) -> Iterator[Problem]:
+def _ranges(asked: Asked) -> Iterator[Problem]:
+    replay = asked.replay
     for number in NUMBERS:
         problem = number.problem_of(getattr(replay, number.key))
         if problem is not None:
-            yield problem._replace(key=f"{KEY}.{number.key}")
+            yield problem._replace(key=asked.key(number.key))
     if replay.sampling not in SAMPLING:
         remedy = f"Set it to {', '.join(SAMPLING[:-1])} or {SAMPLING[-1]}"
-        yield Problem(f"{KEY}.sampling", replay.sampling, "there is no such choice", remedy)
+        yield asked.problem("sampling", "there is no such choice", remedy)
     elif replay.sampling != "positive":
-        for key in ("baseline_groups", "ramp_steps"):
-            if (value := getattr(replay, key)) > 0:
+        for setting in ("baseline_groups", "ramp_steps"):
+            if getattr(replay, setting) > 0:
                 why = f"it changes nothing with sampling={replay.sampling}, under which advantages stay as they are"
-                yield Problem(f"{KEY}.{key}", value, why, f"Set it to 0, or {KEY}.sampling to positive")
+                yield asked.problem(setting, why, f"Set it to 0, or {asked.key('sampling')} to positive")
 
 
-def _share(config: DictConfig, replay: ReplayConfig) -> Iterator[Problem]:
-    batch = staleness_steps(config)[0].train_batch_size
-    if first_uses(replay.fresh_share, batch) is not None:
+def _share(asked: Asked) -> Iterator[Problem]:
+    batch, share = asked.clock.train_batch_size, asked.replay.fresh_share
+    if first_uses(share, batch) is not None:
         return
-    below = int(replay.fresh_share * batch)
+    below = int(share * batch)
     near = " or ".join(str(float(Fraction(n, batch))) for n in (below, below + 1) if n)
-    why = f"it is {replay.fresh_share * batch:g} of the {batch} prompts of a batch, which is no whole number"
-    yield Problem(f"{KEY}.fresh_share", replay.fresh_share, why, f"Set it to {near}, or change data.train_batch_size")
+    why = f"it is {share * batch:g} of the {batch} prompts of a batch, which is no whole number"
+    yield asked.problem("fresh_share", why, f"Set it to {near}, or change data.train_batch_size")
 
 
-def _uses(config: DictConfig, settings: ReplayModeConfig) -> Iterator[Problem]:
-    replay, (clock, bound_steps) = settings.replay, staleness_steps(config)
-    uses, share, mean = replay.max_uses, replay.fresh_share, 1 / replay.fresh_share
-    window = f"trainer.v1.replay.staleness_updates={settings.staleness_updates}"
-    once_a_step = f"a rollout is trained once a trainer step, in at most {bound_steps + 1} of {window}"
-
-    def wider(least_uses: float) -> str:
-        return f"Set trainer.v1.replay.staleness_updates to {clock.updates(math.ceil(least_uses) - 1)} or more"
-
-    if uses == 1:
-        if share < 1:
-            why = "max_uses=1 trains each rollout once, so every prompt of a batch is new"
-            yield Problem(f"{KEY}.fresh_share", share, why, f"Set it to 1, or {KEY}.max_uses to 2 or more")
-        return
-    if share == 1:
+def _uses(asked: Asked) -> Iterator[Problem]:
+    uses, share = asked.replay.max_uses, asked.replay.fresh_share
+    if uses == 1 and share < 1:
+        why = "max_uses=1 trains each rollout once, so every prompt of a batch is new"
+        yield asked.problem("fresh_share", why, f"Set it to 1, or {asked.key('max_uses')} to 2 or more")
+    if uses != 1 and share == 1:
         why = "it is never reached: fresh_share=1 leaves no place in a batch for a rollout that was trained before"
-        yield Problem(f"{KEY}.max_uses", uses, why, f"Lower {KEY}.fresh_share, such as to {1 / (uses or 4):g}")
-    if uses is not None and uses > bound_steps + 1:
-        yield Problem(f"{KEY}.max_uses", uses, f"it is never reached: {once_a_step}", wider(uses))
-    elif uses is None and mean > bound_steps + 1:
-        why = f"each rollout would have to be trained {mean:g} times, but {once_a_step}"
-        yield Problem(f"{KEY}.fresh_share", share, why, wider(mean))
-    elif uses is not None and uses < mean:
+        remedy = f"Lower {asked.key('fresh_share')}, such as to {1 / (uses or 4):g}"
+        yield asked.problem("max_uses", why, remedy)
+    if uses is not None and uses > asked.bound_steps + 1:
+        yield asked.problem("max_uses", f"it is never reached: {asked.once_a_step}", asked.wider(uses))
+
+
+def _mean_uses(asked: Asked) -> Iterator[Problem]:
+    """Of the mode in which `fresh_share` decides how often a rollout is trained; a limit below that is odd."""
+    uses, mean = asked.replay.max_uses, 1 / asked.replay.fresh_share
+    if uses is None:
+        if mean > asked.bound_steps + 1:
+            why = f"each rollout would have to be trained {mean:g} times, but {asked.once_a_step}"
+            yield asked.problem("fresh_share", why, asked.wider(mean))
+    elif uses == 1:
+        return
+    elif uses < mean:
         why = f"with max_uses={uses} rollouts run out, and about {1 / uses:g} of the prompts will be new"
-        yield Problem(f"{KEY}.fresh_share", share, why, f"Set it to {1 / uses:g}, or raise max_uses", is_fatal=False)
-    elif uses == mean and uses < bound_steps:
-        why = f"they are used up after about {uses} trainer steps, so the {bound_steps} of {window} are never filled"
+        yield asked.problem("fresh_share", why, f"Set it to {1 / uses:g}, or raise max_uses", is_fatal=False)
+    elif uses == mean and uses < asked.bound_steps:
+        why = (
+            f"they are used up after about {uses} trainer steps, so {asked.bound_steps} of {asked.window} are never "
+            "filled"
+        )
         remedy = "Set it to null, or well above 1 / fresh_share, to train on older rollouts"
-        yield Problem(f"{KEY}.max_uses", uses, why, remedy, is_fatal=False)
+        yield asked.problem("max_uses", why, remedy, is_fatal=False)

@@ -56,6 +56,9 @@ class BoundedAsync(StalenessRule):
         return len(self._ready)
 
     def stored_groups(self) -> list[Group]:
+        return self._waiting()
+
+    def _waiting(self) -> list[Group]:
         return [group for _, _, group in sorted(self._ready, key=lambda item: item[:2])]
 
     def oldest_usable(self, version: int) -> int:
@@ -102,25 +105,36 @@ class BoundedAsync(StalenessRule):
         return share > 0 and share >= self.min_usable_share
 
     def select(self, version: int, count: int) -> Selection | None:
+        chosen, evicted = self._take(count, count, version)
+        if len(chosen) < count:
+            return Selection((), None, tuple(evicted)) if evicted else None
+        self._trained += count
+        return Selection(tuple(chosen), self._masks_before(chosen, version), tuple(evicted))
+
+    def _take(self, least: int, most: int, version: int) -> tuple[list[Group], list[Group]]:
+        """Up to `most` of the oldest usable groups, none if there are not `least`; and those that no longer are."""
         oldest_version = self.oldest_usable(version)
         chosen: list[Group] = []
         evicted: list[Group] = []
-        while self._ready and len(chosen) < count and len(self._ready) + len(chosen) >= count:
+        while self._ready and len(chosen) < most and len(self._ready) + len(chosen) >= least:
             group = heapq.heappop(self._ready)[2]
             (chosen if self._is_usable(group, oldest_version) else evicted).append(group)
-        if len(chosen) < count:
+        if len(chosen) < least:
             for group in chosen:
                 self._store(group)
-            return Selection((), None, tuple(evicted)) if evicted else None
-        self._trained += count
-        has_over_age = any(group.min_version < oldest_version for group in chosen)
-        return Selection(tuple(chosen), oldest_version if has_over_age else None, tuple(evicted))
+            chosen = []
+        return chosen, evicted
+
+    def _masks_before(self, groups: list[Group], version: int) -> int | None:
+        """The oldest version that may be trained, if some token is older; else None."""
+        oldest_version = self.oldest_usable(version)
+        return oldest_version if any(group.min_version < oldest_version for group in groups) else None
 
     def settled(self, version: int) -> bool:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        ready = [group.to_json() for group in self.stored_groups()]
+        ready = [group.to_json() for group in self._waiting()]
         return super().state_dict() | {"trained": self._trained, "ready": ready}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -5,19 +5,17 @@ is ReMix's (arXiv:2507.06892).
 """
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
-from verl_m2po.staleness.rule.imitation import Imitation, Recalibration
+from verl_m2po.staleness.rule.imitation import Imitation
 from verl_m2po.staleness.rule.records import Group, Selection, Ticket
-from verl_m2po.staleness.rule.reuse import Pool, Reuse
-from verl_m2po.staleness.rule.rules import StalenessRule, StalenessViolation
+from verl_m2po.staleness.rule.reuse import Reuse
+from verl_m2po.staleness.rule.reusing import Reusing, spread
+from verl_m2po.staleness.rule.rules import StalenessViolation
 from verl_m2po.staleness.rule.units import UpdateCount
-from verl_m2po.staleness.rule.worth import Outcome
 
 
-class Replay(StalenessRule):
+class Replay(Reusing):
     """A batch is part new rollouts of the present weights, part rollouts that were trained before.
 
     Trainer and rollout take turns. At each weight version the places that no earlier group can fill, and at least
@@ -45,15 +43,10 @@ class Replay(StalenessRule):
         batch_size: int,
         reuse: Reuse,
         updates: UpdateCount | None = None,
-        imitation: Imitation = Imitation(),  # noqa: B008  # frozen
+        imitation: Imitation | None = None,
     ) -> None:
-        super().__init__(staleness_steps, batch_size)
-        if reuse.first_uses > batch_size:
-            raise ValueError(f"first_uses={reuse.first_uses} of a batch of {batch_size} groups")
+        super().__init__(staleness_steps, batch_size, reuse=reuse, imitation=imitation)
         self._updates = updates
-        self.pool = Pool(reuse, self.oldest_usable)
-        self.recalibration = Recalibration(imitation)
-        self._replayed_uids: frozenset[str] = frozenset()
         self._next_version = 0
         self._ready: list[Group] = []
         self._free_places: deque[int] = deque()
@@ -118,55 +111,27 @@ class Replay(StalenessRule):
             raise StalenessViolation(f"the next batch trains from weight version {self._next_version}, not {version}")
         first = sorted(self._ready, key=lambda group: group.ticket.place)
         self._ready, self._next_version = [], version + 1
-        drawn, kept = self.pool.draw(count - len(first), version)
-        kept += self.pool.first_used(first, version)
-        self._replayed_uids = frozenset(group.ticket.uid for group in drawn)
+        drawn, kept = self._use(first, count - len(first), version)
         return Selection(
             spread(first, drawn),
             oldest_version=None,
-            kept=frozenset(kept),
+            kept=kept,
             retired=self.pool.take_retired(),
             replayed=self._replayed_uids,
         )
-
-    @property
-    def needs_outcomes(self) -> bool:
-        return self.pool.judge.is_needed
-
-    def judge(self, outcomes: Mapping[str, Outcome]) -> None:
-        self.pool.judged(outcomes)
-        first = [outcome.mean_score for uid, outcome in outcomes.items() if uid not in self._replayed_uids]
-        self.recalibration.add(first)
 
     def settled(self, version: int) -> bool:
         return len(self._in_flight) == len(self._postponed) and self.admissible(version) == 0
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
-            "reuse": asdict(self.pool.reuse),
             "next_version": self._next_version,
             "free_places": list(self._free_places),
             "ready": [group.to_json() for group in self._ready],
-            "pool": self.pool.state_dict(),
-            "baseline": self.recalibration.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        if state["reuse"] != (reuse := asdict(self.pool.reuse)):
-            raise ValueError(
-                f"the checkpoint was written with {state['reuse']}, this run reuses rollouts as {reuse}. "
-                "Resume with the old settings of replay and data.seed, or start a new run"
-            )
         self._next_version = state["next_version"]
         self._free_places = deque(state["free_places"])
         self._ready = [Group.from_json(data) for data in state["ready"]]
-        self.pool.load_state_dict(state["pool"])
-        self.recalibration.load_state_dict(state.get("baseline", []))  # an earlier version had none
-
-
-def spread(first: list[Group], drawn: list[Group]) -> tuple[Group, ...]:
-    """Both in their order, and those of `first` evenly among the others: each mini-batch gets its share."""
-    count, ahead, behind = len(first) + len(drawn), iter(first), iter(drawn)
-    is_first = [(i + 1) * len(first) // count > i * len(first) // count for i in range(count)]
-    return tuple(next(ahead) if here else next(behind) for here in is_first)

@@ -81,7 +81,7 @@ class Pool:
         self._by_youth: list[tuple[int, int, str]] = []
         self._retired: list[Group] = []
         self.judge = Judge(reuse.sampling)
-        self._awaits_outcomes = False
+        self._unjudged: set[str] = set()
 
     def drawable(self, version: int) -> int:
         """Groups that may be drawn when training starts from weight `version`, which never goes back.
@@ -90,7 +90,7 @@ class Pool:
             ValueError: nobody said what training the batch before has shown, on which `sampling` depends.
         """
         if version > self._version:
-            if self._awaits_outcomes:
+            if self._unjudged:
                 raise ValueError(f"sampling={self.reuse.sampling}: the last batch was trained and not judged")
             self._version = version
             for trained in self._resting:
@@ -136,17 +136,17 @@ class Pool:
             if self.reuse.allows_after(trained.uses) and trained.group.min_version >= oldest_next
         ]
         self._resting += staying
-        self._awaits_outcomes = self.judge.is_needed
+        if self.judge.is_needed:
+            self._unjudged |= {trained.group.ticket.uid for trained in staying}
         return [trained.group.ticket.uid for trained in staying]
 
     def judged(self, outcomes: Mapping[str, Outcome]) -> None:
         """What training the last batch has shown, by uid: groups that are not worth another use are given up."""
         self.judge.see(outcomes)
-        self._awaits_outcomes = False
-        if self.judge.is_needed:
-            is_worth = {uid: self.judge.is_worth(outcome) for uid, outcome in outcomes.items()}
-            self._retired += [each.group for each in self._resting if not is_worth[each.group.ticket.uid]]
-            self._resting = [each for each in self._resting if is_worth[each.group.ticket.uid]]
+        given_up = {uid for uid in self._unjudged & outcomes.keys() if not self.judge.is_worth(outcomes[uid])}
+        self._unjudged -= outcomes.keys()
+        self._retired += [each.group for each in self._resting if each.group.ticket.uid in given_up]
+        self._resting = [each for each in self._resting if each.group.ticket.uid not in given_up]
 
     def draw(self, count: int, version: int) -> tuple[list[Group], list[str]]:
         """`count` groups to train again from weight `version`, and the uids of those that may be trained yet again.

@@ -1,0 +1,106 @@
+"""The tables of docs/replay.md: what a rollout that is trained several times is worth."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pages import replace_section
+
+from staleness_study.figures import NAMES
+from staleness_study.replay_plan import EPOCHS, EPOCHS_NAME, USES, conditions
+from staleness_study.results import FINAL_POINTS, LEAST_SEEDS, PROMPTS, Interval, Result, difference
+
+SECTION = "replay results"
+REFERENCE = ("grpo", "", 0)
+
+
+def of_condition(results: Sequence[Result], condition: tuple[str, str, int]) -> list[Result]:
+    """The seeds of one condition of the stage."""
+    return [run for run in results if (run.loss, run.variant, run.staleness_updates) == condition]
+
+
+def accuracy_after(run: Result, prompts: float) -> float | None:
+    """Mean of the validations up to the one after which `prompts` were generated, `FINAL_POINTS` at most.
+
+    None where not as many were generated, or none was validated by then.
+    """
+    by_then = [
+        accuracy for accuracy, made in zip(run.accuracy[1:], run.curves[PROMPTS], strict=True) if made <= prompts
+    ]
+    is_long_enough = run.curves[PROMPTS][-1] >= prompts
+    return float(np.mean(by_then[-FINAL_POINTS:])) if by_then and is_long_enough else None
+
+
+def _values(values: Sequence[float], digits: int = 3) -> str:
+    interval = Interval.of(values)
+    if interval is None:
+        return "-"
+    width = f" ± {interval.half_width:.{digits}f}" if interval.seeds >= LEAST_SEEDS else ""
+    return f"{interval.mean:.{digits}f}{width}"
+
+
+def _name(condition: tuple[str, str, int]) -> str:
+    loss, reuse, window = condition
+    name = NAMES.get(loss, loss)
+    if reuse == EPOCHS_NAME:
+        return f"{name}, on-policy, {EPOCHS} epochs on each batch"
+    return f"{name}, {USES[reuse]} uses, window {window} updates" if reuse else f"{name}, on-policy, one use"
+
+
+def table(results: Sequence[Result]) -> list[str]:
+    """One row for each condition that has run, in the order of the plan."""
+    header = (
+        "",
+        "seeds",
+        "optimizer updates",
+        "prompts generated",
+        "final accuracy",
+        "on-policy GRPO after as many prompts",
+    )
+    rows = [header, ("---", *("---:",) * (len(header) - 1))]
+    reference = of_condition(results, REFERENCE)
+    for condition in conditions():
+        runs = of_condition(results, condition)
+        if not runs:
+            continue
+        prompts = runs[0].curves[PROMPTS][-1]
+        after = [accuracy for run in reference if (accuracy := accuracy_after(run, prompts)) is not None]
+        updates = f"{runs[0].steps[-1] * runs[0].updates_per_step:,}"
+        finals = _values([run.final for run in runs])
+        rows.append((_name(condition), str(len(runs)), updates, f"{prompts:,.0f}", finals, _values(after)))
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def comparisons(results: Sequence[Result]) -> list[str]:
+    """M2PO at four uses against GRPO at four uses and on-policy training, on the same seeds, in points."""
+    m2po = of_condition(results, ("m2po", "x4", 256))
+    lines = []
+    for what, other in (("GRPO at four uses", ("grpo", "x4", 256)), ("on-policy GRPO", REFERENCE)):
+        found = difference(m2po, of_condition(results, other))
+        if found is not None:
+            width = f" ± {100 * found.half_width:.1f}" if found.seeds >= LEAST_SEEDS else ""
+            seeds = f"{found.seeds} seed{'s' if found.seeds > 1 else ''}"
+            lines.append(
+                f"M2PO at four uses, window 256, against {what}: {100 * found.mean:+.1f}{width} points ({seeds})."
+            )
+    return lines
+
+
+def provenance(data: dict[str, Any], results: Sequence[Result]) -> str:
+    """How the numbers came about."""
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    hours = sum(run.seconds for run in results) / 3600
+    return (
+        f"`python -m staleness_study replay`, then `replay-results`; {len(results)} runs of the experiment bench, "
+        f"config `{data['config']}`; {hours:.1f} hours of run time, on {data['machine']} shared with other work. "
+        f"{versions}. "
+        f'"Final" is the mean of the last {FINAL_POINTS} validations; ± is half of a 95% interval over {LEAST_SEEDS} '
+        "or more seeds (Student's t). An epoch on the same batch counts as a use."
+    )
+
+
+def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
+    """Bring the marked section of `page` up to date."""
+    lines = [*table(results), "", *comparisons(results), "", provenance(data, results)]
+    replace_section(page, SECTION, "\n".join(lines))

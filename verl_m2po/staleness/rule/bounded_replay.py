@@ -1,0 +1,50 @@
+"""Bounded staleness with replay: where generation is late, a batch is filled with what was trained before."""
+
+from typing import Any
+
+from verl_m2po.staleness.rule.bounded import BoundedAsync
+from verl_m2po.staleness.rule.records import Group, Selection
+from verl_m2po.staleness.rule.reuse import Reuse
+from verl_m2po.staleness.rule.reusing import Reusing, spread
+
+
+class BoundedReplay(Reusing, BoundedAsync):
+    """`BoundedAsync`, whose trainer does not wait for generation while it may train a rollout again.
+
+    What waits for its first use goes first, the oldest before the others, a whole batch where there is one. Only what
+    is missing then comes from the pool, so generation is paced as without replay, and of every batch at least
+    `reuse.first_uses` groups are new. A group is trained again only as a whole: with a token over the bound it is not.
+
+    Args:
+        staleness_steps: largest age of what is trained, in trainer steps.
+        batch_size: prompt groups per trainer step.
+        reuse: how often a group is trained, and which.
+        more: further arguments of `BoundedAsync` and `Reusing`.
+    """
+
+    name = "bounded_replay"
+
+    def __init__(self, staleness_steps: int, batch_size: int, reuse: Reuse, **more: Any) -> None:
+        super().__init__(staleness_steps, batch_size, reuse=reuse, **more)
+
+    def stored_groups(self) -> list[Group]:
+        return [*self._waiting(), *self.pool.groups()]
+
+    def select(self, version: int, count: int) -> Selection | None:
+        # A mini-batch has its share of the new groups, rounded up.
+        least_new = -(-self.pool.reuse.first_uses * count // self.batch_size)
+        least = max(least_new, count - self.pool.drawable(version))
+        first, evicted = self._take(least, count, version)
+        retired = self.pool.take_retired()
+        if len(first) < least:
+            return Selection((), None, tuple(evicted), retired=retired) if evicted or retired else None
+        drawn, kept = self._use(first, count - len(first), version)
+        self._trained += count
+        return Selection(
+            spread(first, drawn),
+            self._masks_before(first, version),
+            tuple(evicted),
+            kept=kept,
+            retired=retired,
+            replayed=self._replayed_uids,
+        )
