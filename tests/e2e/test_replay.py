@@ -36,12 +36,12 @@ def test_where_generation_is_late_the_trainer_trains_again_instead_of_waiting(tr
         steps=STEPS,
         environment={SECONDS_PER_TOKEN: "0.3"},
     )
+    assert all(line["version"] - 4 <= version <= line["version"] for line in ledger for version, _ in spans_of(line))
+    assert all(all(line["generated"]) for line in ledger), "when a group was generated is known at each of its uses"
     trained: set[str] = set()
-    for line, replayed in zip(ledger, result.series("staleness/replayed"), strict=True):
-        uids = {group[1] for group in line["groups"]}
-        assert len(uids) == BATCH, "a group is twice in a batch"
-        assert len(uids & trained) == replayed <= BATCH * 3 / 4
-        assert all(line["version"] - 4 <= version <= line["version"] for version, _ in spans_of(line))
-        assert all(line["generated"]), "when a group was generated is known at each of its uses"
-        trained |= uids
+    for step, replayed in enumerate(result.series("staleness/replayed"), start=1):
+        uids = [group[1] for line in ledger if line["step"] == step for group in line["groups"]]
+        assert len(uids) == len(set(uids)) == BATCH, "a group is twice in a batch"
+        assert len(trained.intersection(uids)) == replayed <= BATCH * 3 / 4
+        trained.update(uids)
     assert BATCH <= len(trained) < STEPS * BATCH
