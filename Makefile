@@ -37,7 +37,7 @@ WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/tests/support:$(CURDIR)/recipes
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-results docs docs-tables docs-links clean
+.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-results docs docs-tables docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -116,6 +116,10 @@ study: $(STAMP) ## Run the staleness study, or go on with it, and write docs/res
 
 study-verl: $(STAMP) ## The study's four runs through verl itself, each from its last checkpoint on
 	$(WORKSHOP) -m staleness_study verl
+
+study-replay: $(STAMP) ## The study's runs that train each rollout several times, and the table of docs/replay.md
+	$(WORKSHOP) -m staleness_study replay $(if $(RUNS),--most $(RUNS))
+	$(WORKSHOP) -m staleness_study replay-results
 
 study-wall-clock: $(STAMP) ## Time to an accuracy in stale_k_separate against sync (about 40 minutes; wants a quiet machine)
 	$(WORKSHOP) -m staleness_study verl --wall-clock
