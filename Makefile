@@ -37,7 +37,11 @@ WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/tests/support:$(CURDIR)/recipes
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
+<<<<<<< HEAD
 .PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-results docs docs-tables docs-links clean
+=======
+.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-results study-disturbance plan-study docs docs-tables docs-links clean
+>>>>>>> 3f34653 (Adaptive bound shown: a learning rate ten times as large for a while, three seeds; planner's groups start together at scale)
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -126,6 +130,12 @@ study-wall-clock: $(STAMP) ## Time to an accuracy in stale_k_separate against sy
 
 study-results: $(STAMP) ## Bring docs/results.md and its figures up to date with what has run so far
 	$(WORKSHOP) -m staleness_study results
+
+study-disturbance: $(STAMP) ## A learning rate ten times as large for a while, under a fixed and an adaptive bound (about ten minutes)
+	$(WORKSHOP) -m staleness_study disturbance
+
+plan-study: $(STAMP) ## What `verl-m2po plan` says from 8 to 10,000 devices, into docs/planner.md (about ten minutes)
+	$(WORKSHOP) -m benchmarks.plan_study
 
 docs-tables: $(STAMP) ## Write every table, list and plot of README.md and docs/ that repeats what the code knows
 	$(WORKSHOP) docs/generate_configuration.py

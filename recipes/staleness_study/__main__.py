@@ -118,5 +118,18 @@ def results(
     typer.echo(f"written: {page}, {data}")
 
 
+@app.command()
+def disturbance(
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each run.")] = 3,
+    page: Annotated[Path, typer.Option(help="Its marked section is rewritten.")] = Path("docs/staleness.md"),
+) -> None:
+    """A learning rate ten times as large for a while, under a fixed and under an adaptive bound (about ten minutes)."""
+    from staleness_study import disturbance as study
+
+    data = page.parent / "results" / "disturbance.json"
+    study.run(range(1, seeds + 1), data, study.Schedule(), typer.echo)
+    study.write(data, page)
+
+
 if __name__ == "__main__":
     app()

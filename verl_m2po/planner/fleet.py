@@ -25,47 +25,49 @@ class Fleet:
     Args:
         generation: how many, and how fast.
         seed: of the servers' speeds.
+        gathers: a few new requests wait for others until they are this share of those in flight, at most until the next
+            push; only where nobody waits for a single one. 0: each is placed at once.
     """
 
-    def __init__(self, generation: Generation, seed: int) -> None:
+    def __init__(self, generation: Generation, seed: int, gathers: float = 0.0) -> None:
         count, spread = generation.servers, generation.speed_spread
         rng = np.random.default_rng([seed, 1])
         # The mean speed is that of the curve, whatever the spread.
         factors = np.exp(spread * rng.standard_normal(count) - spread**2 / 2) if spread else np.ones(count)
-        self._generation = generation
+        self._generation, self._gathers = generation, gathers
         self._servers = Servers.of(factors, generation.curve.request_tokens_per_s())
         self._requests = Requests.of([], [])
         self._calendar: Calendar | None = None
         self._marks: deque[ndarray] = deque([np.zeros(count)])  # progress of the servers when each version came
         self._first_version = 0  # of the first mark
         self._arriving: deque[tuple[float, int, list[int]]] = deque()  # (when, group, lengths)
+        self._arriving_requests = self._in_flight = 0  # the latter when the calendar was made
         self.now = 0.0
         self.busy_s = 0.0
         self.generated_tokens = 0
         self.prefilled_s = 0.0
 
-    @property
-    def in_flight(self) -> int:
-        """Responses that have arrived at a server and have not ended."""
-        return int(self._requests.is_live.sum())
-
     def start(self, group: int, lengths: list[int]) -> None:
         """A group is dispatched, numbered above all before it; each response goes to the server with the fewest."""
         self._arriving.append((self.now + self._generation.start_s, group, lengths))
+        self._arriving_requests += len(lengths)
 
     def next_at(self) -> float:
         """When the next group is whole, or arrives; infinite if nothing is in flight."""
-        arrives = self._arriving[0][0] if self._arriving else _NEVER
-        return min(arrives, self._planned().next_at)
+        whole_at = self._planned().next_at
+        if not self._arriving:
+            return whole_at
+        are_enough = self._arriving_requests >= self._gathers * self._in_flight
+        return min(self._arriving[0][0], whole_at) if are_enough or whole_at == _NEVER else whole_at
 
     def run(self, until: float) -> list[Whole]:
         """Let things happen until a group is whole by them, or `until` comes; the groups that are whole."""
         while (at := self.next_at()) <= until and at != _NEVER:
             self.now = max(self.now, at)
-            if self._arriving and self._arriving[0][0] <= self.now:
+            calendar = self._planned()
+            if calendar.next_at > at:
                 self._arrive()
                 continue
-            calendar = self._planned()
             marks = list(self._marks)
             whole = [calendar.take(marks, self._first_version)]
             while calendar.next_at <= at:
@@ -77,6 +79,7 @@ class Fleet:
     def _planned(self) -> Calendar:
         if self._calendar is None:
             self._calendar = Calendar(self._requests, self._servers, self.now)
+            self._in_flight = int(self._requests.is_live.sum())
         return self._calendar
 
     def _settle(self) -> Requests:
@@ -91,6 +94,9 @@ class Fleet:
         arrived = []
         while self._arriving and self._arriving[0][0] <= self.now:
             arrived.append(self._arriving.popleft())
+        if not arrived:
+            return
+        self._arriving_requests -= sum(len(lengths) for _, _, lengths in arrived)
         before = self._settle()
         new = Requests.of([group for _, group, _ in arrived], [lengths for _, _, lengths in arrived])
         self._requests = before.followed_by(new)
@@ -114,6 +120,7 @@ class Fleet:
         """Abort groups, and take what is left of them from the servers; the tokens that are lost so."""
         gone = set(groups)
         self._arriving = deque(each for each in self._arriving if each[1] not in gone)
+        self._arriving_requests = sum(len(lengths) for _, _, lengths in self._arriving)
         requests = self._settle()
         is_gone = np.isin(requests.group, groups)
         lost = _generated(requests.select(is_gone), self._servers.progress)
@@ -142,6 +149,7 @@ class Fleet:
             version: the new weights', one above the last.
             oldest_in_flight: no request began before that version; what is older need not be remembered.
         """
+        self._arrive()
         requests, servers = self._settle(), self._servers
         self._marks.append(servers.progress.copy())
         for _ in range(max(0, min(oldest_in_flight, version) - self._first_version)):

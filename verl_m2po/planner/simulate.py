@@ -23,6 +23,8 @@ from verl_m2po.staleness.rule.rules import StalenessRule
 SHARED, SEPARATE = ("sync", "stale_k"), ("stale_k_separate", "bounded_async")
 MODES = (*SHARED, *SEPARATE)
 _NEVER = math.inf
+GATHERED_SHARE = 5e-3
+"""Of the requests in flight: fewer that replace evicted groups start together, in the mode that waits for no group."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class _Simulation:
         self.rule = setting.rule(workload.groups)
         if total_steps is not None:
             self.rule.limit(total_steps)
-        self.fleet = Fleet(workload.generation, seed)
+        self.fleet = Fleet(workload.generation, seed, GATHERED_SHARE if setting.mode == "bounded_async" else 0.0)
         self.account = Account(workload)
         self.version = 0
         self._wall_ahead_s = 0.0  # how long the fleet has stood still

@@ -112,18 +112,28 @@ class BoundedAsync(StalenessRule):
         return Selection(tuple(chosen), self._masks_before(chosen, version), tuple(evicted))
 
     def _take(self, least: int, most: int, version: int) -> tuple[list[Group], list[Group]]:
-        """Up to `most` of the oldest usable groups, none if there are not `least`; and those that no longer are."""
-        oldest_version = self.oldest_usable(version)
-        chosen: list[Group] = []
-        evicted: list[Group] = []
-        while self._ready and len(chosen) < most and len(self._ready) + len(chosen) >= least:
-            group = heapq.heappop(self._ready)[2]
-            (chosen if self._is_usable(group, oldest_version) else evicted).append(group)
-        if len(chosen) < least:
+        """Up to `most` of the oldest usable groups, none if there are not `least`; and those that no longer are.
+
+        Whatever is given up is given up together, so that what replaces it starts together.
+        """
+        if len(self._ready) < least:
+            return [], []
+        chosen, evicted = self._take_over_age(self.oldest_usable(version), most)
+        if len(chosen) + len(self._ready) < least:
             for group in chosen:
                 self._store(group)
-            chosen = []
-        return chosen, evicted
+            return [], evicted
+        more = min(most - len(chosen), len(self._ready))
+        return chosen + [heapq.heappop(self._ready)[2] for _ in range(more)], evicted
+
+    def _take_over_age(self, oldest_version: int, most: int) -> tuple[list[Group], list[Group]]:
+        """Up to `most` usable groups with a token before `oldest_version`; and those on the way that are not usable."""
+        usable: list[Group] = []
+        evicted: list[Group] = []
+        while self._ready and self._ready[0][0] < oldest_version and len(usable) < most:
+            group = heapq.heappop(self._ready)[2]
+            (usable if self._is_usable(group, oldest_version) else evicted).append(group)
+        return usable, evicted
 
     def _masks_before(self, groups: list[Group], version: int) -> int | None:
         """The oldest version that may be trained, if some token is older; else None."""
