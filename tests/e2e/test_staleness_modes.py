@@ -137,23 +137,17 @@ def test_a_prompt_that_fails_is_replaced_by_the_same_weights_and_a_trajectory_ma
 
 @pytest.mark.timeout(1000)
 def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path):
-    """Responses of 8 tokens in the median and up to 192, 60 ms a token: the longest outlive a bound of one step.
-
-    The bound begins at two steps; it is adaptive, with a target that no update keeps, so that it falls to one and stays.
-    """
-    steps, largest, environment = 200, 2, {SECONDS_PER_TOKEN: "0.06"}
-    adaptive = {"enable": "true", "min_staleness_updates": 1, "max_staleness_updates": largest}
-    targets = {"target_second_moment": 1e-12}
+    """Responses of 8 tokens in the median and up to 192, 60 ms a token: the longest outlive a bound of one step."""
+    steps, bound, environment = 200, 1, {SECONDS_PER_TOKEN: "0.06"}
     result, ledger = run_mode(
         train,
         tmp_path,
         "bounded_async",
-        largest,
+        bound,
         *SEPARATE,
         *TINY_BATCHES,
         *paced(tmp_path, lengths=[Lengths(1, median=8, sigma=1.3, longest=192)]),
         "++trainer.v1.bounded_async.min_usable_share=0.5",
-        *(f"++trainer.v1.bounded_async.adaptive.{key}={value}" for key, value in (adaptive | targets).items()),
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
         "data.max_response_length=192",
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=benchmarks.paced.token_time:TokenTime",
@@ -162,11 +156,8 @@ def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path)
         timeout_s=900,
     )
     assert [line["step"] for line in ledger] == list(range(1, steps + 1))
-    bounds = [int(bound) for bound in result.series("staleness/bound_updates")]
-    assert bounds[:2] == [2, 2] and set(bounds[8:]) == {1}, "two steps above the target lower it"
-    assert sum(result.series("staleness/bound_lowered_by_second_moment")) == 1
     trained = masked = 0
-    for line, bound in zip(ledger, bounds, strict=True):
+    for line in ledger:
         oldest_kept = line["version"] - bound if line["oldest_version"] is None else line["oldest_version"]
         assert oldest_kept >= line["version"] - bound
         kept = [(version, tokens) for version, tokens in spans_of(line) if version >= oldest_kept]
@@ -177,8 +168,7 @@ def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path)
         masked += sum(tokens for _, tokens in spans_of(line)) - sum(tokens for _, tokens in kept)
     uids = [group[1] for line in ledger for group in line["groups"]]
     assert len(uids) == len(set(uids)) == steps * 2
-    ages = result.series("staleness/age_updates_max")
-    assert all(age <= bound for age, bound in zip(ages, bounds, strict=True))
+    assert max(result.series("staleness/age_updates_max")) <= bound
     # The long tail was there: generations that crossed weight updates, tokens that were masked, and were counted, and
     # generations that were aborted, since less than half of their tokens could still have been trained on.
     assert any(len(row[1]) > 2 for line in ledger for group in line["groups"] for row in group[3])
