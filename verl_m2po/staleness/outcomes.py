@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transfer_queue as tq
@@ -97,7 +98,8 @@ def judge(batch: KVBatchMeta, rule: StalenessRule, replayed: Set[str], step: int
     assert partition is not None
     data = tq.kv_batch_get(keys=batch.keys, partition_id=partition, select_fields=list(FIELDS))
     nested_mask = data["response_mask"]
-    uids = list(data["uid"])
+    column: Any = data["uid"]
+    uids = list(column)
     padded = data.select("rm_scores", "advantages", "response_mask").to_padded_tensor()
     seen = Batch(uids, padded["rm_scores"].sum(-1), padded["advantages"], padded["response_mask"].bool())
     changed = seen.judged(rule, replayed, step)
