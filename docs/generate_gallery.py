@@ -31,10 +31,6 @@ NEEDED = ("actor_rollout_ref.rollout.name=vllm", "actor_rollout_ref.actor.use_dy
 
 # What a preset cannot say on its own in a batch of one-token responses.
 OVERRIDES: dict[str, tuple[str, ...]] = {
-    # The decision over the plotted tokens themselves.
-    "m2po": ("actor_rollout_ref.actor.policy_loss.m2po.scope=micro_batch",),
-    "bapo": ("actor_rollout_ref.actor.policy_loss.bapo.scope=micro_batch",),
-    "bapo_code": ("actor_rollout_ref.actor.policy_loss.bapo.scope=micro_batch",),
     # In units of REINFORCE's gradient, so that it can be compared.
     "oapl": ("actor_rollout_ref.actor.policy_loss.oapl.unit_gradient=true",),
     # A batch of four updates ago.
@@ -65,7 +61,17 @@ def presets() -> list[str]:
 @cache
 def preset_config(name: str) -> DictConfig:
     """verl's config with the preset `name` and what a plot of it needs."""
-    return compose_run("ppo_trainer", f"loss={name}", *NEEDED, *OVERRIDES.get(name, ()))
+    return compose_run("ppo_trainer", f"loss={name}", *NEEDED, *OVERRIDES.get(name, ()), *_decides_alone(name))
+
+
+def _decides_alone(name: str) -> Iterator[str]:
+    """Let a loss that decides over the mini-batch decide over the plotted tokens themselves."""
+    from verl_m2po.losses.kernel.registry import LOSSES
+    from verl_m2po.losses.kernel.settings import KEY
+
+    for loss in LOSSES.values():
+        if name in loss.presets and hasattr(loss.settings, "scope"):
+            yield f"{KEY}.{loss.name}.scope=micro_batch"
 
 
 def compose_run(config_name: str, *overrides: str) -> DictConfig:

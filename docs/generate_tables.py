@@ -6,7 +6,6 @@ Each stands between two markers on its page; tests/test_docs.py compares them.
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import yaml
 from generate_configuration import CONFIG, title
 from generate_matrix import features
 from pages import replace_section
@@ -68,16 +67,29 @@ def _presets() -> list[str]:
 
 
 def _ours_first(name: str) -> tuple[bool, bool, str]:
-    from verl_m2po.plugin import EXTENSIONS
+    ours = {preset for loss in _records() for preset in loss.presets}
+    return name not in ours, name != "m2po", name
 
-    ours = {name for row in EXTENSIONS if row.what == "policy loss" for name in row.names}
-    config = yaml.safe_load((CONFIG / "loss" / f"{name}.yaml").read_text())
-    return config["algorithm"]["policy_loss"] not in ours, name != "m2po", name
+
+def registered_losses() -> Iterator[str]:
+    """Yield every loss of this package, from its record."""
+    yield from ("| `algorithm.policy_loss=` | what it does | options of `loss=` |", "| --- | --- | --- |")
+    for loss in _records():
+        options = ", ".join(f"`{preset}`" for preset in loss.presets)
+        yield f"| `{loss.name}` | {_code(loss.summary)} | {options} |"
+
+
+def _records() -> list:
+    import verl_m2po.losses  # noqa: F401  (fills LOSSES)
+    from verl_m2po.losses.kernel.registry import LOSSES
+
+    return sorted(LOSSES.values(), key=lambda loss: (loss.name != "m2po", loss.name))
 
 
 SECTIONS: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("README.md", "number of losses"): count_of_losses,
     ("README.md", "losses"): losses,
+    ("docs/methods.md", "registered losses"): registered_losses,
     ("docs/plugin.md", "extensions"): extensions,
     ("docs/compatibility.md", "features"): features,
     ("docs/plugin.md", "patches"): patches,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 # Seeds of the trials that chose the learning rate; none of them is reported as a result.
@@ -33,11 +34,10 @@ CAUSE_STALENESS = (64, 16, 0)
 CLAIM = (("grpo", 0), ("m2po", STALEST), ("grpo", STALEST), ("no_trust_region", STALEST))
 METHODS = ("grpo", "m2po", "no_trust_region", "gspo", "m2po_clip")
 # The other options of the Hydra group ``loss``, each as its preset has it.
-OTHER_METHODS = (
-    *("asymre", "bapo", "bapo_code", "cispo", "clipped", "decoupled_loglinear", "decoupled_ppo", "dppo", "dro"),
-    *("icepop", "max_at_k", "mix_ppg", "oapl", "opmd", "opsm", "rapid", "rec", "rec_gspo_is", "rec_gspo_no_is"),
-    *("rec_one_side_is", "rec_ring_no_is", "rec_two_side_is", "red_drop", "red_weight", "reinforce", "sapo"),
-    *("seq_mis", "tis", "topr", "vanilla", "vcpo"),
+OTHER_METHODS = tuple(
+    option
+    for option in sorted(Path(file.name).stem for file in (resources.files("verl_m2po.config") / "loss").iterdir())
+    if option not in METHODS
 )
 
 

@@ -12,6 +12,7 @@ from verl.utils.config import omega_conf_to_dataclass
 
 import verl_m2po.advantages  # noqa: F401
 from verl_m2po.losses.family.rec import MEMBERS
+from verl_m2po.losses.kernel.registry import LOSSES
 
 PRESETS = sorted(
     entry.name.removesuffix(".yaml")
@@ -82,6 +83,12 @@ def test_presets_of_rec_are_its_named_members(configs, preset, member):
     assert {k: v for k, v in values.items() if k != "_target_"} == {
         k: v for k, v in expected.items() if k != "_target_"
     }
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_record_names_the_options_that_select_its_loss(configs, name):
+    selecting = {preset for preset in PRESETS if configs[preset].algorithm.policy_loss == name}
+    assert set(LOSSES[name].presets) == selecting
 
 
 def test_the_age_of_the_data_reaches_decoupled_loglinear():
