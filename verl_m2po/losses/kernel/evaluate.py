@@ -20,6 +20,7 @@ from verl_m2po.losses.kernel.record import Call, Loss, TokenLoss
 from verl_m2po.losses.kernel.sequence_mask import sequences_kept
 from verl_m2po.losses.kernel.settings import KEY
 from verl_m2po.losses.kernel.tokens import Tokens, as_numbers, row_groups, tokens_of, zero_outside
+from verl_m2po.second_moment import on_host
 
 
 def as_policy_loss(loss: Loss) -> Any:
@@ -194,4 +195,7 @@ def _aggregate(call: Call, result: _Result) -> Tensor:
     derivative = result.tensors["derivative"]
     losses = _WithGradient.apply(call.log_prob, result.tensors.get("value", derivative), derivative)
     mask = call.response_mask.bool()
+    if on_host(mask):
+        # verl multiplies with it, forwards and backwards, which takes a CPU several times as long with a bool mask.
+        mask = as_numbers(mask)
     return agg_loss(loss_mat=losses, loss_mask=mask, loss_agg_mode=call.loss_agg_mode, **call.config.global_batch_info)
