@@ -37,11 +37,7 @@ WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/tests/support:$(CURDIR)/recipes
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-<<<<<<< HEAD
-.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-results docs docs-tables docs-links clean
-=======
-.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-results study-disturbance plan-study docs docs-tables docs-links clean
->>>>>>> 3f34653 (Adaptive bound shown: a learning rate ten times as large for a while, three seeds; planner's groups start together at scale)
+.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-results study-disturbance plan-study docs docs-tables docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
