@@ -53,6 +53,7 @@ class Asked:
         return Problem(self.key(setting), getattr(self.replay, setting), why, remedy, is_fatal=is_fatal)
 
     def key(self, setting: str) -> str:
+        """Full name of one of the settings."""
         return f"{key_of(self.mode)}.{setting}"
 
     def wider(self, least_uses: float) -> str:
@@ -62,6 +63,7 @@ class Asked:
 
     @property
     def once_a_step(self) -> str:
+        """Why more uses than the bound has trainer steps are never reached."""
         return f"a rollout is trained once a trainer step, in at most {self.bound_steps + 1} of {self.window}"
 
 
