@@ -31,11 +31,17 @@ class _ListsValidationOnly(ReplayBufferAsync):
 
     Args:
         stop: ends a validation of a run that was asked to end.
-        of_verl: arguments of verl's.
+        of_verl: further arguments of verl's. It judges no age: the rule does.
     """
 
     def __init__(self, stop: StopRequest, **of_verl: Any) -> None:
-        super().__init__(**of_verl)
+        super().__init__(
+            max_off_policy_threshold=None,
+            max_off_policy_strategy="drop",
+            sampler_kwargs=DictConfig({}),
+            poll_interval=0.02,
+            **of_verl,
+        )
         self._stop = stop
 
     def _sync_metadata_from_transfer_queue(self) -> None:
@@ -84,16 +90,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         trainer_mode: str,
         trainer_config: Any,
     ) -> None:
-        super().__init__(
-            stop,
-            trainer_mode=trainer_mode,
-            trainer_config=trainer_config,
-            max_off_policy_threshold=None,
-            max_off_policy_strategy="drop",
-            sampler_kwargs=DictConfig({}),
-            poll_interval=0.02,
-            refill_fn=dispatch,
-        )
+        super().__init__(stop, trainer_mode=trainer_mode, trainer_config=trainer_config, refill_fn=dispatch)
         self.rule = rule
         self.version = 0  # weight version that the rollout holds
         self.replayed: frozenset[str] = frozenset()

@@ -57,6 +57,17 @@ class _RunningGroup:
         """What there is of all sessions, in the order of the keys."""
         return sorted((row for rows in self.stored.values() for row in rows), key=lambda stored: stored.row.key)
 
+    def root_error(self, run_actors: RunActors) -> BaseException | None:
+        """The error of a session that says most; None if none failed.
+
+        An abort is the cause of nothing else, so any other error says more; a death is the cause of any.
+        """
+
+        def says_little(error: BaseException) -> tuple[bool, bool]:
+            return not run_actors.is_death(error), isinstance(error, GenerationAborted)
+
+        return min(self.failed.values(), key=says_little, default=None)
+
     def can_be_masked(self, run_actors: RunActors) -> bool:
         """Whether some trajectory is there and the others failed.
 
@@ -144,7 +155,9 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         del self._running[group.uid]
         shared = self._shared_metric(group) if error is None else None
         if error is None and shared is None and self._journal is not None:
-            await self._write_to_journal(self._journal, group)
+            # Before the report: what is trained is in the journal. An error goes to the trainer with the next reports.
+            failed = await _journal_error(self._journal, group, self.config.trainer.v1.trainer_mode)
+            self._fatal = self._fatal if failed is None else failed
         self._reports.append(group.report(error, self._run_actors, shared))
         self._has_report.set()
 
@@ -156,21 +169,6 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
             self._fatal = error
             return None
 
-    async def _write_to_journal(self, journal: RowsWriter, group: _RunningGroup) -> None:
-        """Before the report: what is trained is in the journal. An error goes to the trainer with the next reports."""
-        try:
-            rows, packed = zip(*group.stored_rows(), strict=True)
-            await asyncio.to_thread(journal.append, FinishedGroup(group.uid, rows, packed))
-        except JournalError as error:
-            self._fatal = error
-        except Exception as error:
-            # An agent loop may return anything. Without its report the trainer would wait for this group for ever.
-            logger.exception("a prompt group could not be written to the journal")
-            self._fatal = JournalError(
-                f"the journal cannot store group {group.uid}: {first_line(error)}. Let the agent loop and the reward "
-                f"function return plain values, or set trainer.v1.{self.config.trainer.v1.trainer_mode}.journal=false"
-            )
-
     async def _first_error(self, group: _RunningGroup, work: Awaitable[None]) -> BaseException | None:
         """The error that a group ends with, if any. It travels to the trainer in the report, not as an exception."""
         try:
@@ -178,13 +176,10 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         except Exception as error:
             logger.exception("a prompt group could not be started")
             return error
-        errors = list(group.failed.values())
-        for error in errors:
+        for error in group.failed.values():
             if not isinstance(error, GenerationAborted):
                 logger.error("a session failed", exc_info=(type(error), error, error.__traceback__))
-        # An abort is the cause of nothing else, so any other error says more; a death is the cause of any.
-        is_death = self._run_actors.is_death
-        return min(errors, key=lambda error: (not is_death(error), isinstance(error, GenerationAborted)), default=None)
+        return group.root_error(self._run_actors)
 
     async def _generate_group(
         self, group: _RunningGroup, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool
@@ -293,6 +288,23 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
                 "the staleness modes keep text only: a response with images, video or multi-axis positions came back"
             )
         return fields
+
+
+async def _journal_error(journal: RowsWriter, group: _RunningGroup, mode: str) -> JournalError | None:
+    """Why `group` could not be written to `journal`; None if it was."""
+    try:
+        rows, packed = zip(*group.stored_rows(), strict=True)
+        await asyncio.to_thread(journal.append, FinishedGroup(group.uid, rows, packed))
+    except JournalError as error:
+        return error
+    except Exception as error:
+        # An agent loop may return anything. Without its report the trainer would wait for this group for ever.
+        logger.exception("a prompt group could not be written to the journal")
+        return JournalError(
+            f"the journal cannot store group {group.uid}: {first_line(error)}. Let the agent loop and the reward "
+            f"function return plain values, or set trainer.v1.{mode}.journal=false"
+        )
+    return None
 
 
 class StalenessAgentLoopManager(AgentLoopManagerTQ):

@@ -188,11 +188,8 @@ class StalenessRule(ABC):
         Raises:
             ValueError: it was written by another rule, another staleness or another batch size.
         """
-        for key, mine in (
-            ("rule", self.name),
-            ("staleness_steps", self.staleness_steps),
-            ("batch_size", self.batch_size),
-        ):
+        present = {"rule": self.name, "staleness_steps": self.staleness_steps, "batch_size": self.batch_size}
+        for key, mine in present.items():
             if state.get(key) != mine:
                 raise ValueError(
                     f"the checkpoint was written with {key}={state.get(key)!r}, this run has {key}={mine!r}; its "
