@@ -71,6 +71,25 @@ def test_it_is_asked_once_about_the_first_push_after_an_update(monkeypatch, tole
     assert asked == ([((0, 0), 4)] * 2 if tolerance else [])
 
 
+@pytest.mark.parametrize("busy_at", [0, 1])
+def test_the_trainer_does_not_wait_for_servers_with_a_long_queue(monkeypatch, caplog, busy_at):
+    answers = [scores([-1.0], a=[-1.0])] * busy_at + [TimeoutError()]
+
+    def score(*_):
+        if isinstance(answer := answers.pop(0), TimeoutError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(scoring, "take_probe", lambda batch, ranks: batch)
+    monkeypatch.setattr(scoring, "score", score)
+    check = ServedCheck(KEY, 0.3, SimpleNamespace(world_size=1), {})
+    for _ in range(3):
+        check.before_update(None)
+        check.after_push()
+        assert check.take_metrics() == {}
+    assert not answers and caplog.text.count("is not compared") == 1 and f"{KEY}=0.3" in caplog.text
+
+
 def test_a_server_that_cannot_score_names_the_key(monkeypatch):
     def refuse(*_):
         raise RayTaskError("generate", "traceback", ValueError("prompt_logprobs are not supported"))

@@ -2,6 +2,7 @@
 # verl's worker groups hand over untyped data, and tensors that are nested have an `unbind` without a dimension.
 """Log-probs of a few trained tokens, by the trainer's actor and by each rollout server; see watch/served.py."""
 
+import logging
 import uuid
 from typing import Any, NamedTuple
 
@@ -16,11 +17,17 @@ from verl_m2po.staleness.config import SeparateConfig, load_mode_config
 from verl_m2po.staleness.rollout.outputs import first_line
 from verl_m2po.staleness.watch.served import Scores, require_served
 
+logger = logging.getLogger(__name__)
+
 TOKENS_PER_ROW = 64
 """Of a response, from its beginning, that are compared."""
 
 SERVER_ROWS = 2
 """Rows that each server scores."""
+
+ANSWER_WITHIN_S = 10.0
+"""How long the trainer waits for the servers. A request is served in turn, and all rollouts of a long ramp may come
+first: the comparison is not worth the time that these take."""
 
 
 class Probe(NamedTuple):
@@ -51,9 +58,16 @@ def take_probe(batch: KVBatchMeta, ranks: int) -> Probe:
 
 
 def score(probe: Probe, actor: Any, servers: dict[str, Any]) -> Scores:
-    """What both sides, with the weights that they hold now, make of the tokens of `probe`."""
+    """What both sides, with the weights that they hold now, make of the tokens of `probe`.
+
+    Raises:
+        TimeoutError: a server did not answer within `ANSWER_WITHIN_S`.
+    """
     asked = {name: [_ask(server, tokens) for tokens in probe.sequences] for name, server in servers.items()}
     trainer = _by_trainer(probe, actor)
+    everything = [one for each in asked.values() for one in each]
+    if ray.wait(everything, num_returns=len(everything), timeout=ANSWER_WITHIN_S)[1]:
+        raise TimeoutError
     answers = {
         name: [_answer(ray.get(one), n) for one, n in zip(each, probe.prompt_tokens, strict=True)]
         for name, each in asked.items()
@@ -126,11 +140,21 @@ class ServedCheck:
         """Score some rows of `batch`, whose update follows, with the weights of before."""
         if self._is_due and self._before is None:
             probe = take_probe(batch, self._actor.world_size)
-            self._before = probe, self._score(probe)
+            before = self._score(probe)
+            self._before = None if before is None else (probe, before)
 
-    def _score(self, probe: Probe) -> Scores:
+    def _score(self, probe: Probe) -> Scores | None:
+        """What both sides say; None, and never asked again, where the servers are too busy to say it in time."""
         try:
             return score(probe, self._actor, self._servers)
+        except TimeoutError:
+            self._is_due = False
+            logger.warning(
+                "what the rollout serves is not compared with what is trained (%s=%g): the servers did not score "
+                "within %g s, all that they generate comes first",
+                *(self._key, self._tolerance_nats, ANSWER_WITHIN_S),
+            )
+            return None
         except ray.exceptions.RayTaskError as error:
             raise RuntimeError(
                 f"{self._key}={self._tolerance_nats:g}: the tokens cannot be scored ({first_line(error.cause)}). Set "
@@ -147,9 +171,10 @@ class ServedCheck:
             return
         probe, before = self._before
         after = self._score(probe)
-        largest = require_served(before, after, self._tolerance_nats, self._key)
-        self._metrics = {"staleness/served_difference_nats": largest}
         self._before, self._is_due = None, False
+        if after is not None:
+            largest = require_served(before, after, self._tolerance_nats, self._key)
+            self._metrics = {"staleness/served_difference_nats": largest}
 
     def take_metrics(self) -> dict[str, float]:
         """The difference that was found, once."""
