@@ -14,10 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 logger = logging.getLogger(__name__)
 
 
+def are_files(config: DictConfig) -> bool:
+    """Whether verl's `file` logger is among those of the run."""
+    loggers = OmegaConf.select(config, "trainer.logger")
+    return loggers == "file" if loggers is None or isinstance(loggers, str) else "file" in loggers
+
+
 def path_of(config: DictConfig) -> Path | None:
     """Where verl's `file` logger will write in this process; None if the run does not use it."""
-    loggers = OmegaConf.select(config, "trainer.logger") or []
-    if "file" not in ([loggers] if isinstance(loggers, str) else loggers):
+    if not are_files(config):
         return None
     if path := os.environ.get("VERL_FILE_LOGGER_PATH"):
         return Path(path)

@@ -39,10 +39,9 @@ def has_proximal_policy(config: DictConfig) -> bool:
 
     Recomputed without such weights, the age would be in no ratio that a loss sees.
     """
-    correction = read(config, "algorithm.rollout_correction") or {}
-    if correction.get("bypass_mode", False):
+    if read(config, "algorithm.rollout_correction.bypass_mode", False):
         return False
-    return correction.get("rollout_is") is not None or correction.get("rollout_rs") is not None
+    return any(read(config, f"algorithm.rollout_correction.{key}") is not None for key in ("rollout_is", "rollout_rs"))
 
 
 def trains_an_adapter(config: DictConfig) -> bool:
@@ -54,5 +53,5 @@ def trains_an_adapter(config: DictConfig) -> bool:
 
 def overridden_keys(config: DictConfig) -> list[str]:
     """Keys that were set by hand: those of the command line's overrides, without `+`, in order."""
-    overrides = read(config, "hydra.overrides.task") or []
+    overrides = read(config, "hydra.overrides.task", [])
     return [str(override).lstrip("+~").partition("=")[0] for override in overrides]

@@ -69,7 +69,8 @@ def failed_step(config: DictConfig) -> int:
     Where Ray no longer answers, that of the last checkpoint: what is known for certain.
     """
     try:
-        return stop.get(stop.STEP) or 0
+        step = stop.get(stop.STEP)
+        return 0 if step is None else step
     except Exception:  # of a store whose process is gone, in whatever words Ray has for that
         pointer = Path(str(read(config, "trainer.default_local_dir"))) / POINTER
         return int(pointer.read_text()) if pointer.is_file() else 0

@@ -7,6 +7,7 @@ from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from verl_m2po.ground.verl_config import read
+from verl_m2po.staleness.checks.numbers import SAVE_FREQ
 from verl_m2po.staleness.config import is_chosen
 
 _reports: list[str] = []
@@ -31,8 +32,7 @@ def report(config: DictConfig, error: BaseException, warnings: list[str]) -> str
     lines = [f"  {read(config, 'trainer.experiment_name')} ended with an error:"]
     lines += [f"    {line}" for line in causes(error)]
     lines += [f"  warned of before the start: {warning}" for warning in warnings]
-    saves = (read(config, "trainer.save_freq") or 0) > 0
-    if is_chosen(config) and saves and read(config, "trainer.resume_mode") != "disable":
+    if is_chosen(config) and SAVE_FREQ.of(config) > 0 and read(config, "trainer.resume_mode") != "disable":
         lines.append("  The same command goes on from the last checkpoint.")
     return "\n".join(lines)
 

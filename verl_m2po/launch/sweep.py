@@ -15,6 +15,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 
+from verl_m2po.ground import logs
 from verl_m2po.ground.problem import Problem
 from verl_m2po.launch.callback import Refused, uses_this_package
 
@@ -143,9 +144,8 @@ def _by_key(overrides: Sequence[str]) -> dict[str, str]:
 
 def _folder(config: DictConfig) -> Path | None:
     """Project and experiment name of a run that writes a log or checkpoints under them; None if it writes neither."""
-    loggers = OmegaConf.select(config, "trainer.logger") or []
     save_freq = OmegaConf.select(config, "trainer.save_freq")
-    if "file" not in loggers and not (isinstance(save_freq, int) and save_freq > 0):
+    if not logs.are_files(config) and not (isinstance(save_freq, int) and save_freq > 0):
         return None
     return Path(*(str(OmegaConf.select(config, f"trainer.{part}_name")) for part in ("project", "experiment")))
 

@@ -100,9 +100,8 @@ def _ray(config: DictConfig) -> Iterator[Problem]:
     import ray
     from ray._private import services
 
-    settings = read(config, "ray_kwargs.ray_init") or {}
     # The jobs of a sweep share the cluster that the first of them started.
-    if settings.get("address") is not None or ray.is_initialized():
+    if read(config, "ray_kwargs.ray_init.address") is not None or ray.is_initialized():
         return
     found = os.environ.get("RAY_ADDRESS") or services.find_bootstrap_address(None)
     if found:
