@@ -1,6 +1,6 @@
 """Algorithm 1 of M2PO (arXiv:2510.01161) in pure torch: which tokens keep their gradient. No verl, no config.
 
-Guarantee: exact over all tokens of all ranks, whatever their order.
+Guarantee: the decision is exact over all tokens of all ranks, whatever the order of the tokens.
 """
 
 from verl_m2po.second_moment.rule import check_tokens, keep_mask, trust_region_magnitude

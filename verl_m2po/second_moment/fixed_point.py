@@ -19,8 +19,8 @@ _LARGEST_SQUARE = 2.0**30
 class FixedPoint:
     """Fixed-point arithmetic on squares, in units that put the threshold between 1/4 and 1.
 
-    Sums of integers do not depend on their order. A square is exact down to 2^-64 of a unit and rounded up there, which
-    for float32 log ratios concerns only tokens whose square is below 2^-17 of the threshold.
+    Sums of integers do not depend on the order of their terms. A square is rounded up to a multiple of 2^-64 of a unit,
+    which for float32 log ratios changes only squares below 2^-17 of the threshold. "Number" below is a |log r|.
     """
 
     def __init__(self, threshold: float):
@@ -32,9 +32,10 @@ class FixedPoint:
         self.fixed_point = int(Fraction(threshold) / unit * 2**64) if threshold < math.inf else 0
 
     def squares(self, magnitude: Tensor) -> Iterator[Tensor]:
-        """Of each number: is not 0, whole part of the square, its next 32 bits, the 32 after those.
+        """Yield, for each number: 1 if it is not 0, the whole part of its square, the next 32 bits, the 32 after those.
 
-        Floating point, same shape, without a fraction. Each is valid until the next one is asked for.
+        Each of the four is a floating point tensor of the same shape that holds whole numbers. It is valid until the
+        next one is asked for.
         """
         yield torch.sign(magnitude)
         rest = magnitude.to(torch.float64, copy=True).mul_(self.scale).square_().clamp_(max=_LARGEST_SQUARE)
@@ -49,11 +50,11 @@ class FixedPoint:
         return torch.stack([column.to(torch.int64) for column in self.squares(magnitude)], -1)
 
     def sums(self, magnitude: Tensor) -> Tensor:
-        """int64 [4]: the sums of `squares` of up to 2^21 numbers."""
+        """int64 [4]: the sums over up to 2^21 numbers of each of their `squares`."""
         return torch.stack([column.sum(dtype=torch.float64) for column in self.squares(magnitude)]).to(torch.int64)
 
     def sums_within(self, magnitude: Tensor) -> Tensor:
-        """The same for numbers whose squares are at most the threshold, so below one unit: two thirds of the work."""
+        """As `sums`, for numbers whose squares are at most the threshold, so below one unit: two thirds of the work."""
         if self.threshold == math.inf:
             return self.sums(magnitude)
         rest = magnitude.to(torch.float64, copy=True).mul_(self.scale * 2.0**16).square_()
@@ -74,7 +75,7 @@ class FixedPoint:
         return (whole > 0) | ((whole == 0) & (fraction > 0))
 
     def guess_first_over(self, spent: Tensor, ascending: Tensor) -> int:
-        """How many of `ascending` fit into the budget after the sums `spent`, by rounded sums; for a CPU."""
+        """About how many of `ascending` fit into the budget that the sums `spent` leave; rounded sums, for a CPU."""
         threshold = self.fixed_point / 2**64
         count, whole, high, low = spent.tolist()
         running = ascending.to(torch.float64, copy=True).mul_(self.scale).square_().sub_(threshold).cumsum(0)

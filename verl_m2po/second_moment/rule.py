@@ -1,8 +1,8 @@
 """Algorithm 1 of M2PO in pure torch: which tokens keep their gradient.
 
-See "Prosperity before Collapse: How Far Can Off-Policy RL Reach with Stale Data on LLMs?" (arXiv:2510.01161). The paper
-removes the token with the largest (log r)^2 from the trust-region tokens until the mean of the rest is at most the
-threshold.
+See "Prosperity before Collapse: How Far Can Off-Policy RL Reach with Stale Data on LLMs?" (arXiv:2510.01161). With r
+the ratio of current over behaviour policy, the trust-region tokens are those with advantage A > 0 and r > 1, or A < 0
+and r < 1. The paper removes the one with the largest (log r)^2 until the mean of the rest is at most the threshold.
 """
 
 import torch
@@ -26,8 +26,8 @@ def keep_mask(log_ratio: Tensor, advantages: Tensor, response_mask: Tensor, thre
         bool, same shape: True where a response token is kept. Equal |log r| at the boundary stay or go together.
 
     Raises:
-        ValueError: An argument does not fit, or the response mask is empty. The last is not looked for on an
-            accelerator, where looking would stall it.
+        ValueError: An argument does not fit, or the response mask is empty. On an accelerator an empty mask is not
+            looked for, since reading it back would stall the accelerator.
         TypeError: An argument has the wrong type.
     """
     check_tokens("log_ratio", log_ratio, advantages=advantages, response_mask=response_mask)
@@ -45,7 +45,7 @@ def trust_region_magnitude(log_ratio: Tensor, advantages: Tensor, response_mask:
     """|log r| on trust-region tokens (A > 0 and r > 1, or A < 0 and r < 1), 0 on all others.
 
     Args:
-        log_ratio: log of current over behaviour policy, any shape. Non-finite values count as outside.
+        log_ratio: log of current over behaviour policy, any shape. Non-finite values count as outside the trust region.
         advantages: Same shape.
         response_mask: Same shape, bool or 0/1; None: all are response tokens, or their log ratios are 0.
 
@@ -61,12 +61,12 @@ def trust_region_magnitude(log_ratio: Tensor, advantages: Tensor, response_mask:
 
 
 def check_tokens(name: str, reference: Tensor, **others: Tensor) -> None:
-    """Raise unless all describe the same tokens; looks at no value, so an accelerator is not stalled.
+    """Raise unless all tensors describe the same tokens. No value is read, so an accelerator is not stalled.
 
     Args:
-        name: What an error calls `reference`.
+        name: Name of `reference` in an error.
         reference: Floating point, detached.
-        others: By name; same shape and device, detached.
+        others: Further tensors by their names in an error; same shape and device as `reference`, detached.
     """
     for other_name, tensor in {name: reference, **others}.items():
         if not isinstance(tensor, Tensor):

@@ -1,10 +1,10 @@
 """The search of Algorithm 1 over the tokens of many micro-batches and ranks.
 
-Sorted by |log r|, the algorithm keeps the longest prefix whose mean square is at most the threshold, so the whole
-decision is one number: a threshold on |log r|. It is found by radix selection over the bits of |log r|, with integer
-sums: no sort, no loop over tokens, no order in which the tokens have to be added, and a constant amount of
-communication between ranks. Only tokens with (log r)^2 above the threshold can be dropped, so only they are searched. A
-process alone on a CPU, which has those few at hand, sorts them instead; the result is the same.
+Of the trust-region tokens sorted by |log r| the algorithm keeps the longest prefix whose mean square is at most the
+threshold, so the whole decision is one number: a threshold on |log r|. It is found by radix selection over the bits of
+|log r|, with integer sums: no sort, no loop over tokens, no order in which the tokens have to be added, and a constant
+amount of communication between ranks. Only tokens with (log r)^2 above the threshold can be dropped, so only they are
+searched. A single process on a CPU, which has those few at hand, sorts them instead; the result is the same.
 """
 
 import math
@@ -30,9 +30,9 @@ class TrustRegion(NamedTuple):
     """The decision of Algorithm 1, as 0-d tensors on the device of the tokens, in their dtype (at least float32).
 
     Args:
-        threshold_log_ratio: Trust-region tokens with |log r| above it are dropped; inf where none is. It lies midway
-            between the two tokens that it separates, so that a later forward pass that differs in the last bits
-            decides the same.
+        threshold_log_ratio: Trust-region tokens with |log r| above it are dropped; inf where none is
+            dropped. It lies midway between `largest_kept` and `first_dropped`, so that a later forward pass that
+            differs in the last bits decides the same.
         largest_kept: The largest |log r| of a kept trust-region token; 0 where there is none.
         first_dropped: The smallest |log r| of a dropped trust-region token; inf where there is none.
     """
@@ -195,12 +195,12 @@ def on_host(tensor: Tensor) -> bool:
 
 
 def chunk_size(tensor: Tensor) -> int:
-    """Tokens to work on at once: few enough for the cache of a CPU, and for small temporaries on an accelerator."""
+    """Tokens to work on at once: few enough for a CPU's cache, and for small temporaries on an accelerator."""
     return 2**16 if on_host(tensor) else 2**20
 
 
 def check_threshold(threshold: float, name: str = "threshold") -> None:
-    """Raise unless `threshold` is a non-negative number; `name` is what the error calls it."""
+    """Raise unless `threshold` is a non-negative number; `name` is its name in the error."""
     if isinstance(threshold, bool) or not isinstance(threshold, int | float):
         raise TypeError(f"{name} must be a number, got {threshold!r} ({type(threshold).__name__}).")
     if math.isnan(threshold) or threshold < 0:

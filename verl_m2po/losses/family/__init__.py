@@ -1,1 +1,1 @@
-"""One file for each registered loss: its rule, its settings, what it needs; `kernel.registry` finds them."""
+"""One file for each registered loss: its rule, its settings, what it needs; `kernel.registry` finds these files."""

@@ -83,8 +83,8 @@ class BAPOConfig(BaseConfig):
 def bapo_tokens(tokens: Tokens, settings: BAPOConfig, bounds: "Bounds") -> TokenLoss:
     """max(-A r, -A clip(r, low, high)) with the first bounds that give positive tokens their share of the loss.
 
-    All tokens of the optimizer mini-batch decide on the bounds together (`scope`); where no bounds give the share, both
-    stand at their ends.
+    "First" is in the order in which the bounds are tried (`order`). All tokens of the optimizer mini-batch decide on
+    the bounds together (unless `scope` says otherwise); where no bounds give the share, both are at their ends.
     """
     ratio = tokens.importance_weight
     low, high = bounds.ratio_low.to(ratio.dtype), bounds.ratio_high.to(ratio.dtype)
@@ -119,7 +119,7 @@ class BoundsSearch:
         self._sums: list[Tensor] = []
 
     def add(self, tokens: Tokens) -> "BoundsSearch":
-        """Count these tokens; returns itself."""
+        """Count the tokens of a micro-batch; returns this search."""
         self._sums.append(torch.cat(loss_sums(tokens, self.settings)))
         return self
 
@@ -133,9 +133,10 @@ class BoundsSearch:
 
 
 def loss_sums(tokens: Tokens, settings: BAPOConfig) -> tuple[Tensor, Tensor]:
-    """What tokens with A > 0 contribute at each upper bound, and those with A < 0 at each lower bound.
+    """What tokens with A > 0 contribute to the loss at each upper bound, and those with A < 0 at each lower bound.
 
-    Sums of absolute losses: they add up over micro-batches and ranks, so bounds for a whole mini-batch need no more.
+    These are sums of absolute losses. They add up over micro-batches and ranks, so the bounds of a whole mini-batch
+    need nothing else.
 
     Returns:
         [number of upper bounds] and [number of lower bounds], float64.
@@ -152,11 +153,13 @@ def loss_sums(tokens: Tokens, settings: BAPOConfig) -> tuple[Tensor, Tensor]:
 
 
 def choose_bounds(positive: Tensor, negative: Tensor, settings: BAPOConfig) -> Bounds:
-    """The first bounds whose share reaches the target, the last ones if none does, without a look at any value.
+    """The first bounds whose share reaches the target, the last ones if none does.
+
+    No value is read back from an accelerator.
 
     Args:
-        positive: Of `loss_sums`, over all tokens that decide together.
-        negative: Likewise.
+        positive: First result of `loss_sums`, over all tokens that decide together.
+        negative: Second result of `loss_sums`, over the same tokens.
         settings: Target, bounds and their order.
     """
     highs, lows = settings.highs(), settings.lows()

@@ -1,7 +1,8 @@
 """The loss `decoupled_loglinear`: decoupled PPO with an interpolated proximal policy, so without an extra forward pass.
 
 See "Batch size-invariance for policy optimization" (arXiv:2110.00641) for the objective, and AReaL's documentation of
-`prox_approx` for the interpolation. verl's own decoupled PPO computes the proximal policy: `loss=decoupled_ppo`.
+`prox_approx` for the interpolation. verl's own decoupled PPO computes the proximal policy instead:
+`loss=decoupled_ppo`.
 """
 
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class DecoupledLoglinearConfig(BaseConfig):
         check_number(self.ratio_cap, "decoupled_loglinear.ratio_cap", above=1)
 
     def proximal_alpha(self) -> float:
-        """`alpha`, from the staleness where that is what is set."""
+        """The setting `alpha`, or (s - 1) / s where `staleness_updates`, s, is set instead."""
         if (self.alpha is None) == (self.staleness_updates is None):
             raise ValueError(
                 f"Set exactly one of {KEY}.decoupled_loglinear.alpha and .staleness_updates, got {self.alpha} and "
@@ -75,7 +76,7 @@ def decoupled_tokens(tokens: Tokens, log_weight: Tensor, settings: DecoupledLogl
     """w max(-A r, -A clip(r)) with r = current / proximal and w = proximal / behaviour, w detached.
 
     Args:
-        tokens: Of a micro-batch.
+        tokens: The tokens of a micro-batch.
         log_weight: log(proximal / behaviour) of any proximal policy, [batch, response].
         settings: Clip range and cap.
     """

@@ -50,7 +50,7 @@ class M2POConfig(BaseConfig):
 
 
 def m2po_tokens(tokens: Tokens, _settings: M2POConfig, region: TrustRegion) -> TokenLoss:
-    """-A r on the tokens that Algorithm 1 of M2PO keeps, over all response tokens; nothing is clipped."""
+    """-A r on the tokens that Algorithm 1 keeps, averaged over all response tokens; nothing is clipped."""
     value = (tokens.advantages * tokens.importance_weight).neg_()
     return TokenLoss(value, value, at_most(tokens.magnitude, region.threshold_log_ratio), region=region)
 

@@ -37,9 +37,9 @@ class M2POClipConfig(BaseConfig):
 def m2po_clip_tokens(tokens: Tokens, _settings: M2POClipConfig, region: TrustRegion) -> TokenLoss:
     """max(-A r, -A clip(r, exp(-tau), exp(tau))) with tau from the second moment of this micro-batch.
 
-    As in the released code each micro-batch decides for itself, the bounds have no floors (its `miniclip` is off in
-    every released script) and there is no dual clip. Unlike there, the sign of A is taken token by token, no rounding
-    slack is subtracted from tau, and tau = 0 is a value like any other.
+    As in the released code, each micro-batch decides for itself, the bounds have no floors (the option `miniclip` is
+    off in every released script), and there is no dual clip. Unlike in the released code, the sign of A is taken token
+    by token, no rounding slack is subtracted from tau, and tau = 0 is a value like any other.
     """
     advantages, tau = tokens.advantages, region.threshold_log_ratio
     derivative = -advantages * tokens.importance_weight
@@ -69,7 +69,8 @@ def clip_bound(magnitude: Tensor, threshold: float) -> Tensor:
     """The bound tau on |log r| of the authors' code, 0-d; inf where the second moment is within the threshold.
 
     With the n squares of the trust region in ascending order, tau^2 is the last v_j before the first v_k for which
-    v_1 + ... + v_k + (n - k) v_k, the sum after clipping at v_k, reaches the threshold times n; 0 if that is the first.
+    v_1 + ... + v_k + (n - k) v_k, the sum after clipping at v_k, reaches the threshold times n; tau is 0 if v_k is the
+    first square.
 
     Args:
         magnitude: |log r| on trust-region tokens, 0 elsewhere, any shape.

@@ -1,7 +1,7 @@
 """The loss `mix_ppg`: PPO's clip around the proximal policy of each token, as ReMix trains on old data.
 
-See ReMix, "Squeeze the Soaked Sponge" (arXiv:2507.06892). Its mix of old and new data is a matter of the trainer mode;
-its KL-convex term and its policy reincarnation are not part of this package.
+See ReMix, "Squeeze the Soaked Sponge" (arXiv:2507.06892). ReMix's mix of old and new data is a matter of the trainer
+mode; its KL-convex term and its policy reincarnation are not part of this package.
 """
 
 from collections.abc import Iterator
@@ -42,8 +42,8 @@ class MixPPGConfig(BaseConfig):
 def mix_ppg_tokens(tokens: Tokens, settings: MixPPGConfig) -> TokenLoss:
     """max(-A r, -A clip(r, c - e, c + e)) with r = current / behaviour and c = proximal / behaviour.
 
-    `old_log_probs` are the proximal policy's, and verl's token weights are c. Decoupled PPO clips to c (1 - e),
-    c (1 + e) instead; with c = 1 both are PPO's clip.
+    e is the setting `clip`. `old_log_probs` are the proximal policy's, and verl's token weights are c. Decoupled PPO
+    clips to c (1 - e), c (1 + e) instead; with c = 1 both are PPO's clip.
     """
     centre = _centre(tokens)
     ratio = importance_weight(_behaviour_log_ratio(tokens)).where(centre > 0, 0.0)

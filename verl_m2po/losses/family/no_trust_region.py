@@ -1,7 +1,7 @@
 """The loss `no_trust_region`: plain importance weighting, the paper's prosperity-before-collapse baseline.
 
-See "Prosperity before Collapse" (arXiv:2510.01161): without a trust region stale data first learns as fast as fresh
-data, then collapses.
+See "Prosperity before Collapse" (arXiv:2510.01161): without a trust region training on stale data first learns as
+fast as on fresh data, then collapses.
 """
 
 from verl_m2po.losses.kernel.needs import BEHAVIOUR

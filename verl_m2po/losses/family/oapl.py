@@ -36,10 +36,11 @@ class OAPLConfig(BaseConfig):
 
 
 def oapl_tokens(tokens: Tokens, settings: OAPLConfig) -> TokenLoss:
-    """(beta2 D - A)^2 averaged over responses, D the sum of log ratios of a response.
+    """(beta2 D - A)^2 averaged over responses, with D the sum of the log ratios of a response and A its advantage.
 
     There is no ratio and no clip. A group whose rewards are all equal has advantage 0 and still pulls D to 0, so do not
-    filter it. Each token carries its share of the response's loss, and the whole of its derivative.
+    filter it. The value of each token is its share of the response's loss; its derivative is that of the
+    whole loss of the response.
     """
     scale = 1 / (2 * settings.beta2) if settings.unit_gradient else 1.0
     lengths = tokens.lengths()

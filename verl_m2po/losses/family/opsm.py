@@ -1,7 +1,7 @@
-"""The loss `opsm`: off-policy sequence masking of DeepSeek-V3.2 around a loss that does not honour it itself.
+"""The loss `opsm`: off-policy sequence masking of DeepSeek-V3.2 around a loss that does not mask by itself.
 
-Losses of this package honour `policy_loss.opsm.delta` themselves. For verl's own, and any other registered one, this
-loss calls `policy_loss.opsm.base` with the masked responses cut off.
+Losses of this package honour `policy_loss.opsm.delta` themselves. For verl's own, and any other registered one, the
+loss `opsm` calls the one named by `policy_loss.opsm.base` without gradient from the masked responses.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ def opsm_around(call: Call, settings: OPSMConfig) -> tuple[Tensor, dict[str, Any
     Masked tokens reach the base with advantage 0 and a log-prob that is cut from the graph. Their gradient is exactly 0
     whatever the base adds to its policy gradient. Their value is 0 too in every loss that is proportional to the
     advantage; a penalty on the log ratio (`dro`, `kl_cov`) keeps its value as a constant. A base that chooses tokens by
-    a statistic of the batch (`clip_cov`, `kl_cov`) sees the advantages 0 in it. Tokens outside the response mask, and
-    those without a finite log ratio, reach the base as zeros.
+    a statistic of the batch (`clip_cov`, `kl_cov`) sees the advantages 0 of masked tokens in it. Tokens outside the
+    response mask, and those without a finite log ratio, reach the base as zeros.
 
     Raises:
         ValueError: `opsm.delta` is not set, or the base is not registered.

@@ -80,8 +80,9 @@ MEMBERS = {
 def rec_tokens(tokens: Tokens, settings: RECConfig) -> TokenLoss:
     """-w A log pi on the tokens that the clip keeps, plus a regulariser on all; weight w and clip are detached.
 
-    A is reward minus group mean, not divided by a standard deviation. The one_side clip with importance sampling has
-    the gradient of PPO's clip; the GSPO kinds are meant for "seq-mean-token-mean".
+    pi is the current policy's probability of the token. A is reward minus group mean, not divided by a standard
+    deviation. The one_side clip with importance sampling has the gradient of PPO's clip; the kinds of clip and weight
+    after GSPO are meant for the loss aggregation "seq-mean-token-mean".
     """
     keep = _kept(tokens, settings)
     weighted = torch.where(keep, -_weight(tokens, settings) * tokens.advantages, 0.0)

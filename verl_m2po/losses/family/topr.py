@@ -36,8 +36,8 @@ class TOPRConfig(BaseConfig):
 def topr_tokens(tokens: Tokens, settings: TOPRConfig) -> TokenLoss:
     """-A log pi where A > 0, and -min(ratio, 1) A log pi elsewhere; the ratio is detached.
 
-    What is good is imitated however old it is; what is bad is pushed down only as far as the current policy would still
-    say it.
+    Good responses are imitated however old they are; bad ones are pushed down only as far as the current policy would
+    still produce them.
     """
     log_ratio = tokens.log_ratio
     if settings.level != "token":

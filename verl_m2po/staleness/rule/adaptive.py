@@ -1,11 +1,12 @@
-"""How stale the data may be, told by the trust region: a bound that falls fast and rises slowly. Signal in, bound out.
+"""How stale the data may be, by what the trust region shows: a bound that falls fast and rises slowly.
 
-The load is the larger of the two signals as a share of its target. Above 1 for several trainer steps the bound halves;
-while it is quiet and the trainer waits for rollouts, the bound rises by one trainer step, and then stays at least until
-data as old as it allows have been trained on. A bound that proved too high is a ceiling, tried again only once the load
-at the present bound has fallen so far that it would have been quiet up there: a plant that does not change is not
-tried again and again. No other system ties staleness to its trust region; the form is that of TCP's congestion window
-(Chiu and Jain, 1989: additive increase, multiplicative decrease), with a memory.
+A signal of each trainer step goes in (masked share and second moment), and the bound comes out. The load is the larger
+of the two as a share of its target. When it is above 1 for several trainer steps in a row, the bound halves. While it
+is at most `Targets.quiet` and the trainer waits for rollouts, the bound rises by one trainer step, and then stays at
+least until data as old as it allows have been trained on. A bound that proved too high is a ceiling. It is tried again
+only once the load at the present bound has fallen so far that it would be quiet at the ceiling too: while the run does
+not change, the ceiling is not tried again and again. No other system ties staleness to its trust region; the form is
+that of TCP's congestion window (Chiu and Jain, 1989: additive increase, multiplicative decrease), with a memory.
 """
 
 import math
@@ -14,11 +15,11 @@ from enum import IntEnum
 from typing import Any
 
 LARGEST_LOAD = 1e6
-"""Where a signal is not finite; a finite number, so that a restart from JSON compares alike."""
+"""The load where a signal is not finite. It is a finite number, so that it is equal again after a restart from JSON."""
 
 
 class Reason(IntEnum):
-    """Why the bound is what it is, as it is logged."""
+    """What the bound did after a trainer step, as it is logged."""
 
     HELD = 0
     LOWERED = 1
@@ -32,7 +33,8 @@ class Signal:
 
     Args:
         masked_share: share of the response tokens that the trust region masked.
-        second_moment: before masking, less the mismatch floor: what staleness, and not another kernel, adds.
+        second_moment: mean of (log r)^2 over trust-region tokens before masking, less the mismatch floor (nats^2): the
+            part that is due to staleness, and not to the inference engine.
         waiting_share: share of the step in which the trainer waited for rollouts.
     """
 
@@ -46,11 +48,12 @@ class Targets:
     """When the trust region counts as loaded, and the bound as too low.
 
     Args:
-        masked_share: see `Signal`; positive.
-        second_moment: see `Signal`; positive.
-        waiting_share: below it the trainer does not wait, and a larger bound would gain nothing.
-        quiet: share of the targets below which the bound may rise; below 1.
-        patience_steps: trainer steps above target before the bound falls; at least 1.
+        masked_share: target of `Signal.masked_share`; positive.
+        second_moment: target of `Signal.second_moment`; positive.
+        waiting_share: up to this `Signal.waiting_share` the trainer counts as not waiting, and a larger bound would
+            gain nothing.
+        quiet: the load up to which the bound may rise; below 1.
+        patience_steps: trainer steps in a row with a load above 1 before the bound falls; at least 1.
     """
 
     masked_share: float = 0.01
@@ -72,9 +75,9 @@ class AdaptiveBound:
     """The bound in trainer steps, moved once a trainer step.
 
     Args:
-        least: trainer steps.
-        most: trainer steps; where the bound begins, as a fixed bound of that size would.
-        targets: of the signals.
+        least: the lowest bound, in trainer steps.
+        most: the highest bound, in trainer steps; the bound begins here.
+        targets: the targets of the signals.
 
     Raises:
         ValueError: `least` is negative, or above `most`.
@@ -95,12 +98,12 @@ class AdaptiveBound:
         self._settled_load: float | None = None  # at the present bound, once data of its age were trained on
 
     def load(self, signal: Signal) -> float:
-        """The larger signal as a share of its target; what is not finite counts as far above."""
+        """The larger signal as a share of its target; `LARGEST_LOAD` where a signal is not finite."""
         shares = self._shares(signal)
         return min(max(0.0, *shares), LARGEST_LOAD) if all(map(math.isfinite, shares)) else LARGEST_LOAD
 
     def is_masking(self, signal: Signal) -> bool:
-        """Whether the masked share is the larger signal, not the second moment."""
+        """Whether the masked share, and not the second moment, is the larger signal as a share of its target."""
         masked, moment = self._shares(signal)
         return not masked < moment
 
@@ -109,7 +112,7 @@ class AdaptiveBound:
         return signal.masked_share / targets.masked_share, signal.second_moment / targets.second_moment
 
     def observe(self, signal: Signal) -> Reason:
-        """Move the bound after a trainer step; why it was moved, or was not."""
+        """Move the bound after a trainer step; returns why it was moved, or was not."""
         load = self.load(signal)
         self._loaded = self._loaded + 1 if load > 1 else 0
         self._since_move += 1
@@ -156,7 +159,7 @@ class AdaptiveBound:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; where the limits are others now, from the nearest bound within them."""
+        """Go on from `state`; if `least` or `most` have changed since, from the nearest bound within them."""
         self.bound_steps = min(max(state["bound_steps"], self.least), self.most)
         self._loaded, self._since_move = state["loaded"], state["since_move"]
         self._ceiling, self._load_at_ceiling = state["ceiling"], state["load_at_ceiling"]

@@ -1,4 +1,4 @@
-"""Bounded staleness whose bound the trust region moves."""
+"""Bounded staleness with a bound that moves by what the trust region shows."""
 
 from typing import Any
 
@@ -9,12 +9,13 @@ from verl_m2po.staleness.rule.bounded import BoundedAsync
 class AdaptiveAsync(BoundedAsync):
     """As `BoundedAsync`, under a bound that moves between two trainer steps.
 
-    A lower bound holds from the next selection on: what is older now is masked, dropped or aborted as under a fixed
-    bound of that size, and nothing is admitted until the queue is as short as that. A higher one admits more.
+    After the bound has fallen, it holds from the next selection on: groups that are too old for it are masked, dropped
+    or aborted as under a fixed bound of that size, and none is admitted until the queue is as short as the bound
+    allows. After it has risen, more groups are admitted.
 
     Args:
-        bound: decides; its largest is `staleness_steps`.
-        of_bounded: see `BoundedAsync`.
+        bound: decides on the bound; `bound.most` is the `staleness_steps` of this rule.
+        of_bounded: further arguments of `BoundedAsync`.
     """
 
     def __init__(self, bound: AdaptiveBound, **of_bounded: Any) -> None:
@@ -23,7 +24,7 @@ class AdaptiveAsync(BoundedAsync):
         self.bound_steps = bound.bound_steps
 
     def observe(self, signal: Signal) -> Reason:
-        """A trainer step has shown `signal`: move the bound for those that follow."""
+        """A trainer step has shown `signal`: move the bound for the steps that follow."""
         reason = self.bound.observe(signal)
         self.bound_steps = self.bound.bound_steps
         return reason

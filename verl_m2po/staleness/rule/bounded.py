@@ -1,4 +1,4 @@
-"""Bounded staleness: no token older than the bound is trained on, and hardly anything that is started is wasted."""
+"""Bounded staleness: no token older than the bound is trained on, and hardly any started generation is wasted."""
 
 import heapq
 from typing import Any
@@ -13,14 +13,15 @@ class BoundedAsync(StalenessRule):
 
     The age of a token is counted from the version that generated it, time in the queue included. In this order:
 
-    1. *Pace.* At version v at most (v + bound + 1) batches are admitted in total, places of failed groups excepted.
-       As the oldest are trained first, a group that finishes at once is trained at an age of at most the bound,
-       however deep the queue is. Only a generation that itself outlives the bound can go over it.
-    2. *Abort.* A group in flight for `a` versions has about (bound + 1) / (a + 1) of its tokens within the bound; when
-       that falls below `min_usable_share` the rest of the generation is not worth its cost.
+    1. *Pace.* At weight version v at most (v + bound + 1) batches have been admitted since the run began; a group that
+       replaces a failed one is not counted. As the oldest groups are trained first, a group that finishes at once is
+       trained at an age of at most the bound, however deep the queue is. Only a generation that itself takes longer
+       than the bound can go over it.
+    2. *Abort.* A group in flight for `a` weight versions has about (bound + 1) / (a + 1) of its tokens within the
+       bound; when that falls below `min_usable_share` the rest of the generation is not worth its cost.
     3. *Mask.* A finished group with at least `min_usable_share` of its tokens within the bound is trained; the older
        tokens are masked. Long answers are kept that way, where dropping would teach the model to be short.
-    4. *Drop* the group otherwise.
+    4. *Drop.* Any other finished group is dropped.
 
     `bound_steps` may move during a run, up to `staleness_steps`; a new bound holds from the next call on.
 
@@ -29,8 +30,8 @@ class BoundedAsync(StalenessRule):
         batch_size: prompt groups per trainer step.
         min_usable_share: 0 never aborts and drops a group only if none of its tokens is within the bound; 1 never
             masks: a group with one token over the bound is dropped.
-        updates: counts what each step really made. Where steps make more updates than configured, fewer of them are
-            within the bound. None: every step makes the same number.
+        updates: counts the optimizer updates that each trainer step really made. Where steps make more updates than
+            configured, fewer of them are within the bound. None: every step makes the same number.
     """
 
     name = "bounded_async"

@@ -11,14 +11,15 @@ from verl_m2po.staleness.rule.reusing import Reusing, spread
 class BoundedReplay(Reusing, BoundedAsync):
     """`BoundedAsync`, whose trainer does not wait for generation while it may train a rollout again.
 
-    What waits for its first use goes first, the oldest before the others, a whole batch where there is one. Only what
-    is missing then comes from the pool, so generation is paced as without replay, and of every batch at least
-    `reuse.first_uses` groups are new. A group is trained again only as a whole: with a token over the bound it is not.
+    Groups that wait for their first use are trained first, the oldest before the others: a whole batch of them where
+    there is one. Only what is missing in the batch then comes from the pool of groups that were trained before. So
+    generation is paced as without replay, and of every batch at least `reuse.first_uses` groups are new. A group is
+    trained again only as a whole: a group with a token over the bound is not trained again.
 
     Args:
         staleness_steps: largest age of what is trained, in trainer steps.
         batch_size: prompt groups per trainer step.
-        reuse: how often a group is trained, and which.
+        reuse: how often a group is trained, and which groups are trained again.
         more: further arguments of `BoundedAsync` and `Reusing`.
     """
 

@@ -15,12 +15,12 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Began:
-    """Training begins; what came before, like starting the rollout servers, belongs to no step."""
+    """Training begins; the time before, as that of starting the rollout servers, belongs to no trainer step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """Groups are about to be generated with the present weights; `again` after a restart that lost them."""
+    """Groups are about to be generated with the present weights; `again`: once more, since a restart lost them."""
 
     tickets: tuple[Ticket, ...]
     again: bool = False
@@ -28,7 +28,7 @@ class Dispatched:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Every trajectory of `group` is there, or masked, and it waits to be trained; `report` says how that came."""
+    """Every trajectory of `group` is there, or masked, and it waits to be trained; `report` says how it ended."""
 
     group: Group
     report: GroupReport
@@ -43,7 +43,7 @@ class Returned:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A group came to nothing, or was aborted; its place is free again."""
+    """A group failed, or was aborted; its place is free again."""
 
     ticket: Ticket
     report: GroupReport
@@ -51,9 +51,9 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """Every trajectory of a group is there, and all are equally good: it has no advantage, and its place is free again.
+    """All trajectories of a group are there and equally good: the group has no advantage, and its place is free again.
 
-    It has not failed; `report.shared_metric` is what they share.
+    The group has not failed; `report.shared_metric` is the value that its trajectories share.
     """
 
     ticket: Ticket
@@ -98,7 +98,7 @@ class TrainerWaited:
 
 @dataclass(frozen=True, slots=True)
 class GeneratorIdle:
-    """Nothing is in flight since `since`, seconds since the epoch."""
+    """No group is in flight since `since`, in seconds since the epoch."""
 
     since: float
 
@@ -123,5 +123,5 @@ class Listener(Protocol):
     """Keeps an account of a run, or ends it. It decides nothing about groups."""
 
     def on_event(self, event: Event) -> None:
-        """Take note of `event`; those that are none of its business are ignored."""
+        """Take note of `event`; a listener ignores the events that it does not need."""
         ...

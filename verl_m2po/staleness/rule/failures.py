@@ -16,12 +16,12 @@ class TooManyFailures(RuntimeError):
 class FailureWindow:
     """Stops the run when more than a share of the last groups failed.
 
-    A group that is kept with some of its trajectories masked counts as that share of a failed group: the same part of
-    the trajectories may be lost before the run stops, whether they are replaced or masked.
+    A group that is trained with some of its trajectories masked counts as that share of a failed group: the run stops
+    at the same share of failed trajectories, whether they are replaced or masked.
 
     Args:
-        max_failed_fraction: share of the window that may fail; 1 never stops.
-        window: how many of the last groups are looked at. Nothing is judged before that many have ended.
+        max_failed_fraction: share of the window that may fail; 1 never stops the run.
+        window: how many of the last groups are looked at. The run is not stopped before that many have ended.
     """
 
     def __init__(self, max_failed_fraction: float = 0.2, window: int = 100) -> None:
@@ -50,7 +50,7 @@ class FailureWindow:
 
         Args:
             masked_share: share of its trajectories that failed, and were masked.
-            errors: what these reported.
+            errors: what the failed trajectories reported.
 
         Raises:
             TooManyFailures: as for `failed`.
@@ -86,6 +86,6 @@ class FailureWindow:
         return {"failed": list(self._failed), "errors": list(self._errors)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting from `state`; of a longer window the last groups count."""
+        """Go on counting from `state`; if its window was longer, from the last groups of it."""
         self._failed.extend(state["failed"])
         self._errors.extend(state["errors"])

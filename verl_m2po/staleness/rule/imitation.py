@@ -1,4 +1,4 @@
-"""Self-imitation: what a success that is trained again is worth by now. SPEAR (arXiv:2509.22601). Pure."""
+"""Self-imitation: the present advantage of a success that is trained again. After SPEAR (arXiv:2509.22601). Pure."""
 
 import math
 from collections import deque
@@ -13,7 +13,8 @@ class Imitation:
     """How the advantage of a trajectory that is trained again is formed anew.
 
     Args:
-        baseline_groups: groups whose mean scores make the baseline; 0 leaves advantages as they are. SPEAR has 10,240.
+        baseline_groups: groups whose mean scores make the baseline, their median; 0 leaves advantages as they are.
+            SPEAR has 10,240.
         ramp_steps: trainer steps over which the weight of what is trained again rises from 0 to 1; 0: it is 1 from the
             start. SPEAR has 200.
     """
@@ -29,9 +30,10 @@ class Imitation:
 
 
 class Recalibration:
-    """Advantages over the median of the mean scores of the groups that were trained first last.
+    """Advantages over a baseline: the median of the mean scores of the groups last trained for the first time.
 
-    A success of an early policy is none for a later one that is right more often: its score may be below the baseline.
+    A success of an early policy need not be one for a later policy that is right more often: its score may be below the
+    baseline.
     """
 
     def __init__(self, imitation: Imitation) -> None:
@@ -39,7 +41,7 @@ class Recalibration:
         self._means: deque[float] = deque(maxlen=imitation.baseline_groups)
 
     def add(self, mean_scores: Iterable[float]) -> None:
-        """Groups were trained for the first time."""
+        """Groups with these mean scores were trained for the first time."""
         self._means.extend(mean_scores)
 
     def baseline(self) -> float | None:

@@ -13,10 +13,10 @@ class TooFewInformative(RuntimeError):
 class InformativeWindow:
     """Stops the run when the last `most_batches` batches of generated groups do not fill one batch.
 
-    Groups that failed or were aborted are no sign of either, and are not counted.
+    Groups that failed or were aborted do not show whether the prompts teach anything, and are not counted.
 
     Args:
-        metric: that all trajectories of a group without advantage share; for the message.
+        metric: name of the metric that all trajectories of a group without advantage share; for the message.
         most_batches: verl's `max_num_gen_batches`, at least 1.
         batch_size: prompt groups per trainer step.
     """
@@ -29,7 +29,7 @@ class InformativeWindow:
         """See `rule.events.Listener`.
 
         Raises:
-            TooFewInformative: the window is full, and what is left of it does not fill a batch.
+            TooFewInformative: the window is full, and its groups with an advantage do not fill a batch.
         """
         match event:
             case events.Finished() | events.Returned():
@@ -56,5 +56,5 @@ class InformativeWindow:
         return list(self._shared)
 
     def load_state_dict(self, state: list[Any]) -> None:
-        """Go on counting from `state`; of a longer window the last groups count."""
+        """Go on counting from `state`; if its window was longer, from the last groups of it."""
         self._shared.extend(state)

@@ -139,11 +139,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What to train on now, and what fell out on the way.
+    """What to train on now, and what was given up in choosing it.
 
     Args:
         groups: the batch, in the order in which it is trained.
-        oldest_version: tokens of an older weight version must be masked; None if there are none.
+        oldest_version: tokens of an older weight version than this must be masked; None if there are no such tokens.
         evicted: groups that can no longer be used, and were never trained; their rows must be deleted. Their places are
             free again.
         kept: uids of those of `groups` that may be selected again: their rows stay where they are.
@@ -171,13 +171,13 @@ class GroupReport:
     Args:
         uid: verl's group id.
         rows: its trajectories; on failure those that were stored nevertheless, to be deleted.
-        error: None if every trajectory is there, or masked; else what went wrong, first line only.
-        was_aborted: ended because the trainer asked for it.
+        error: None if every trajectory is there, or masked; otherwise the first line of what went wrong.
+        was_aborted: it ended because the trainer asked for it.
         was_lost: a process that it needed has died. Nothing is wrong with its prompt, and the run is at its end.
-        generated_tokens: over all its trajectories, finished or not.
+        generated_tokens: tokens generated in all its trajectories, finished or not.
         responses: how many trajectories it was to have, at least 1.
-        began_at: `time.time()` on the worker's machine when the worker took it up, seconds.
-        finished_at: the same when it ended.
+        began_at: `time.time()` on the worker's machine when the worker took the group up, in seconds.
+        finished_at: `time.time()` on that machine when the group ended, in seconds.
         masked_errors: what went wrong with each trajectory that is masked, first lines only.
         shared_metric: all its trajectories have this value of the metric that groups are filtered by, so that it has no
             advantage and is replaced; None where they differ, or nothing is filtered.

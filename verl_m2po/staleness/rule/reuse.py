@@ -20,10 +20,10 @@ class Reuse:
     Args:
         max_uses: trainer steps that may train on the same group; 1 trains each once, None sets no limit beside its age.
         first_uses: groups of every batch, at least, that were not trained before.
-        sampling: how the others are chosen: `uniform` over those that may be trained again, or the `newest`. Only
-            groups that had an advantage may be with `informative`, only those with a success with `positive`; among
-            them each is as likely.
-        seed: of the choice.
+        sampling: how the other groups of a batch are chosen. `uniform`: each that may be trained again with the same
+            probability. `newest`: those that were generated last. `informative`: uniform over the groups that had an
+            advantage. `positive`: uniform over the groups with a success.
+        seed: seed of the choice.
 
     Raises:
         ValueError: a value that nothing can honour.
@@ -65,7 +65,7 @@ class Pool:
     pool, so that a run that was restarted draws what the uninterrupted one would.
 
     Args:
-        reuse: how often, and how to choose.
+        reuse: how often a group is trained, and how groups are chosen.
         oldest_usable: the oldest weight version that may be trained when training starts from the given one.
     """
 
@@ -84,10 +84,10 @@ class Pool:
         self._unjudged: set[str] = set()
 
     def drawable(self, version: int) -> int:
-        """Groups that may be drawn when training starts from weight `version`, which never goes back.
+        """Groups that may be drawn when training starts from weight `version`, which never decreases from call to call.
 
         Raises:
-            ValueError: nobody said what training the batch before has shown, on which `sampling` depends.
+            ValueError: `judged` was not called for the batch before, and `sampling` depends on it.
         """
         if version > self._version:
             if self._unjudged:
@@ -123,7 +123,7 @@ class Pool:
         return removed
 
     def first_used(self, groups: list[Group], version: int) -> list[str]:
-        """`groups` are trained for the first time, from weight `version`; the uids of those that may be again."""
+        """`groups` are trained for the first time, from weight `version`; the uids of those that may be so again."""
         self.drawable(version)
         return self._rest([_Trained(group, 1) for group in groups])
 
@@ -141,7 +141,7 @@ class Pool:
         return [trained.group.ticket.uid for trained in staying]
 
     def judged(self, outcomes: Mapping[str, Outcome]) -> None:
-        """What training the last batch has shown, by uid: groups that are not worth another use are given up."""
+        """Take what training the last batch showed, by uid; groups that `sampling` will not choose are given up."""
         self.judge.see(outcomes)
         given_up = {uid for uid in self._unjudged & outcomes.keys() if not self.judge.is_worth(outcomes[uid])}
         self._unjudged -= outcomes.keys()
@@ -152,7 +152,7 @@ class Pool:
         """`count` groups to train again from weight `version`, and the uids of those that may be trained yet again.
 
         Raises:
-            ValueError: fewer are drawable.
+            ValueError: fewer than `count` groups are drawable.
         """
         if count > self.drawable(version):
             raise ValueError(f"{count} groups are to be trained again at version {version}, {len(self._drawable)} can")
@@ -174,16 +174,16 @@ class Pool:
                 return self._place[uid]
 
     def take_retired(self) -> tuple[Group, ...]:
-        """Groups that became too old, or were found not worth another use, since the last call."""
+        """Groups that since the last call became too old, or that `sampling` will not choose again."""
         retired, self._retired = tuple(self._retired), []
         return retired
 
     def groups(self) -> list[Group]:
-        """All whose rows must be kept."""
+        """All groups of the pool: their rows must be kept."""
         return [trained.group for trained in (*self._drawable, *self._resting)]
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain JSON. Those that became too old are left out: a restart deletes what nothing refers to."""
+        """As plain JSON. Groups that became too old are left out: a restart deletes rows that nothing refers to."""
 
         def plain(trained: list[_Trained]) -> list[list[Any]]:
             return [[each.group.to_json(), each.uses] for each in trained]

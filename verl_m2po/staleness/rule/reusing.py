@@ -1,4 +1,4 @@
-"""What rules that train a group several times share: the pool of groups that were trained, and what decides on it."""
+"""What rules that train a group several times share: the pool of groups that were trained and may be again."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,12 +12,13 @@ from verl_m2po.staleness.rule.worth import Outcome
 
 
 class Reusing(StalenessRule):
-    """A rule with a pool of groups that were trained and may be again. A mixin before a rule, which it extends.
+    """A rule with a pool of groups that were trained and may be again. A mixin: listed before the rule that it extends.
 
     Args:
-        reuse: how often a group is trained, and which.
-        imitation: how the advantages of what is trained again are formed anew.
-        of_rule: arguments of the rule.
+        reuse: how often a group is trained, and which groups are trained again.
+        imitation: how the advantages of groups that are trained again are formed anew.
+        of_rule: positional arguments of the rule that is extended.
+        named: its named arguments.
 
     Raises:
         ValueError: more first uses than a batch has groups.
@@ -67,7 +68,7 @@ class Reusing(StalenessRule):
 
 
 def spread(first: list[Group], drawn: list[Group]) -> tuple[Group, ...]:
-    """Both in their order, and those of `first` evenly among the others: each mini-batch gets its share."""
+    """The groups of `first` evenly among those of `drawn`, both in their order: each mini-batch gets its share."""
     count, ahead, behind = len(first) + len(drawn), iter(first), iter(drawn)
     is_first = [(i + 1) * len(first) // count > i * len(first) // count for i in range(count)]
     return tuple(next(ahead) if here else next(behind) for here in is_first)

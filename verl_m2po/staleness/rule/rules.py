@@ -2,7 +2,8 @@
 
 A rule owns the whole decision: `admissible` (pacing), `expired` (abort), `select` (mask, drop, or train again) and
 `settled` (may the weights change now?). It never sees tokens, TransferQueue or time. Work per call is O(1) or O(batch),
-with a logarithm of the depth for the heap of `BoundedAsync`; nothing is proportional to the depth.
+times the logarithm of the depth (groups admitted and not trained) for the heap of `BoundedAsync`; no work is
+proportional to the depth.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ from verl_m2po.staleness.rule.worth import Outcome
 
 
 class StalenessViolation(RuntimeError):
-    """A row that is older, or younger, than the rule promised. Never trained on."""
+    """A row is older, or younger, than the rule promised. It is not trained on."""
 
 
 class UnknownGroup(KeyError):
@@ -58,7 +59,7 @@ class StalenessRule(ABC):
 
     @abstractmethod
     def stored_groups(self) -> list[Group]:
-        """Finished groups whose rows must be kept: those that wait, and those that may be trained again."""
+        """Finished groups whose rows must be kept: they wait to be trained, or may be trained again."""
 
     def oldest_usable(self, version: int) -> int:
         """The oldest weight version whose tokens may be trained on when training starts from `version`."""
@@ -122,7 +123,7 @@ class StalenessRule(ABC):
         """Keep a finished group until it is selected."""
 
     def fail(self, uid: str) -> Ticket:
-        """A group in flight came to nothing: its place is free again, and `admissible` grows by one."""
+        """A group in flight failed: its place is free again, and `admissible` grows by one."""
         ticket = self._land(uid)
         self._release(ticket)
         return ticket
@@ -143,15 +144,15 @@ class StalenessRule(ABC):
         """
 
     def check_updates(self, step: int, rows: int, made: int, configured: int) -> None:
-        """Whether the rule can hold what it promises when trainer step `step` makes `made` optimizer updates.
+        """Check that the rule can keep its promise when trainer step `step` makes `made` optimizer updates.
 
         Args:
             rows: trajectories that are about to be trained, padding included.
-            made: updates that verl makes of them.
-            configured: updates that the configuration says.
+            made: optimizer updates that verl makes of these rows.
+            configured: optimizer updates of a trainer step by the configuration.
 
         Raises:
-            StalenessViolation: it cannot.
+            StalenessViolation: the rule cannot keep it.
         """
         return
 
@@ -161,7 +162,7 @@ class StalenessRule(ABC):
         return False
 
     def judge(self, outcomes: Mapping[str, Outcome]) -> None:
-        """What training the batch that was selected last has shown of its groups, by uid; before the next selection."""
+        """Take what training the last selected batch showed of its groups, by uid; before the next `select`."""
         return
 
     @abstractmethod
@@ -169,7 +170,7 @@ class StalenessRule(ABC):
         """Whether the weights may move on from `version` without spoiling a group in flight."""
 
     def in_flight_tickets(self) -> list[Ticket]:
-        """Groups in flight, in the order of dispatch; to issue them again after a restart."""
+        """Groups in flight, in the order of dispatch; they are issued again after a restart."""
         return list(self._in_flight.values())
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,7 +210,7 @@ class StalenessRule(ABC):
         self._postponed.add(uid)
 
     def check_resumable(self, version: int) -> None:
-        """Whether the loaded state can go on from weight `version`; raise StalenessViolation if not."""
+        """Check that the loaded state can go on from weight `version`; raise StalenessViolation if not."""
         return
 
     def reissue(self, uid: str, version: int) -> Ticket:
@@ -222,13 +223,13 @@ class StalenessRule(ABC):
 
 
 def require_within(rule: StalenessRule, selection: Selection, version: int) -> None:
-    """Row by row, right before training: no token that stays is older than the bound, none is from the future.
+    """Check right before training, row by row: no unmasked token is older than the bound, none from a later version.
 
     Args:
         version: weight version that training starts from.
 
     Raises:
-        StalenessViolation: with the rows that are.
+        StalenessViolation: a row breaks this; the error names such rows.
     """
     oldest = rule.oldest_usable(version)
     wrong = [

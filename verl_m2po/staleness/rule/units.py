@@ -111,7 +111,7 @@ class UpdateCount:
     more updates; `trainer.critic_warmup` makes steps without any.
 
     Args:
-        clock: says what a step makes of which nothing else is known.
+        clock: says how many updates a step makes of which nothing else is known.
     """
 
     def __init__(self, clock: UpdateClock) -> None:
@@ -119,11 +119,11 @@ class UpdateCount:
         self._made: dict[int, int] = {}
 
     def add(self, step: int, updates: int) -> None:
-        """Trainer step `step` makes that many updates, on top of those that it has been said to make."""
+        """Trainer step `step` makes that many updates, on top of those that were added for it before."""
         self._made[step] = self._made.get(step, 0) + updates
 
     def in_step(self, step: int) -> int:
-        """Updates that step `step` has been said to make so far; 0 for one of which nothing is known."""
+        """Updates that were added for trainer step `step` so far; 0 if none were."""
         return self._made.get(step, 0)
 
     def between(self, version: int, at_version: int) -> int:
@@ -145,7 +145,7 @@ class UpdateCount:
         return version
 
     def state_dict(self) -> list[list[int]]:
-        """[step, updates] of the steps that made others than the clock says, as plain JSON."""
+        """[step, updates] of the steps whose number of updates is not that of the clock, as plain JSON."""
         return [[step, n] for step, n in sorted(self._made.items()) if n != self.clock.updates_per_step]
 
     def load_state_dict(self, state: list[list[int]]) -> None:

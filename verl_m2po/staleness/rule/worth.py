@@ -1,4 +1,4 @@
-"""Which groups are worth another use, by what their first one showed. Pure, like the rules."""
+"""Which groups are worth being trained again, by what their first training showed. Pure, like the rules."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Outcome:
 
 
 class NothingSucceeds(RuntimeError):
-    """Self-imitation of a task in which no trajectory has ever succeeded."""
+    """A run is to imitate its own successes, and no trajectory has ever succeeded."""
 
 
 BATCHES_TO_A_SUCCESS = 10
@@ -34,7 +34,8 @@ class Judge:
     """Says by `sampling` which groups are drawn again, and ends a run that imitates what never happens.
 
     Args:
-        sampling: `informative` wants an advantage, `positive` a success; the others want nothing.
+        sampling: with `informative` a group must have an advantage to be drawn again, with `positive` a success; the
+            other values require nothing.
     """
 
     def __init__(self, sampling: str) -> None:
@@ -52,10 +53,10 @@ class Judge:
         return outcome.has_success if self._sampling == "positive" else outcome.has_advantage
 
     def see(self, outcomes: Mapping[str, Outcome]) -> None:
-        """A batch was trained.
+        """Take what training a batch showed, by uid.
 
         Raises:
-            NothingSucceeds: `positive`, and the first `BATCHES_TO_A_SUCCESS` batches had no score above 0.
+            NothingSucceeds: with `positive`, the first `BATCHES_TO_A_SUCCESS` batches had no score above 0.
         """
         self._batches += 1
         self._has_score = self._has_score or any(outcome.has_score for outcome in outcomes.values())
