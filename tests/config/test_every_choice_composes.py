@@ -46,6 +46,8 @@ SHARED = {
     "algorithm.adv_estimator": "loss",
     "algorithm.rollout_correction.bypass_mode": "loss",
     "actor_rollout_ref.rollout.tensor_model_parallel_size": "hardware",
+    # SPEAR's advantages are in the scale of the scores.
+    "algorithm.norm_adv_by_std_in_grpo": "replay",
 }
 
 
