@@ -58,9 +58,10 @@ class FixedPoint:
         if self.threshold == math.inf:
             return self.sums(magnitude)
         rest = magnitude.to(torch.float64, copy=True).mul_(self.scale * 2.0**16).square_()
-        high = rest.floor()
-        sums = [torch.sign(magnitude).sum(dtype=torch.float64), rest.new_zeros(()), high.sum()]
-        sums.append(rest.sub_(high).mul_(2.0**32).ceil_().sum())
+        high = rest.floor().sum()
+        low = rest.frac_().mul_(2.0**32).ceil_().sum()
+        # Up to 2^21 numbers that are 0 or 1 add up exactly in float32, which takes a third of the time.
+        sums = [torch.sign(magnitude).sum().double(), rest.new_zeros(()), high, low]
         return torch.stack(sums).to(torch.int64)
 
     def exceeds(self, sums: Tensor) -> Tensor:

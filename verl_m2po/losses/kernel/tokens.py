@@ -18,11 +18,11 @@ LOG_RATIO_LIMIT = 20.0
 class Tokens:
     """The tokens of one micro-batch, without gradient; all [batch, response]. Made by `tokens_of`.
 
-    Whatever stands outside `mask` has been replaced by 0, so nothing there can spoil a sum.
+    Whatever stands outside `mask` is replaced by 0, except in what is called raw, so nothing there can spoil a sum.
 
     Args:
         log_ratio: log of current over old policy, at least float32; 0 outside `mask`.
-        advantages: Advantage of each token, same dtype; 0 outside `mask`.
+        raw_advantages: Advantages as they came.
         mask: bool; response tokens with a finite log ratio.
         counted: `mask` as 0 and 1, same dtype as `log_ratio`.
         response_mask: bool; all response tokens, which count in denominators.
@@ -33,7 +33,7 @@ class Tokens:
     """
 
     log_ratio: Tensor
-    advantages: Tensor
+    raw_advantages: Tensor
     mask: Tensor
     counted: Tensor
     response_mask: Tensor
@@ -47,9 +47,15 @@ class Tokens:
         return zero_outside(self.mask, self.raw_log_prob.to(self.log_ratio.dtype), self.counted)
 
     @cached_property
+    def advantages(self) -> Tensor:
+        """Advantages, same dtype as `log_ratio`; 0 outside `mask`."""
+        return zero_outside(self.mask, self.raw_advantages.to(self.log_ratio.dtype), self.counted)
+
+    @cached_property
     def magnitude(self) -> Tensor:
         """|log r| on trust-region tokens (A > 0 and r > 1, or A < 0 and r < 1), 0 on all others."""
-        return trust_region_magnitude(self.log_ratio, self.advantages)
+        # Of an advantage only the sign counts, and outside `mask` the log ratio is 0: a search needs no more of them.
+        return trust_region_magnitude(self.log_ratio, self.raw_advantages)
 
     @cached_property
     def importance_weight(self) -> Tensor:
@@ -72,7 +78,6 @@ class Tokens:
         return dataclasses.replace(
             self,
             log_ratio=zero_outside(mask, self.log_ratio, counted),
-            advantages=zero_outside(mask, self.advantages, counted),
             mask=mask,
             counted=counted,
             rollout_is_weights=None if weights is None else zero_outside(mask, weights, counted),
@@ -117,7 +122,7 @@ def tokens_of(
         counted = as_numbers(mask, dtype)
     return Tokens(
         log_ratio,
-        zero_outside(mask, advantages.to(dtype), counted),
+        advantages,
         mask,
         counted,
         response_mask,
