@@ -1,8 +1,8 @@
 """What is trained in which staleness mode, as the tests say it: a table of docs/compatibility.md.
 
-A test in tests/e2e that runs a feature says so, `@pytest.mark.feature("LoRA", mode="stale_k")`, and its name stands in
-the table. Where there is none, the checks of a composed config say whether the mode refuses the feature. What is left
-was not run.
+A test in tests/e2e or tests/faults that runs a feature says so, `@pytest.mark.feature("LoRA", mode="stale_k")`, and its
+name stands in the table. Where there is none, the checks of a composed config say whether the mode refuses the feature.
+What is left was not run.
 """
 
 import ast
@@ -11,7 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-E2E = Path(__file__).parents[1] / "tests" / "e2e"
+_TESTS = Path(__file__).parents[1] / "tests"
+# Where tests are real runs
+RUNNING = (_TESTS / "e2e", _TESTS / "faults")
 MODES = ("stale_k", "stale_k_separate", "bounded_async")
 
 _MODEL, _ACTOR, _ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("model", "actor", "rollout"))
@@ -57,7 +59,7 @@ class Run(NamedTuple):
 def marked() -> tuple[Run, ...]:
     """What the tests say of themselves, in the order of their files."""
     found = []
-    for path in sorted(E2E.glob("test_*.py")):
+    for path in sorted(path for folder in RUNNING for path in folder.glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 found += [Run(*says, node.name) for says in filter(None, map(_feature, node.decorator_list))]

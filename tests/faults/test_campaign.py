@@ -28,6 +28,7 @@ def test_48_seeds_try_every_target_at_every_moment():
 
 @pytest.mark.e2e
 @pytest.mark.timeout(1500)
+@pytest.mark.feature("resuming from a checkpoint", mode="stale_k_separate")
 def test_nothing_is_lost_whatever_happens(tmp_path: Path):
     faults = fault_campaign.run_all([4, 6], tmp_path)
     assert {fault.kind for fault in faults} == {"stale_k_separate"}
