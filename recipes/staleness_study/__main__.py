@@ -15,6 +15,8 @@ OUT = Path("outputs/study")
 PAGE = Path("docs/results.md")
 # Beside the page
 DATA = Path("results/one_process.json")
+# Methods whose preset was corrected after the other runs, from the base model that the package has shipped since
+CORRECTED_DATA = Path("results/corrected.json")
 REPLAY_PAGE, REPLAY_DATA = Path("docs/replay.md"), Path("results/replay.json")
 # Of runs through verl, by stage, which is also their folder's name
 VERL_DATA = {stage: Path(f"results/{stage}.json") for stage in ("verl", WALL_CLOCK)}
@@ -97,6 +99,9 @@ def results(
     keep: Annotated[
         bool, typer.Option(help="Add to the JSON beside the page, whose runs stay unless they ran anew.")
     ] = False,
+    corrected: Annotated[
+        bool, typer.Option(help="The runs are of methods whose preset was corrected: for the table of these.")
+    ] = False,
 ) -> None:
     """Put what has run so far into the JSON file, the page and its figures."""
     from staleness_study import page as pages
@@ -105,16 +110,17 @@ def results(
     def put(new: dict, path: Path) -> None:
         studied.write(studied.merge(new, studied.load(path)[0]) if keep and path.exists() else new, path)
 
-    data = page.parent / DATA
+    data = page.parent / (CORRECTED_DATA if corrected else DATA)
     if collect and (not keep or (out / "one_process").is_dir()):
         put(studied.collect(plan.jobs(), out / "one_process"), data)
-    common, bench = studied.load(data)
+    common, bench = studied.load(page.parent / DATA)
     through_verl = {}
     for stage, path in VERL_DATA.items():
         if collect and (out / stage).is_dir():
             put(studied.collect_verl(out / stage, stage), page.parent / path)
         through_verl[stage] = studied.load(page.parent / path)[1] if (page.parent / path).exists() else []
-    pages.write(common, bench, through_verl["verl"], through_verl[WALL_CLOCK], page)
+    again = studied.load(page.parent / CORRECTED_DATA)[1] if (page.parent / CORRECTED_DATA).exists() else []
+    pages.write(common, bench, again, through_verl["verl"], through_verl[WALL_CLOCK], page)
     typer.echo(f"written: {page}, {data}")
 
 

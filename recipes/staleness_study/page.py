@@ -281,6 +281,7 @@ def _mode(run: Result) -> str:
 def write(
     data: dict[str, Any],
     results: Sequence[Result],
+    corrected: Sequence[Result],
     verl: Sequence[Result],
     timed: Sequence[Result],
     page: Path,
@@ -290,6 +291,7 @@ def write(
     Args:
         data: What the runs of the bench have in common.
         results: Of the bench.
+        corrected: Of the bench, of methods whose preset has been corrected since, and what they compare with.
         verl: Of the runs through verl.
         timed: Of those whose time is compared.
         page: A Markdown file with all the markers.
@@ -302,6 +304,7 @@ def write(
         "conditions": conditions(results),
         "hot": conditions(results, "hot"),
         "methods": methods(results),
+        "corrected methods": methods(corrected),
         "learning rates": learning_rates(results),
         "thresholds": thresholds(results),
         "causes": causes(results),

@@ -27,6 +27,7 @@ from staleness_study.plan import Job
 
 # What is, or was, run in a folder.
 RECORD = "run.json"
+CONFIG_FILES = Path(verl_m2po.config.__file__).parent
 LOG = "attempt-1.jsonl"
 # Longer than a line of the log.
 TAIL_BYTES = 16_384
@@ -46,30 +47,35 @@ def is_done(job: Job, out: Path) -> bool:
         return False
     record = json.loads((job.folder(out) / RECORD).read_text())
     # The hash of the config files is younger than the first runs, of which it is not known.
-    return all(record.get(key, value) == value for key, value in provenance().items())
+    return all(record.get(key, value) == value for key, value in provenance(job).items())
 
 
-@functools.cache
-def provenance() -> dict[str, Any]:
+def provenance(job: Job) -> dict[str, Any]:
     """What the numbers of a run depend on beside its overrides, as its record has it."""
     from verl_m2po.one_process import setup as setups
     from verl_m2po.one_process import train
 
     return {
         "config": setups.CONFIG,
-        "config_files": config_hash(Path(verl_m2po.config.__file__).parent),
+        "config_files": config_hash(CONFIG_FILES, tuple(job.all_overrides)),
         "model": asdict(setups.RECIPE),
         "versions": train.versions(),
     }
 
 
-def config_hash(folder: Path) -> str:
-    """SHA-256 of what all config files below `folder` set: of what is in them without comments.
+@functools.cache
+def config_hash(folder: Path, overrides: tuple[str, ...]) -> str:
+    """SHA-256 of what the config files below `folder` set: of what is in them without comments.
 
-    Composing all jobs for it would take minutes.
+    Of a group from which `overrides` choose an option the other options do not count, so that a new one lets no run
+    begin anew. Composing all jobs for it would take minutes.
     """
+    chosen = dict(override.split("=", 1) for override in overrides)
     whole = hashlib.sha256()
     for path in sorted(folder.rglob("*.yaml")):
+        group = path.parent.relative_to(folder).as_posix()
+        if chosen.get(group, path.stem) != path.stem:
+            continue
         content = yaml.safe_load(path.read_text())
         whole.update(f"{path.relative_to(folder)}\n{json.dumps(content)}\n".encode())
     return whole.hexdigest()
@@ -124,7 +130,7 @@ def _train(job: Job, out: Path) -> None:
     record = {
         "job": asdict(job),
         "overrides": job.all_overrides,
-        **provenance(),
+        **provenance(job),
         "machine": processor(),
     }
     folder = job.folder(out)

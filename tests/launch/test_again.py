@@ -107,6 +107,16 @@ def test_it_ends(fail, overrides, situation):
     assert fail(*overrides, **situation) is None
 
 
+def test_ray_is_closed_even_if_what_is_known_of_the_attempts_cannot_be_read(monkeypatch):
+    monkeypatch.setattr(stop, "get", lambda what: 4)
+    monkeypatch.setenv(again.VARIABLE, "no JSON")
+    callback, listener = PreflightCallback(), Listener()
+    callback._config, callback._listener = composed(*STALE, f"{KEY}=2"), listener
+    with pytest.raises(json.JSONDecodeError):
+        callback.on_job_end(JobReturn(status=JobStatus.FAILED))
+    assert listener.is_stopped
+
+
 def test_a_store_that_is_gone_leaves_the_last_checkpoint(monkeypatch, tmp_path):
     def gone(_what):
         raise ConnectionError("the store is gone")

@@ -11,18 +11,19 @@ from staleness_study.plan import Job
 from staleness_study.run import config_hash, is_done, run_jobs
 from verl_m2po.report.reading.runs import read_runs
 
+JOB = Job("staleness", "m2po", 8, 1, steps=2)
 SHORT = ("data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=2")
 
 
 @pytest.fixture
 def finished(tmp_path):
     """A job, and the record that it left, which can be replaced."""
-    job = Job("staleness", "m2po", 8, 1, steps=2)
+    job = JOB
     job.folder(tmp_path).mkdir(parents=True)
     (job.folder(tmp_path) / driver.LOG).write_text('{"step": 2}\n')
 
     def record(**changes):
-        fields = {"overrides": job.all_overrides} | driver.provenance() | changes
+        fields = {"overrides": job.all_overrides} | driver.provenance(job) | changes
         known = {key: value for key, value in fields.items() if value is not None}
         (job.folder(tmp_path) / driver.RECORD).write_text(json.dumps(known))
         return is_done(job, tmp_path)
@@ -32,8 +33,8 @@ def finished(tmp_path):
 
 def test_a_run_of_other_versions_model_or_config_is_not_finished(finished):
     assert finished()
-    assert not finished(versions=driver.provenance()["versions"] | {"torch": "1.0"})
-    assert not finished(model=driver.provenance()["model"] | {"layers": 7})
+    assert not finished(versions=driver.provenance(JOB)["versions"] | {"torch": "1.0"})
+    assert not finished(model=driver.provenance(JOB)["model"] | {"layers": 7})
     assert not finished(config_files="another")
     assert finished(config_files=None), "runs before the hash was recorded"
 
@@ -43,8 +44,22 @@ def test_hash_of_the_config_files_is_that_of_what_they_set(tmp_path):
     hashes = []
     for text in ("lr: 1\n", "# Why\nlr: 1\n", "lr: 2\n"):
         (tmp_path / "loss" / "m2po.yaml").write_text(text)
-        hashes.append(config_hash(tmp_path))
+        config_hash.cache_clear()
+        hashes.append(config_hash(tmp_path, ("loss=m2po",)))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_an_option_that_a_run_does_not_choose_is_not_in_its_hash(tmp_path):
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "base.yaml").write_text("lr: 1\n")
+    for name in ("m2po", "grpo"):
+        (tmp_path / "loss" / f"{name}.yaml").write_text(f"loss_mode: {name}\n")
+    hashes = {option: config_hash(tmp_path, (f"loss={option}",)) for option in ("m2po", "grpo")}
+    assert hashes["m2po"] != hashes["grpo"]
+    (tmp_path / "loss" / "grpo.yaml").write_text("loss_mode: another\n")
+    config_hash.cache_clear()
+    assert config_hash(tmp_path, ("loss=m2po",)) == hashes["m2po"]
+    assert config_hash(tmp_path, ("loss=grpo",)) != hashes["grpo"]
 
 
 @pytest.mark.slow

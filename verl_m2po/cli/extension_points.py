@@ -165,13 +165,17 @@ def _find(name: str) -> Any:
 
 
 def main() -> int:
-    """Print what moved; the exit status."""
+    """Print what moved, and what cannot be built although its signature is as it was; the exit status."""
     import verl
 
-    problems = list(moved())
+    from verl_m2po.cli.doctor import built_problems
+
+    problems, broken = list(moved()), built_problems()
     sys.stdout.write("".join(f"moved: {problem}\n" for problem in problems))
-    sys.stdout.write(f"verl {verl.__version__} in {verl.__path__[0]}: {len(problems)} of {len(POINTS)} points moved\n")
-    return 1 if problems else 0
+    sys.stdout.write("".join(f"broken: {problem}\n" for problem in broken))
+    counts = f"{len(problems)} of {len(POINTS)} points moved, {len(broken)} constructions fail"
+    sys.stdout.write(f"verl {verl.__version__} in {verl.__path__[0]}: {counts}\n")
+    return 1 if problems or broken else 0
 
 
 if __name__ == "__main__":

@@ -60,11 +60,13 @@ class PreflightCallback(Callback):
     def on_job_end(self, job_return: JobReturn, **_kwargs: Any) -> None:
         """Leave nothing behind, and end as a signal asks for; called by Hydra after the job, failed or not."""
         has_failed = job_return.status == JobStatus.FAILED
-        # While Ray still answers.
-        attempts = self._attempts_if_it_goes_on() if has_failed else None
-        if self._listener is not None:
-            # An error says more than a status: Hydra raises it after this.
-            self._listener.stop(tell_status=job_return.status == JobStatus.COMPLETED)
+        try:
+            # While Ray still answers.
+            attempts = self._attempts_if_it_goes_on() if has_failed else None
+        finally:
+            if self._listener is not None:
+                # An error says more than a status: Hydra raises it after this.
+                self._listener.stop(tell_status=job_return.status == JobStatus.COMPLETED)
         if has_failed and self._config is not None:
             failure.say(self._config, job_return._return_value, self._warnings, at_once=attempts is not None)
             if attempts is not None:
