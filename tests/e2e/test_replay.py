@@ -53,3 +53,20 @@ def test_on_separate_devices_no_group_is_twice_in_a_batch_nor_older_than_its_win
         assert len(trained.intersection(uids)) == replayed <= BATCH * 3 / 4
         trained.update(uids)
     assert len(trained) + sum(result.series("staleness/replayed")) == STEPS * BATCH
+
+
+def test_remix_moves_its_reference_and_begins_anew(train, tmp_path):
+    """Two updates a step and a window of four; the share falls from the second step on, step 4 begins anew."""
+    folder = tmp_path / "checkpoints"
+    reference = "trainer.v1.replay.reference"
+    run = train(
+        *("loss=mix_ppg", "staleness=replay", "replay=remix_whole", "trainer.v1.replay.staleness_updates=4"),
+        *(f"{reference}.constant_steps=1", f"{reference}.fall_every_steps=1", f"{reference}.reincarnate_after_steps=3"),
+        *(f"trainer.total_training_steps={STEPS}", "trainer.save_freq=-1", f"trainer.default_local_dir={folder}"),
+    )
+    assert run.series("actor/kl_base_share") == pytest.approx([1, 0.9, 0.8, 1, 1])
+    replayed = run.series("staleness/replayed")
+    assert replayed[0] == 0 < min(replayed[1:3]) and replayed[3:] == [0, 0]
+    kl = run.series("actor/kl_loss")
+    assert kl[3] < kl[2], "the reference is the policy that the step began with"
+    assert [path.name for path in (folder / "reincarnated").iterdir()] == ["rank_0_of_1.safetensors"]

@@ -1,257 +1,38 @@
 """The buffer on a real TransferQueue: every row arrives once, unpacked as verl wrote it, and nothing is left behind."""
 
 import json
-import queue
-import random
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from tensordict import TensorDict
-from tensordict.tensorclass import NonTensorStack
+from buffer_runs import (
+    BATCH,
+    Run,
+    as_list,
+    assert_rows_are_those_that_were_generated,
+    clear,
+    is_copy,
+    trained_groups,
+)
 from verl.trainer.ppo.v1.replay_buffer import DAPO_FILTERED_REWARD_COUNTS_KEY
-from verl.utils import tensordict_utils as tu
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger, read_ledger
-from verl_m2po.staleness.account.metrics import StalenessMetrics
-from verl_m2po.staleness.buffer import StalenessReplayBuffer
-from verl_m2po.staleness.restart.frames import FinishedGroup, JournalError, RowsWriter
+from verl_m2po.staleness.restart.frames import JournalError
 from verl_m2po.staleness.restart.journal import Journal
-from verl_m2po.staleness.rollout.masking import StoredRow, stand_in
-from verl_m2po.staleness.rows import codec
-from verl_m2po.staleness.rows.store import lot_partition
 from verl_m2po.staleness.rule.bounded import BoundedAsync
 from verl_m2po.staleness.rule.exact import ExactStale
-from verl_m2po.staleness.rule.failures import FailureWindow, TooManyFailures
-from verl_m2po.staleness.rule.records import GroupReport, Row, Selection
+from verl_m2po.staleness.rule.failures import TooManyFailures
+from verl_m2po.staleness.rule.records import Selection
 from verl_m2po.staleness.rule.replay import Replay
 from verl_m2po.staleness.rule.reuse import Reuse
 from verl_m2po.staleness.rule.rules import StalenessViolation
-from verl_m2po.staleness.rule.units import UpdateClock
 from verl_m2po.staleness.watch.liveness import WorkerDied
-from verl_m2po.staleness.watch.stop import StopRequest, StopRequested
+from verl_m2po.staleness.watch.stop import StopRequested
 
 pytestmark = pytest.mark.ray
-
-BATCH, RESPONSES = 4, 2
-
-
-def response_of(uid: str, session: int) -> list[int]:
-    """The tokens that a group must arrive with: of its own seed, of one to six tokens."""
-    rng = random.Random(f"{uid}/{session}")
-    return [rng.randrange(1000) for _ in range(rng.randrange(1, 7))]
-
-
-def is_masked(uid: str, session: int, mask_share: float) -> bool:
-    """Whether this trajectory failed. The first of a group never does."""
-    return session > 0 and random.Random(f"failed/{uid}/{session}").random() < mask_share
-
-
-def is_copy(key: str, mask_share: float) -> bool:
-    """The same of a row."""
-    uid, session, _ = key.rsplit("_", 2)
-    return is_masked(uid, int(session), mask_share)
-
-
-class Workers:
-    """Agent loop workers in a thread: write rows into the group's lot and report, in random order."""
-
-    def __init__(self, tq, fail_share: float = 0.0, seed: int = 0, mask_share: float = 0.0) -> None:
-        self._tq, self._fail_share, self._random = tq, fail_share, random.Random(seed)
-        self._mask_share = mask_share
-        self._requests: queue.Queue = queue.Queue()
-        self._reports: queue.Queue = queue.Queue()
-        self.version = 0
-        self.spans = None
-        self.journal = None
-        self.generated: list[str] = []
-        self.left = 10**9
-        self.has_lost_its_server = False
-        self.uninformative_share = 0.0
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def start(self, tickets) -> None:
-        for ticket in tickets:
-            self._requests.put((ticket, self.version))
-
-    def wait(self, timeout_s: float) -> list[GroupReport]:
-        reports = []
-        try:
-            reports.append(self._reports.get(timeout=timeout_s) if timeout_s else self._reports.get_nowait())
-            while True:
-                reports.append(self._reports.get_nowait())
-        except queue.Empty:
-            return reports
-
-    def abort(self, uids: list[str]) -> None:
-        raise AssertionError("nothing here outlives its bound")
-
-    def _run(self) -> None:
-        while True:
-            waiting = [self._requests.get()]
-            time.sleep(0.005)
-            while not self._requests.empty():
-                waiting.append(self._requests.get())
-            self._random.shuffle(waiting)
-            for ticket, version in waiting:
-                if self.left <= 0:  # dead
-                    continue
-                self.left -= 1
-                self._generate(ticket, version)
-
-    def _generate(self, ticket, version: int) -> None:
-        fails = self._random.random() < self._fail_share
-        sessions = range(1 if fails else RESPONSES)
-        masked = [session for session in sessions if is_masked(ticket.uid, session, self._mask_share)]
-        stored = {session: [self._row(ticket, session, version)] for session in sessions if session not in masked}
-        stored |= {session: stand_in(ticket.uid, session, stored) for session in masked}
-        rows, packed = zip(*(row for session in sessions for row in stored[session]), strict=True)
-        self._tq.kv_batch_put(
-            keys=[row.key for row in rows],
-            fields=list_of_dict_to_tensordict(list(packed)),
-            partition_id=lot_partition(ticket.lot),
-        )
-        error = "ValueError: this one fails" if fails else None
-        if self.has_lost_its_server:
-            self._reports.put(GroupReport(ticket.uid, rows, "ActorDiedError: it died", was_lost=True))
-            return
-        shared = 1.0 if not fails and self._random.random() < self.uninformative_share else None
-        if error is None and shared is None and self.journal is not None:
-            self.generated.append(ticket.uid)
-            RowsWriter(self.journal.rows_path(0), fsync=False).append(FinishedGroup(ticket.uid, rows, packed))
-        errors = ("TimeoutError: slow",) * len(masked)
-        report = GroupReport(ticket.uid, rows, error, finished_at=time.time(), masked_errors=errors)
-        self._reports.put(replace(report, shared_metric=shared))
-
-    def _fields(self, ticket, session: int) -> dict:
-        responses = torch.tensor(response_of(ticket.uid, session))
-        return {
-            "prompts": torch.tensor([1, 2, 3]),
-            "responses": responses,
-            "response_mask": torch.ones_like(responses),
-            "position_ids": torch.arange(3 + len(responses)),
-            "rollout_log_probs": -responses.float() / 1000,
-            "rm_scores": torch.zeros(len(responses)),
-            "num_turns": 2,
-            "extra_fields": {"session": session},
-            "session_id": session,
-        }
-
-    def _row(self, ticket, session: int, version: int) -> StoredRow:
-        fields = self._fields(ticket, session)
-        tokens = len(fields["responses"])
-        spans = self.spans(tokens, version) if self.spans else ((version, tokens),)
-        return StoredRow(Row(f"{ticket.uid}_{session}_0", 3, tokens, spans), codec.pack(fields))
-
-
-class Run:
-    """A trainer reduced to its hooks."""
-
-    def __init__(
-        self,
-        tq,
-        rule,
-        name: str,
-        fail_share: float = 0.0,
-        ledger=None,
-        max_failed_fraction=1.0,
-        journal=None,
-        mask_share: float = 0.0,
-        uninformative_share: float = 0.0,
-    ) -> None:
-        self.tq, self.name, self.dispatched = tq, name, 0
-        self.workers = Workers(tq, fail_share, mask_share=mask_share)
-        self.workers.uninformative_share = uninformative_share
-        self.is_asked_to_end = False
-        self.buffer = StalenessReplayBuffer(
-            rule=rule,
-            metrics=StalenessMetrics(UpdateClock(BATCH, BATCH // 2)),
-            failures=FailureWindow(max_failed_fraction, window=10),
-            listeners=[listener for listener in (ledger, journal) if listener is not None],
-            dispatch=self.dispatch,
-            stop=StopRequest(wait_s=0.0, look=lambda: self.is_asked_to_end),
-            trainer_mode="stale_k",
-            trainer_config={},
-        )
-        self.workers.journal = journal
-        self.buffer.connect(self.workers, self.regenerate)
-
-    def regenerate(self, tickets, prompts) -> None:
-        assert as_list(prompts["uid"]) == [ticket.uid for ticket in tickets]
-        self.workers.version = self.buffer.version
-        self.workers.start(tickets)
-
-    def draw(self, groups: int):
-        """The next prompts of the data set, under ids of their own."""
-        indices = [self.dispatched + i for i in range(groups)]
-        uids = [f"{self.name}-{index}" for index in indices]
-        self.dispatched += groups
-        prompts = TensorDict(
-            {
-                "uid": NonTensorStack(*uids),
-                "index": torch.tensor(indices),
-                "raw_prompt": NonTensorStack(*[[{"role": "user", "content": f"prompt {index}"}] for index in indices]),
-            },
-            batch_size=[groups],
-        )
-        tu.assign_non_tensor_data(prompts, "global_steps", 1)
-        return indices, prompts
-
-    def dispatch(self, groups: int) -> None:
-        indices, prompts = self.draw(groups)
-        uids = as_list(prompts["uid"])
-        self.workers.version = self.buffer.version
-        self.workers.start(self.buffer.open_groups(uids, indices, prompts))
-
-    def step(self, step: int, parts: int = 1, check=None) -> list:
-        batches = []
-        for _ in range(parts):
-            batch, _ = self.buffer.sample(step, "train", BATCH // parts)
-            if check:
-                check(batch)
-            batches.append(batch)
-        self.buffer.settle()
-        for batch in batches:
-            self.tq.kv_clear(keys=batch.keys, partition_id="train")
-        self.buffer.advance(step)
-        return batches
-
-
-def as_list(column) -> list:
-    """Python objects come back from TransferQueue as a list or as a stack."""
-    return column.tolist() if hasattr(column, "tolist") else list(column)
-
-
-def assert_rows_are_those_that_were_generated(tq, batch, mask_share: float = 0.0) -> None:
-    assert len(batch.keys) == len(set(batch.keys)) and len(batch.keys) % RESPONSES == 0
-    data = tq.kv_batch_get(keys=batch.keys, partition_id="train")
-    assert data["responses"].is_nested and data["prompts"].is_nested
-    for key, tag, responses, mask, loss_mask, log_probs, raw_prompt, uid in zip(
-        batch.keys,
-        batch.tags,
-        data["responses"].unbind(),
-        data["response_mask"].unbind(),
-        data["loss_mask"].unbind(),
-        data["rollout_log_probs"].unbind(),
-        as_list(data["raw_prompt"]),
-        as_list(data["uid"]),
-        strict=True,
-    ):
-        group, session, _ = key.rsplit("_", 2)
-        copied = is_copy(key, mask_share)
-        assert responses.tolist() == response_of(group, 0 if copied else int(session))
-        assert mask.tolist() == loss_mask.tolist() == [0 if copied else 1] * len(responses)
-        torch.testing.assert_close(log_probs, -responses.float() / 1000)
-        assert raw_prompt == [{"role": "user", "content": f"prompt {group.rsplit('-', 1)[1]}"}] and uid == group
-        assert tag["seq_len"] == 3 + len(responses) and not tag.get("is_padding")
-
-
-def trained_groups(batches) -> list[str]:
-    return [key.rsplit("_", 2)[0] for batch in batches for key in batch.keys[::RESPONSES]]
 
 
 def test_replay_trains_the_rows_that_were_generated_again_and_deletes_them_after_their_last_use(transfer_queue):
@@ -351,7 +132,7 @@ def test_over_age_tokens_leave_the_masks(transfer_queue, mask_share):
     assert metrics["staleness/over_age_tokens"] == sum(int(mask[0] == 0) for mask in of_its_own)
     assert metrics["staleness/trained_tokens"] == sum(int(mask.sum()) for mask in masks)
     assert (metrics["staleness/masked_trajectories"] > 0) == any(copies) == (mask_share > 0)
-    transfer_queue.kv_clear(keys=batch.keys, partition_id="train")
+    transfer_queue.kv_clear(keys=batch.keys, partition_id=batch.partition_id)
 
 
 def test_a_restart_continues_where_the_checkpoint_was(transfer_queue, tmp_path):
@@ -372,7 +153,7 @@ def test_a_restart_continues_where_the_checkpoint_was(transfer_queue, tmp_path):
     again = Run(transfer_queue, ExactStale(2, BATCH), "after", mask_share=0.3)
     again.buffer.load_state_dict(state, version=4)
     again.buffer.begin(4)
-    assert not set(batch.keys) & set(transfer_queue.kv_list("train").get("train", {})), "the trained batch came back"
+    assert not transfer_queue.kv_list().get(batch.partition_id), "the trained batch came back"
     trained = []
     for step in (5, 6, 7):
         check = lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch, 0.3)  # noqa: E731
@@ -385,12 +166,6 @@ def test_a_restart_continues_where_the_checkpoint_was(transfer_queue, tmp_path):
     for partition, rows in transfer_queue.kv_list().items():
         if rows:
             transfer_queue.kv_clear(keys=list(rows), partition_id=partition)
-
-
-def clear(tq) -> None:
-    for partition, rows in tq.kv_list().items():
-        if rows:
-            tq.kv_clear(keys=list(rows), partition_id=partition)
 
 
 @pytest.mark.parametrize(("saved", "stopped", "left"), [(0, 0, 5), (2, 2, 1), (2, 4, 0), (2, 5, 3), (6, 7, 2)])
@@ -465,6 +240,76 @@ def test_with_a_journal_a_crash_loses_only_what_was_being_generated(
     prompts = [int(uid.rsplit("-", 1)[1]) for uid in uids]
     assert len(set(prompts)) == steps * BATCH, "a prompt was trained twice"
     assert not finished & set(again.workers.generated), "what was in the journal was generated again"
+    clear(transfer_queue)
+
+
+@pytest.mark.parametrize(("saved", "stopped", "left"), [(0, 3, 1), (2, 5, 1), (5, 6, 0)])
+def test_with_a_journal_a_crash_of_the_mode_replay_is_made_up_for(transfer_queue, tmp_path, saved, stopped, left):
+    """The steps since the checkpoint train the same batches once more, and the uses of a lost step do not count."""
+    steps, settings, reuse = 9, {"some": "setting"}, Reuse(max_uses=5, first_uses=2)
+    journal = Journal(tmp_path / "journal", False, settings)
+    journal.start(None)
+    lost = Run(transfer_queue, Replay(4, BATCH, reuse), "lost", fail_share=0.2, journal=journal, mask_share=0.3)
+    lost.buffer.rule.limit(steps)
+    lost.buffer.begin(0)
+    state, position, drawn, trained = None, journal.position(), 0, {}
+    for step in range(1, stopped + 1):
+        trained[step] = trained_groups(lost.step(step))
+        if step == saved:
+            state, drawn = json.loads(json.dumps(lost.buffer.state_dict())), lost.dispatched
+            journal.next_segment()
+            position = journal.position()
+            transfer_queue.save_checkpoint(tmp_path / "tq")
+    lost.workers.left = left
+    lost.buffer.pump()
+    time.sleep(0.3)
+    finished = set(lost.workers.generated)
+    clear(transfer_queue)  # what a crash does
+
+    journal = Journal(tmp_path / "journal", False, settings)
+    again = Run(transfer_queue, Replay(4, BATCH, reuse), "again", journal=journal, mask_share=0.3)
+    again.buffer.rule.limit(steps)
+    again.dispatched = drawn
+    if state is not None:
+        transfer_queue.load_checkpoint(tmp_path / "tq")
+        again.buffer.load_state_dict(state, version=saved)
+    in_flight = [ticket.uid for ticket in again.buffer.rule.in_flight_tickets()]
+    again.buffer.backlog.replay(journal.read(position["segment"], saved, in_flight, ["some"]), again.draw)
+    journal.start(position["run"])
+    again.buffer.begin(saved)
+    tickets, prompts = again.buffer.reopen_groups()
+    if tickets:
+        again.regenerate(tickets, prompts)
+    again.buffer.pump()
+    check = lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch, 0.3)  # noqa: E731
+    uses = Counter(uid for step in range(1, saved + 1) for uid in trained[step])
+    for step in range(saved + 1, steps + 1):
+        (batch,) = again.step(step, check=check)
+        groups = trained_groups([batch])
+        assert step > stopped or groups == trained[step], "the redone step trains on the same batch"
+        assert len(set(groups)) == BATCH and sum(uid not in uses for uid in groups) >= reuse.first_uses
+        assert all(step - 1 - tag["min_global_steps"] <= 4 for tag in batch.tags)
+        uses.update(groups)
+    assert sum(uses.values()) == steps * BATCH and 1 < max(uses.values()) <= 5
+    assert not finished & set(again.workers.generated), "what was in the journal was generated again"
+    clear(transfer_queue)
+
+
+def test_in_the_mode_replay_a_group_without_advantage_is_replaced_and_never_trained(transfer_queue, tmp_path):
+    path, steps = tmp_path / "rows.jsonl", 8
+    rule = Replay(4, BATCH, Reuse(None, 2))
+    run = Run(transfer_queue, rule, "filtered", 0.1, TrainedRowsLedger(str(path)), uninformative_share=0.5)
+    rule.limit(steps)
+    trained, set_aside, failed = [], 0, 0
+    for step in range(1, steps + 1):
+        trained += trained_groups(run.step(step))
+        metrics = run.buffer.step_metrics()
+        set_aside += metrics["staleness/evicted_uninformative"]
+        failed += metrics["staleness/evicted_failed"]
+    assert len(trained) == steps * BATCH and set_aside > 0
+    assert run.dispatched == len(set(trained)) + set_aside + failed
+    recorded = {uid for line in read_ledger(path) for _, uid, _, _ in line.get("set_aside", [])}
+    assert recorded and not recorded & set(trained)
     clear(transfer_queue)
 
 

@@ -93,9 +93,45 @@ def test_replay_in_a_mode_that_trains_each_rollout_once_is_refused(mode):
     assert problem.is_fatal and problem.key == f"{KEY}.max_uses" and "staleness=replay" in problem.remedy
 
 
-def test_a_journal_is_refused():
-    (problem,) = checks.check(config("replay", journal=True))
-    assert problem.is_fatal and problem.key == "trainer.v1.replay.journal"
+def test_a_journal_goes_with_it():
+    assert checks.check(config("replay", journal=True)) == []
+
+
+REFERENCE = "trainer.v1.replay.reference"
+DECOUPLED = {"algorithm.rollout_correction.bypass_mode": False, "actor_rollout_ref.actor.use_kl_loss": True}
+K2 = {"actor_rollout_ref.actor.kl_loss_type": "k2"}
+
+
+@pytest.mark.parametrize(
+    ("reference", "others", "key", "says"),
+    [
+        ({"least_base_share": 0.5}, DECOUPLED | K2, None, ""),
+        ({"least_base_share": 0.5}, DECOUPLED | {"actor_rollout_ref.actor.kl_loss_type": "low_var_kl+"}, None, ""),
+        ({"least_base_share": 0.5}, DECOUPLED | {"actor_rollout_ref.actor.kl_loss_type": "low_var_kl"}, "type", "k2"),
+        ({"least_base_share": 0.5}, {}, "least_base_share", "use_kl_loss=true"),
+        ({"least_base_share": 0.5}, K2 | {"actor_rollout_ref.actor.use_kl_loss": True}, "base_share", "loss=mix_ppg"),
+        ({"least_base_share": 1.5}, DECOUPLED | K2, "least_base_share", "a share"),
+        ({"fall_every_steps": 0}, {}, "fall_every_steps", "1"),
+        ({"reincarnate_after_steps": 0}, {}, "reincarnate_after_steps", "1"),
+        ({"reincarnate_after_steps": 100}, {}, None, ""),
+        ({"reincarnate_after_steps": 100}, {"actor_rollout_ref.model.lora.rank": 8}, "after_steps", "merged weights"),
+        ({"reincarnate_after_steps": 100}, {"actor_rollout_ref.actor.strategy": "megatron"}, "after_steps", "fsdp2"),
+    ],
+)
+def test_a_reference_that_cannot_move_as_asked_is_refused_with_what_to_do(reference, others, key, says):
+    asked = config("replay", reference=reference)
+    for name, value in others.items():
+        OmegaConf.update(asked, name, value, force_add=True)
+    found = [problem for problem in checks.check(asked) if problem.is_fatal]
+    assert [problem.key.endswith(str(key)) for problem in found] == ([] if key is None else [True])
+    assert not found or says in str(found[0])
+
+
+def test_a_reincarnation_after_the_end_is_mentioned():
+    asked = config("replay", reference={"reincarnate_after_steps": 100})
+    OmegaConf.update(asked, "trainer.total_training_steps", 100, force_add=True)
+    (problem,) = checks.check(asked)
+    assert not problem.is_fatal and problem.key == f"{REFERENCE}.reincarnate_after_steps"
 
 
 @pytest.mark.parametrize(
@@ -120,8 +156,12 @@ def test_bounded_async_is_asked_the_same_but_for_the_mean_which_speeds_decide(re
 
 def test_what_is_kept_for_another_use_needs_memory_beside_what_waits():
     asked = config("bounded_async")
-    OmegaConf.update(asked, "trainer.v1.bounded_async", {"staleness_updates": 16, "replay": {"max_uses": 1}})
+    OmegaConf.update(asked, "trainer.v1.bounded_async", {"staleness_updates": 16, "prefetch": False})
     once = memory.estimate_buffer_bytes(asked, 4)
     OmegaConf.update(asked, "trainer.v1.bounded_async.replay.max_uses", None)
     assert memory.estimate_buffer_bytes(asked, 4) == 2 * once
     assert memory.buffer_rows(asked, 4) == (4 + 2 + 5) * 256 * 9
+    OmegaConf.update(asked, "trainer.v1.bounded_async.prefetch", True)
+    unpacked = 256 * 8 * (1024 * 48 + 512 * 24 + memory.ROW_OVERHEAD_BYTES)
+    assert memory.estimate_buffer_bytes(asked, 4) == 2 * once + unpacked
+    assert memory.buffer_rows(asked, 4) == (4 + 3 + 5) * 256 * 9

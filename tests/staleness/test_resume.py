@@ -177,6 +177,18 @@ def test_random_states_go_through_json():
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == drawn
 
 
+@pytest.mark.parametrize("mode", ["replay", "bounded_async"])
+@pytest.mark.parametrize(("key", "value"), [("max_uses", 1), ("fresh_share", 1.0), ("sampling", "newest")])
+def test_a_checkpoint_with_replay_is_refused_without_it_or_with_another(tmp_path, mode, key, value):
+    replay = {"max_uses": 4, "fresh_share": 0.25, "sampling": "uniform"}
+    section = {f"trainer__v1__{mode}__replay": replay}
+    write(tmp_path, settings=resume.settings_of(config(tmp_path, mode, **section)))
+    assert resume.problems(config(tmp_path, mode, **section)) == []
+    problem = the_problem(config(tmp_path, mode, **{f"trainer__v1__{mode}__replay": replay | {key: value}}))
+    assert problem.is_fatal and problem.key == f"trainer.v1.{mode}.replay.{key}"
+    assert f"Resume with trainer.v1.{mode}.replay.{key}={replay[key]}" in problem.remedy
+
+
 @pytest.mark.parametrize("end", ["", "/", "//"])
 def test_a_path_with_a_trailing_slash_is_the_same_checkpoint(tmp_path, end):
     write(tmp_path)

@@ -11,7 +11,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl_rows import verl_row
 
 from verl_m2po.staleness.rows import codec
-from verl_m2po.staleness.rows.store import LotStore, lot_partition
+from verl_m2po.staleness.rows.store import LotStore, batch_of, lot_partition, training_partition
 from verl_m2po.staleness.rule.records import Group, Row, Ticket
 
 pytestmark = pytest.mark.ray
@@ -56,11 +56,13 @@ def test_long_responses_wait_on_disk_and_come_back_as_they_were(folder):
     tq.kv_batch_put(keys=[row.key for row in rows], fields=packed, partition_id=lot_partition(0))
     assert on_disk(folder) == 2 * LONG * codec.BYTES_PER_RESPONSE_TOKEN, "what is short stays in memory"
 
-    batch = store.copy_to_train((Group(ticket, tuple(rows)),), oldest_version=None)
+    groups = (Group(ticket, tuple(rows)),)
+    store.unpack(groups, None, training_partition(0))
+    batch = batch_of(groups, training_partition(0))
     store.delete([(ticket, tuple(rows))])
-    data = tq.kv_batch_get(keys=batch.keys, partition_id="train")
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id)
     for key in ("responses", "rollout_log_probs", "response_mask", "input_ids", "rm_scores"):
         for row, found in zip(fields, data[key].unbind(), strict=True):
             torch.testing.assert_close(found, row[key], rtol=0, atol=0)
-    tq.kv_clear(keys=batch.keys, partition_id="train")
+    tq.kv_clear(keys=batch.keys, partition_id=batch.partition_id)
     assert on_disk(folder) == 0, "what was trained leaves the disk"

@@ -11,6 +11,7 @@ from verl.trainer.ppo.v1.replay_buffer import DAPO_FILTERED_REWARD_COUNTS_KEY, R
 
 from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.intake import Intake
+from verl_m2po.staleness.prefetch import Prefetch
 from verl_m2po.staleness.restart.backlog import Backlog
 from verl_m2po.staleness.restart.resume import STATE_FORMATS
 from verl_m2po.staleness.rollout.reports import Reports
@@ -62,6 +63,11 @@ class _ListsValidationOnly(ReplayBufferAsync):
                 self.partitions["val"][key] = tag
 
 
+def _require_held(version: int, held: int, step: int) -> None:
+    if version != held:
+        raise StalenessViolation(f"trainer step {step} trains from weight version {version}, the rollout holds {held}")
+
+
 class StalenessReplayBuffer(_ListsValidationOnly):
     """Admits, waits, selects and deletes as its rule says, and tells its listeners.
 
@@ -74,8 +80,8 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         listeners: told of every event before those two: the ledger, the journal.
         dispatch: starts that many new groups; it must call `open_groups` for them.
         stop: ends a wait of a run that was asked to end.
-        trainer_mode: for verl.
-        trainer_config: for verl.
+        trainer_mode, trainer_config: for verl.
+        prefetch: unpack the next batch while the present one trains.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         stop: StopRequest,
         trainer_mode: str,
         trainer_config: Any,
+        prefetch: bool = True,
     ) -> None:
         super().__init__(stop, trainer_mode=trainer_mode, trainer_config=trainer_config, refill_fn=dispatch)
         self.rule = rule
@@ -98,6 +105,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         self._metrics, self._failures = metrics, failures
         self._listeners = (*listeners, metrics, failures)
         self._dispatch, self._store = dispatch, LotStore()
+        self.prefetch = Prefetch(rule, self._store, prefetch)
         self._intake = Intake(rule, self._store, self.tell, stop)
         self.backlog = Backlog(rule, self._store)
         self._regenerate: Callable[[list[Ticket], TensorDict], None] | None = None
@@ -173,7 +181,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
 
     def wait_until(self, is_done: Callable[[], bool], what: str) -> None:
         """Start groups and take reports until `is_done`; `what` is not so yet, for the log."""
-        self._intake.wait_until(is_done, self.pump, what)
+        self._intake.wait_until(is_done, self.pump, self.prefetch.look, what)
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
         """The next `batch_size` groups; see verl's `ReplayBuffer.sample`.
@@ -183,14 +191,11 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         """
         if partition_id == "val":
             return super().sample(global_steps, partition_id, batch_size)
-        version = version_at_step(global_steps)
-        if version != self.version:
-            raise StalenessViolation(
-                f"trainer step {global_steps} trains from weight version {version}, the rollout holds {self.version}"
-            )
+        _require_held(version := version_at_step(global_steps), self.version, global_steps)
+        self.prefetch.expect(version, batch_size)
         selection = self._wait_for_selection(batch_size)
         require_within(self.rule, selection, version)
-        batch = self._store.copy_to_train(selection.groups, selection.oldest_version)
+        batch = self.prefetch.hand_over(selection)
         self._delete(selection.used_up)
         self.tell(events.Trained(global_steps, version, selection))
         self.replayed = selection.replayed
@@ -214,6 +219,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         return found[0]
 
     def _delete(self, groups: tuple[Group, ...]) -> None:
+        self.prefetch.forget(groups)
         self._store.delete([(group.ticket, group.rows) for group in groups])
 
     @property
@@ -232,6 +238,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         Take it right before TransferQueue's: a group that finishes in between is then generated again, not lost.
         """
         self._intake.take(timeout_s=0.0)
+        self.prefetch.give_back()
         return {
             "state_version": STATE_VERSION,
             "version": self.version,

@@ -34,7 +34,9 @@ def build_rule(
     steps, batch_size = clock.steps(settings.staleness_updates), clock.train_batch_size
     match settings:
         case ReplayModeConfig():
-            return Replay(steps, batch_size, updates=updates, **_reused(settings.replay, batch_size, seed))
+            until = settings.reference.reincarnate_after_steps
+            reused = _reused(settings.replay, batch_size, seed)
+            return Replay(steps, batch_size, updates=updates, steps_of_reuse=until, **reused)
         case BoundedAsyncConfig() if settings.replay.max_uses != 1:
             bounded = {"min_usable_share": settings.min_usable_share, "updates": updates}
             return BoundedReplay(steps, batch_size, **bounded, **_reused(settings.replay, batch_size, seed))

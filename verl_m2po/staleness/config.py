@@ -52,6 +52,8 @@ class StaleKConfig:
             checkpoints.
         journal_fsync: wait for the disk after each group. false: the journal outlives a crash of any process, not of
             the machine.
+        prefetch: unpack the next batch, as far as it is known, while the present one trains. It takes the memory of a
+            second unpacked batch, and changes nothing of what is trained. false unpacks a batch when it is needed.
         ledger_path: file to which every trained row is appended, with its weight versions, as JSON lines. null: none.
         parameter_sync_step: mini-batches between two weight syncs; the mode sets it. verl reads it under the name of
             the mode.
@@ -71,6 +73,7 @@ class StaleKConfig:
     journal: bool = False
     journal_path: str | None = None
     journal_fsync: bool = False
+    prefetch: bool = True
     ledger_path: str | None = None
     parameter_sync_step: int = 1
 
@@ -147,6 +150,27 @@ class ReplayConfig:
 
 
 @dataclass
+class ReferenceConfig:
+    """The reference of verl's KL loss, as ReMix moves it; see reference.py. By default it is the base model.
+
+    Args:
+        least_base_share: the KL loss is taken to the base model with a share that falls from 1 to this, and with the
+            rest to the policy at the start of the trainer step. 1: to the base model alone. ReMix has 0.5.
+        constant_steps: trainer steps before the share falls.
+        fall_every_steps: trainer steps from one fall to the next.
+        share_fall: by how much the share falls each time.
+        reincarnate_after_steps: trainer steps after which the reference becomes the present policy, the optimizer
+            begins anew and no rollout is trained again. null: never. ReMix has 50 or 100.
+    """
+
+    least_base_share: float = 1.0
+    constant_steps: int = 50
+    fall_every_steps: int = 10
+    share_fall: float = 0.1
+    reincarnate_after_steps: int | None = None
+
+
+@dataclass
 class BoundedAsyncConfig(SeparateConfig):
     """No trained token older than `staleness_updates` optimizer updates; separate devices, generation never waits.
 
@@ -176,12 +200,13 @@ class ReplayModeConfig(StaleKConfig):
     Args:
         staleness_updates: age that no trained token exceeds when its trainer step begins, in optimizer updates. 0
             trains new rollouts only. Must be a whole number of trainer steps, see docs/staleness.md.
-        journal: not in this mode; it must be false.
         replay: how often a rollout is trained.
+        reference: what the KL loss is taken to.
     """
 
     staleness_updates: int = 0
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
 
 MODES: dict[str, type[StaleKConfig]] = {

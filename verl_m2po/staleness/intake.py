@@ -72,12 +72,15 @@ class Intake:
         self._store.delete([(ticket, report.rows)])
         self._tell(SetAside(ticket, report) if report.error is None else Failed(ticket, report))
 
-    def wait_until(self, is_done: Callable[[], bool], pump: Callable[[], None], what: str) -> None:
+    def wait_until(
+        self, is_done: Callable[[], bool], pump: Callable[[], None], meanwhile: Callable[[], None], what: str
+    ) -> None:
         """Take reports, and start groups, until `is_done`.
 
         Args:
             is_done: asked after every report.
             pump: starts what may be started.
+            meanwhile: what else may be done at every turn of a wait; it must not wait itself.
             what: what is not so yet, for the log.
 
         Raises:
@@ -89,6 +92,7 @@ class Intake:
         while not is_done():
             self._stop.give_up_waiting_for(what)
             pump()
+            meanwhile()
             self.take(WAIT_S)
             if time.monotonic() - logged_at > LOG_WAITING_EVERY_S:
                 logged_at = time.monotonic()

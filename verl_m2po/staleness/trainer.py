@@ -44,6 +44,7 @@ from verl_m2po.staleness.dynamic_sampling import DynamicSampling, informative_wi
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.outcomes import judge
 from verl_m2po.staleness.prompts import indices, require_a_batch
+from verl_m2po.staleness.reference import MovingReference
 from verl_m2po.staleness.restart import resume
 from verl_m2po.staleness.restart.persistence import Persistence
 from verl_m2po.staleness.rollout.client import SpanRecordingClient
@@ -133,6 +134,7 @@ class _StalenessTrainer(PPOTrainer):
             stop=self._stopping.request,
             trainer_mode=self.trainer_mode,
             trainer_config=self.config.trainer.v1[self.trainer_mode],
+            prefetch=settings.prefetch,
         )
 
     def _init_dataloader(self) -> None:
@@ -197,8 +199,7 @@ class _StalenessTrainer(PPOTrainer):
         self._updates.add(step, 0)  # none so far; trainer.critic_warmup leaves it there
         before = self._updates.in_step(step)
         ages = [self._updates.between(tag["min_global_steps"], version) + before for tag in batch.tags]
-        fields = TensorDict({AGE_FIELD: torch.tensor(ages)}, batch_size=len(ages))
-        batch = tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+        batch = tq.kv_batch_put(batch.keys, batch.partition_id, TensorDict({AGE_FIELD: torch.tensor(ages)}, len(ages)))
         # What the batch shows of its groups may decide which of them are trained again.
         return judge(batch, self.replay_buffer.rule, self.replay_buffer.replayed, step)
 
@@ -208,6 +209,7 @@ class _StalenessTrainer(PPOTrainer):
         made = clock.updates_of_rows(rows, self.config.actor_rollout_ref.rollout.n)
         configured = clock.updates_per_step // self.parameter_sync_step
         self.replay_buffer.rule.check_updates(self.global_steps, rows, made, configured)
+        self.replay_buffer.prefetch.look()  # until the workers are done this process has nothing else to do
         batch = super()._update_actor(batch, metrics)
         self._updates.add(self.global_steps, made)
         return batch
@@ -287,6 +289,7 @@ class PPOTrainerStaleK(_StalenessTrainer, PPOTrainerColocateAsync):
 
     def on_step_end(self) -> None:
         if not self._end_if_asked():
+            self.replay_buffer.prefetch.look()
             with self._limits.push(self.global_steps):
                 super().on_step_end()
             self.replay_buffer.advance(self.global_steps)
@@ -297,7 +300,7 @@ class PPOTrainerStaleK(_StalenessTrainer, PPOTrainerColocateAsync):
 
 
 @register_trainer("replay")
-class PPOTrainerReplay(PPOTrainerStaleK):
+class PPOTrainerReplay(MovingReference, PPOTrainerStaleK):
     """A batch is part new, part trained before; trainer and rollout share the devices and take turns."""
 
 
@@ -322,6 +325,7 @@ class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):
     def on_step_end(self) -> None:
         if not self._end_if_asked():
             self.replay_buffer.settle()
+            self.replay_buffer.prefetch.look()
             with self._limits.push(self.global_steps):
                 super().on_step_end()
                 self._served.after_push()

@@ -1,7 +1,7 @@
 """The loss `mix_ppg`: PPO's clip around the proximal policy of each token, as ReMix trains on old data.
 
 See ReMix, "Squeeze the Soaked Sponge" (arXiv:2507.06892). ReMix's mix of old and new data is a matter of the trainer
-mode; its KL-convex term and its policy reincarnation are not part of this package.
+mode, as are its KL-convex term and its reincarnation (`replay=remix_whole`).
 """
 
 from collections.abc import Iterator

@@ -35,8 +35,11 @@ def in_another_mode(config: DictConfig) -> Iterator[Problem]:
     mode = read(config, TRAINER_MODE)
     if mode == "bounded_async" or OmegaConf.select(config, f"{KEY}.enable") is not True:
         return
-    promise = "has no bound" if mode in ("sync", "replay") else "promises one age, and no bound"
-    why = f"trainer.v1.trainer_mode={mode} {promise}"
+    promises = {
+        "sync": "has no bound",
+        "replay": "has a window of what is trained again: nothing waits for it to rise, and new rollouts have no age",
+    }
+    why = f"trainer.v1.trainer_mode={mode} {promises.get(str(mode), 'promises one age, and no bound')}"
     yield Problem(f"{KEY}.enable", True, why, f"Set {TRAINER_MODE}=bounded_async beside it, or leave it out")
 
 

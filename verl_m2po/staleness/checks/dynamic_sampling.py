@@ -21,9 +21,6 @@ def problems(config: DictConfig) -> Iterator[Problem]:
             METRIC.key, "", "groups are filtered by a metric, and none is named", "Set it to reward, or to acc"
         )
     mode, _ = mode_and_settings(config)
-    if mode == "replay":
-        why = "a batch of the mode replay is part old rollouts, which were filtered when they were new or not at all"
-        yield Problem(ENABLE, True, f"{why}; it is not built", "Set it to false, or take another mode")
     if RESPONSES.of(config) == 1:
         why = f"with one response to a prompt ({RESPONSES.key}=1) nothing differs within a group, and verl filters none"
         yield Problem(ENABLE, True, why, f"Set {RESPONSES.key} to 2 or more, or this to false")

@@ -19,7 +19,12 @@ from verl_m2po.staleness.checks.numbers import (
     staleness_steps,
 )
 from verl_m2po.staleness.config import BoundedAsyncConfig, is_chosen
-from verl_m2po.staleness.rows.codec import BYTES_PER_PROMPT_TOKEN, BYTES_PER_RESPONSE_TOKEN
+from verl_m2po.staleness.rows.codec import (
+    BYTES_PER_PROMPT_TOKEN,
+    BYTES_PER_RESPONSE_TOKEN,
+    UNPACKED_BYTES_PER_PROMPT_TOKEN,
+    UNPACKED_BYTES_PER_RESPONSE_TOKEN,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +64,21 @@ def _kept_batches(config: DictConfig, staleness_steps: int) -> int:
     return staleness_steps + 1 if is_reusing else 0
 
 
+def _unpacked_bytes(config: DictConfig) -> int:
+    """Of a batch that is unpacked while the one before trains."""
+    if not mode_and_settings(config)[1].prefetch:
+        return 0
+    response_bytes = RESPONSE_LENGTH.of(config) * UNPACKED_BYTES_PER_RESPONSE_TOKEN
+    prompt_bytes = PROMPT_LENGTH.of(config) * UNPACKED_BYTES_PER_PROMPT_TOKEN
+    return TRAIN_BATCH_SIZE.of(config) * RESPONSES.of(config) * (response_bytes + prompt_bytes + ROW_OVERHEAD_BYTES)
+
+
 def estimate_buffer_bytes(config: DictConfig, staleness_steps: int) -> int:
     """Memory for the waiting rollouts if every response has its full length, in bytes.
 
-    staleness_steps + 1 batches wait at most, and with a journal as many more as there are steps from one checkpoint to
-    the next; see codec.py for the price of a token. Without checkpoints a long run would need more than any machine
-    has, for a crash that may never come: that is not counted.
+    staleness_steps + 1 batches wait at most, the next one unpacked beside them, and with a journal as many more as
+    there are steps from one checkpoint to the next; see codec.py for the price of a token. Without checkpoints a long
+    run would need more than any machine has, for a crash that may never come: that is not counted.
     """
     replayed = _steps_between_checkpoints(config) if mode_and_settings(config)[1].journal else 0
     rows = (
@@ -74,15 +88,17 @@ def estimate_buffer_bytes(config: DictConfig, staleness_steps: int) -> int:
     )
     response_bytes = RESPONSE_LENGTH.of(config) * BYTES_PER_RESPONSE_TOKEN
     prompt_bytes = PROMPT_LENGTH.of(config) * BYTES_PER_PROMPT_TOKEN
-    return rows * (response_bytes + prompt_bytes + ROW_OVERHEAD_BYTES)
+    return rows * (response_bytes + prompt_bytes + ROW_OVERHEAD_BYTES) + _unpacked_bytes(config)
 
 
 def buffer_rows(config: DictConfig, staleness_steps: int) -> int:
     """Entries that TransferQueue must hold: staleness_steps + 1 batches that wait and the one that is trained.
 
-    What a journal puts back after a crash is among them. An entry is a prompt or a response; validation comes on top.
+    What a journal puts back after a crash is among them, and a batch that is unpacked ahead. An entry is a prompt or a
+    response; validation comes on top.
     """
-    batches = staleness_steps + 2 + _kept_batches(config, staleness_steps) + _replayed_batches(config)
+    ahead = int(mode_and_settings(config)[1].prefetch)
+    batches = staleness_steps + 2 + ahead + _kept_batches(config, staleness_steps) + _replayed_batches(config)
     return batches * TRAIN_BATCH_SIZE.of(config) * (1 + RESPONSES.of(config))
 
 

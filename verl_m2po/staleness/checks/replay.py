@@ -72,9 +72,6 @@ def problems(config: DictConfig) -> Iterator[Problem]:
     mode, settings = mode_and_settings(config)
     if not isinstance(settings, ReplayModeConfig | BoundedAsyncConfig):
         return
-    if settings.journal and mode == "replay":
-        why = "the mode replay begins a batch with the weights that train it, which a crash has lost"
-        yield Problem(f"trainer.v1.{mode}.journal", True, why, "Set it to false; checkpoints hold all rollouts")
     clock, bound_steps = staleness_steps(config)
     window = f"trainer.v1.{mode}.staleness_updates={settings.staleness_updates}"
     asked = Asked(mode, settings.replay, clock, window, bound_steps)

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_m2po.ground.problem import Problem
-from verl_m2po.staleness.config import is_chosen
+from verl_m2po.staleness.config import MODE_DEFAULTS, is_chosen
 from verl_m2po.staleness.restart.checkpoint import FOLDER, MANIFEST, CheckpointError, Checkpoints
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,11 @@ def refused_keys(mode: str) -> list[str]:
 
 
 def _refused_keys(mode: str) -> dict[str, str]:
-    return {**_REFUSED, staleness_key(mode): "its buffered rollouts have the ages of the old schedule"}
+    refused = {**_REFUSED, staleness_key(mode): "its buffered rollouts have the ages of the old schedule"}
+    if "replay" in MODE_DEFAULTS.get(mode, {}):
+        why = "its buffered rollouts were trained, and are kept to be trained again, by the old settings"
+        refused |= {f"trainer.v1.{mode}.replay.{key}": why for key in ("max_uses", "fresh_share", "sampling")}
+    return refused
 
 
 def _flat(prefix: str, value: Any) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from verl_m2po.staleness.rows.ragged import Ragged
 
 BYTES_PER_RESPONSE_TOKEN = 9
 BYTES_PER_PROMPT_TOKEN = 4
+UNPACKED_BYTES_PER_RESPONSE_TOKEN = 48
+UNPACKED_BYTES_PER_PROMPT_TOKEN = 24
 
 _PACKED_TENSORS = ("packed_prompt", "packed_response", "packed_mask", "rollout_log_probs")
 _DERIVED = ("prompts", "responses", "response_mask", "loss_mask", "input_ids", "position_ids", "rm_scores")

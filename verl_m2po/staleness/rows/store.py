@@ -3,11 +3,11 @@
 """The rows of waiting groups in TransferQueue: one partition per lot, so that no operation sees more than its own lot.
 
 TransferQueue's listing and clearing cost time proportional to the partition. verl's own operations work on the
-partition "train", which here holds the batch that is being trained and nothing else.
+partition of a batch, which here holds what is being trained and nothing else.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,16 @@ from verl_m2po.staleness.rows import codec
 from verl_m2po.staleness.rows.ragged import Ragged
 from verl_m2po.staleness.rule.records import Group, Row, Ticket
 
-TRAIN_PARTITION = "train"
+TRAINING_PARTITIONS = ("train", "train_next")
+"""Of unpacked rows, trainer step by trainer step in turn: a group may be in the batch that trains and in the next."""
 
 LOT_FIELD = "staleness_lot"
 """Prompt field: the TransferQueue partition of the group. Without it a prompt is verl's own business (validation)."""
+
+
+def training_partition(version: int) -> str:
+    """TransferQueue partition of the batch that trains from weight `version`."""
+    return TRAINING_PARTITIONS[version % len(TRAINING_PARTITIONS)]
 
 
 def lot_partition(lot: int) -> str:
@@ -88,6 +94,13 @@ def _tag(row: Row, ticket: Ticket) -> dict[str, Any]:
     }
 
 
+def batch_of(groups: Sequence[Group], partition: str) -> KVBatchMeta:
+    """verl's description of a batch whose rows lie in `partition`, in the order in which they are trained."""
+    keys = [row.key for group in groups for row in group.rows]
+    tags = [_tag(row, group.ticket) for group in groups for row in group.rows]
+    return KVBatchMeta(partition_id=partition, keys=keys, tags=tags)
+
+
 class LotStore:
     """Puts prompts into lots, takes batches out of them, and deletes what is no longer needed."""
 
@@ -133,12 +146,16 @@ class LotStore:
             per_lot[ticket.lot].append(ticket.uid)
         return per_lot
 
-    def copy_to_train(self, groups: tuple[Group, ...], oldest_version: int | None) -> KVBatchMeta:
-        """Unpack the rows of `groups` into the partition that verl trains from; their lots keep them.
+    def unpack(self, groups: Sequence[Group], oldest_version: int | None, partition: str) -> frozenset[str]:
+        """Put the rows of `groups` into `partition` as verl trains from them; their lots keep them.
 
         Args:
-            groups: the batch, in the order in which it is trained.
+            groups: in any order: a batch names its rows.
             oldest_version: tokens of an older weight version are masked; None masks none.
+            partition: see `training_partition`.
+
+        Returns:
+            The fields of the rows.
         """
         rows = [row for group in groups for row in group.rows]
         over_age = None
@@ -148,15 +165,18 @@ class LotStore:
             key: column if isinstance(column, torch.Tensor) else NonTensorStack(*column)
             for key, column in codec.unpack(self._packed_columns(groups), over_age).items()
         }
-        keys = [row.key for row in rows]
-        tags = [_tag(row, group.ticket) for group in groups for row in group.rows]
-        tq.kv_batch_put(
-            keys=keys, partition_id=TRAIN_PARTITION, fields=TensorDict(columns, batch_size=[len(keys)]), tags=tags
-        )
-        return KVBatchMeta(partition_id=TRAIN_PARTITION, keys=keys, tags=tags)
+        batch = batch_of(groups, partition)
+        fields = TensorDict(columns, batch_size=[len(rows)])
+        tq.kv_batch_put(keys=batch.keys, partition_id=partition, fields=fields, tags=batch.tags)
+        return frozenset(columns)
 
     @staticmethod
-    def _packed_columns(groups: tuple[Group, ...]) -> dict[str, Ragged | list]:
+    def delete_unpacked(groups: Sequence[Group], partition: str) -> None:
+        """Delete from `partition` what `unpack` put there."""
+        tq.kv_clear(keys=batch_of(groups, partition).keys, partition_id=partition)
+
+    @staticmethod
+    def _packed_columns(groups: Sequence[Group]) -> dict[str, Ragged | list]:
         """The stored columns of the groups' rows, in the order of `groups`. A field that some rows lack is left out."""
         places: dict[int, list[int]] = defaultdict(list)
         keys: dict[int, list[str]] = defaultdict(list)
@@ -177,7 +197,7 @@ class LotStore:
                 columns[key] = [elements[i] for i in order.tolist()]
         return columns
 
-    def _shared_columns(self, groups: tuple[Group, ...]) -> dict[str, Any]:
+    def _shared_columns(self, groups: Sequence[Group]) -> dict[str, Any]:
         """What the data set gave each group, once per row."""
         prompts = self.get_prompts([group.ticket for group in groups])
         prompts["global_steps"] = NonTensorStack(*[group.ticket.dispatch_version + 1 for group in groups])
@@ -215,10 +235,13 @@ class LotStore:
         partitions = tq.kv_list()
         deleted = 0
         for partition, rows in partitions.items():
-            if orphans := [key for key in rows if key not in known]:
+            # A group that may be trained again is known, and so is its key; the copy that was trained is not needed.
+            kept = frozenset() if partition in TRAINING_PARTITIONS else known
+            if orphans := [key for key in rows if key not in kept]:
                 tq.kv_clear(keys=orphans, partition_id=partition)
                 deleted += len(orphans)
-        if missing := known - {key for rows in partitions.values() for key in rows}:
+        lots = {name: rows for name, rows in partitions.items() if name not in TRAINING_PARTITIONS}
+        if missing := known - {key for rows in lots.values() for key in rows}:
             raise RuntimeError(
                 f"the checkpoint lacks {len(missing)} of {len(known)} buffered rows, first {sorted(missing)[0]}: "
                 "it is incomplete. Resume from an earlier one"

@@ -1,6 +1,8 @@
 """Bounded staleness: no token older than the bound is trained on, and hardly any started generation is wasted."""
 
 import heapq
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from verl_m2po.staleness.rule.records import Group, Selection, Ticket
@@ -112,6 +114,11 @@ class BoundedAsync(StalenessRule):
         self._trained += count
         return Selection(tuple(chosen), self._masks_before(chosen, version), tuple(evicted))
 
+    def expected(self, version: int, count: int) -> Sequence[Group]:
+        # Groups with a token over age are masked, or dropped, when it is known how old they are.
+        oldest = self.oldest_usable(version)
+        return list(islice((group for *_, group in _in_order(self._ready) if group.min_version >= oldest), count))
+
     def _take(self, least: int, most: int, version: int) -> tuple[list[Group], list[Group]]:
         """Up to `most` of the oldest usable groups, none if there are not `least`; and those that no longer are.
 
@@ -160,3 +167,13 @@ class BoundedAsync(StalenessRule):
         ticket = super().reissue(uid, version)
         self._in_flight[uid] = self._in_flight.pop(uid)
         return ticket
+
+
+def _in_order(heap: list[tuple[int, int, Group]]) -> Iterator[tuple[int, int, Group]]:
+    """The items of a heap, the smallest first, which stay in it; the first k cost O(k log k)."""
+    near = [(heap[0], 0)] if heap else []
+    while near:
+        item, place = heapq.heappop(near)
+        yield item
+        for child in range(2 * place + 1, min(2 * place + 3, len(heap))):
+            heapq.heappush(near, (heap[child], child))

@@ -1,5 +1,6 @@
 """Bounded staleness with replay: where generation is late, a batch is filled with what was trained before."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from verl_m2po.staleness.rule.bounded import BoundedAsync
@@ -31,10 +32,16 @@ class BoundedReplay(Reusing, BoundedAsync):
     def stored_groups(self) -> list[Group]:
         return [*self._waiting(), *self.pool.groups()]
 
+    def _least_new(self, count: int) -> int:
+        """New groups of a mini-batch: its share of them, rounded up."""
+        return -(-self.pool.reuse.first_uses * count // self.batch_size)
+
+    def expected(self, version: int, count: int) -> Sequence[Group]:
+        first = super().expected(version, count)
+        return [*first, *self.pool.expected(count - max(len(first), self._least_new(count)), version)]
+
     def select(self, version: int, count: int) -> Selection | None:
-        # A mini-batch has its share of the new groups, rounded up.
-        least_new = -(-self.pool.reuse.first_uses * count // self.batch_size)
-        least = max(least_new, count - self.pool.drawable(version))
+        least = max(self._least_new(count), count - self.pool.drawable(version))
         first, evicted = self._take(least, count, version)
         retired = self.pool.take_retired()
         if len(first) < least:

@@ -1,6 +1,7 @@
 """Exact staleness: every batch is generated entirely by the weights of k trainer steps before it is trained."""
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from verl_m2po.staleness.rule.records import Group, Selection, Ticket
@@ -119,8 +120,7 @@ class ExactStale(StalenessRule):
                 f"batch {self._next_batch} is next, which trains from weight version {self._next_batch}, "
                 f"but training starts from version {version}"
             )
-        first = self._next_batch * self.batch_size + self._next_row
-        groups = tuple(batch[place] for place in range(first, first + count))
+        groups = tuple(batch[place] for place in self._next_places(count))
         for group in groups:
             self._check_finished(group)
         self._next_row += count
@@ -130,6 +130,14 @@ class ExactStale(StalenessRule):
             self._next_batch += 1
             self._next_row = 0
         return Selection(groups, oldest_version=None)
+
+    def _next_places(self, count: int) -> range:
+        first = self._next_batch * self.batch_size + self._next_row
+        return range(first, first + count)
+
+    def expected(self, version: int, count: int) -> Sequence[Group]:
+        batch = self._batches.get(self._next_batch, {}) if version == self._next_batch else {}
+        return [batch[place] for place in self._next_places(count) if place in batch]
 
     def check_updates(self, step: int, rows: int, made: int, configured: int) -> None:
         if made == configured or self.staleness_steps == 0:

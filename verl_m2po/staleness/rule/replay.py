@@ -5,6 +5,7 @@ is ReMix's (arXiv:2507.06892).
 """
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from verl_m2po.staleness.rule.imitation import Imitation
@@ -30,6 +31,7 @@ class Replay(Reusing):
         imitation: how the advantages of groups that are trained again are formed anew.
         updates: counts the optimizer updates that each trainer step really made. Where steps make more updates than
             configured, fewer of them are within the bound. None: every step makes the same number.
+        steps_of_reuse: trainer steps after which every batch is new. None: rollouts are trained again to the end.
 
     Raises:
         ValueError: more first uses than a batch has groups.
@@ -44,9 +46,10 @@ class Replay(Reusing):
         reuse: Reuse,
         updates: UpdateCount | None = None,
         imitation: Imitation | None = None,
+        steps_of_reuse: int | None = None,
     ) -> None:
         super().__init__(staleness_steps, batch_size, reuse=reuse, imitation=imitation)
-        self._updates = updates
+        self._updates, self._steps_of_reuse = updates, steps_of_reuse
         self._next_version = 0
         self._ready: list[Group] = []
         self._free_places: deque[int] = deque()
@@ -64,6 +67,10 @@ class Replay(Reusing):
             return oldest
         return self._updates.oldest_within(self._updates.clock.updates(self.staleness_steps), version, oldest)
 
+    def oldest_reusable(self, version: int) -> int:
+        is_over = self._steps_of_reuse is not None and version >= self._steps_of_reuse
+        return version + 1 if is_over else super().oldest_reusable(version)
+
     def _replayed(self, version: int) -> int:
         """Groups of the batch of `version` that were trained before."""
         return min(self.batch_size - self.pool.reuse.first_uses, self.pool.drawable(version))
@@ -72,7 +79,9 @@ class Replay(Reusing):
         is_over = self.total_steps is not None and version >= self.total_steps
         if version < self._next_version or is_over:
             return 0
-        return max(0, self.batch_size - self._replayed(version) - self.depth)
+        # A journal gives back groups of weights that are still to come.
+        of_version = self.ready + self.in_flight - len(self._postponed)
+        return max(0, self.batch_size - self._replayed(version) - of_version)
 
     def _take_place(self, version: int) -> int:
         if self._free_places:
@@ -119,6 +128,10 @@ class Replay(Reusing):
             retired=self.pool.take_retired(),
             replayed=self._replayed_uids,
         )
+
+    def expected(self, version: int, count: int) -> Sequence[Group]:
+        first = self._ready if version == self._next_version else []
+        return [*first, *self.pool.expected(count - self.pool.reuse.first_uses, version)]
 
     def settled(self, version: int) -> bool:
         return len(self._in_flight) == len(self._postponed) and self.admissible(version) == 0

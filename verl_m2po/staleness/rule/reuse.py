@@ -1,5 +1,6 @@
 """Groups that were trained and may be trained again: which of them a batch is given. Pure, like the rules."""
 
+import copy
 import heapq
 import random
 from collections.abc import Callable, Mapping
@@ -166,6 +167,18 @@ class Pool:
             trained = self._remove(index)
             drawn.append(_Trained(trained.group, trained.uses + 1))
         return [trained.group for trained in drawn], self._rest(drawn)
+
+    def expected(self, count: int, version: int) -> list[Group]:
+        """What `draw` would return by what is known now, at most `count` groups; nothing is changed.
+
+        Costs a copy of references to what is in the pool, and what the draw costs.
+        """
+        if version > self._version and self._unjudged:
+            return []
+        shadow = copy.copy(self)
+        for name in ("_drawable", "_place", "_resting", "_by_age", "_by_youth", "_retired", "_unjudged"):
+            setattr(shadow, name, copy.copy(getattr(self, name)))
+        return shadow.draw(min(count, shadow.drawable(version)), version)[0]
 
     def _newest(self) -> int:
         while True:

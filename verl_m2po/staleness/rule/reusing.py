@@ -28,9 +28,13 @@ class Reusing(StalenessRule):
         super().__init__(*of_rule, **named)
         if reuse.first_uses > self.batch_size:
             raise ValueError(f"first_uses={reuse.first_uses} of a batch of {self.batch_size} groups")
-        self.pool = Pool(reuse, self.oldest_usable)
+        self.pool = Pool(reuse, self.oldest_reusable)
         self.recalibration = Recalibration(Imitation() if imitation is None else imitation)
         self._replayed_uids: frozenset[str] = frozenset()
+
+    def oldest_reusable(self, version: int) -> int:
+        """The oldest weight version of which a group may be trained again when training starts from `version`."""
+        return self.oldest_usable(version)
 
     @property
     def needs_outcomes(self) -> bool:

@@ -7,7 +7,8 @@ proportional to the depth.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from verl_m2po.staleness.rule.records import Group, Row, Selection, Ticket
@@ -143,6 +144,10 @@ class StalenessRule(ABC):
         A group may be selected again at a later call, as long as each selection before says that it is kept.
         """
 
+    def expected(self, version: int, count: int) -> Sequence[Group]:
+        """What `select` would choose by what is known now; it may be other groups in the end. Nothing is changed."""
+        return ()
+
     def check_updates(self, step: int, rows: int, made: int, configured: int) -> None:
         """Check that the rule can keep its promise when trainer step `step` makes `made` optimizer updates.
 
@@ -197,8 +202,7 @@ class StalenessRule(ABC):
                     "buffered rollouts have the ages of the old schedule. Resume with the old value, or start a new run"
                 )
         self._next_place = state["next_place"]
-        tickets = [Ticket.from_json(data) for data in state["in_flight"]]
-        self._in_flight = {ticket.uid: ticket for ticket in tickets}
+        self._in_flight = {ticket.uid: ticket for ticket in map(Ticket.from_json, state["in_flight"])}
 
     def readmit(self, ticket: Ticket) -> None:
         """A group that was dispatched after the checkpoint from which the run goes on is in flight again."""
@@ -216,8 +220,7 @@ class StalenessRule(ABC):
     def reissue(self, uid: str, version: int) -> Ticket:
         """A group that was in flight at the checkpoint starts again, in its old place, with weight `version`."""
         self._postponed.discard(uid)
-        old = self._in_flight[uid]
-        ticket = Ticket(uid, old.place, version, old.lot, old.prompt_index)
+        ticket = replace(self._in_flight[uid], dispatch_version=version)
         self._in_flight[uid] = ticket
         return ticket
 
