@@ -3,8 +3,8 @@
 """`python -m benchmarks.buffer`: what taking a batch costs, by how many rollouts wait, beside verl's own buffer.
 
 A real TransferQueue with one storage unit, and the batches of stale-256 in the paper: 256 prompts x 8 responses. Times
-are those that the processor worked for all processes that take part, which a busy machine does not distort. What a step
-waits for, when its batch was unpacked while the one before trained, is time of the clock. Bytes are the growth of the
+are those that the processor worked for all processes that take part, which a busy machine does not distort. A step
+waits for what is left to do when its batch was unpacked while the one before trained. Bytes are the growth of the
 storage process, which is a fresh one each time.
 """
 
@@ -55,8 +55,8 @@ def main(
     lines = [
         f"`python -m benchmarks.buffer --tokens {tokens} --rounds {rounds}`, {date.today()}, {processor()}: "
         f"batches of {ROWS:,} trajectories of {PROMPT_TOKENS} + {tokens} tokens. Median of {rounds}, in milliseconds "
-        "of processor time over all processes; what a step waits for, after the first, by the clock; bytes of the "
-        "storage process per trajectory that waits.",
+        "of processor time over all processes; a step waits when its batch was unpacked ahead; bytes of the storage "
+        "process per trajectory that waits.",
         "",
         "| waiting | verl: sample | ours: decision | ours: sample | ours: a step waits | verl: bytes | ours: bytes |",
         "|---:|---:|---:|---:|---:|---:|---:|",
@@ -65,10 +65,10 @@ def main(
         for depth in depths or [1, 16, 65]:
             verls, verls_bytes = _rounds(depth, rounds, lambda d: _fill_verls(d, tokens))
             ours, our_bytes = _rounds(depth, rounds, lambda d: _fill_ours(d, tokens, prefetch=False))
-            decision, sample, _ = (statistics.median(values) * 1e3 for values in zip(*ours, strict=True))
+            decision, sample = (statistics.median(values) * 1e3 for values in zip(*ours, strict=True))
             # The first batch of a store is not unpacked ahead.
             ahead = _rounds(max(depth, rounds + 1), rounds + 1, lambda d: _fill_ours(d, tokens, prefetch=True))[0][1:]
-            waits = statistics.median(waited for *_, waited in ahead) * 1e3
+            waits = statistics.median(taken for _, taken in ahead) * 1e3
             lines.append(
                 f"| {depth * ROWS:,} | {statistics.median(taken for (taken,) in verls) * 1e3:.0f} | {decision:.1f} | "
                 f"{sample:.0f} | {waits:.0f} | {verls_bytes:,.0f} | {our_bytes:,.0f} |"
@@ -220,16 +220,16 @@ def _fill_ours(depth: int, tokens: int, prefetch: bool) -> Take:
 
     rule.select = timed_select  # pyright: ignore[reportAttributeAccessIssue]
 
-    def take(step: int) -> tuple[float, float, float]:
+    def take(step: int) -> tuple[float, float]:
         buffer.version = step - 1
-        before_s, began_at = _worked_s(), time.monotonic()
+        before_s = _worked_s()
         batch, _ = buffer.sample(step, "train", PROMPTS)
-        waited, taken = time.monotonic() - began_at, _worked_s() - before_s
+        taken = _worked_s() - before_s
         assert len(batch.keys) == ROWS
         buffer.prefetch.look()
         buffer.prefetch.wait()  # the batch trains
         tq.kv_clear(keys=batch.keys, partition_id=batch.partition_id)
-        return sum(decided[-1:]), taken, waited
+        return sum(decided[-1:]), taken
 
     return take
 

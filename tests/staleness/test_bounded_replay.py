@@ -1,6 +1,5 @@
 """Bounded staleness with replay, driven by random traces: nobody waits that need not, and every bound holds."""
 
-import json
 from collections import Counter, defaultdict
 
 import pytest
@@ -93,28 +92,6 @@ def test_where_generation_keeps_up_every_rollout_is_trained_once():
     rule = BoundedReplay(4, BATCH, Reuse(None, 1))
     trace = Simulation(rule, workload(FAST), 1).run(40)
     assert len({group.ticket.uid for *_, group in trace.trained}) == 40 * BATCH
-
-
-@settings(max_examples=30, deadline=None)
-@given(sampling=st.sampled_from(SAMPLING), stop=st.integers(1, 24), parts=st.sampled_from([1, 2]))
-def test_a_restart_draws_what_the_uninterrupted_run_would(sampling, stop, parts):
-    def trace(is_interrupted: bool) -> Trace:
-        def make() -> BoundedReplay:
-            rule = BoundedReplay(5, BATCH, Reuse(None, 2, sampling))
-            rule.limit(25)
-            return rule
-
-        simulation = Simulation(make(), workload(200.0), stop, parts)
-        for step in range(1, 26):
-            simulation._train(step)
-            if is_interrupted and step == stop:
-                state = json.loads(json.dumps(simulation.rule.state_dict()))
-                simulation.rule = make()
-                simulation.rule.load_state_dict(state)
-                assert json.loads(json.dumps(simulation.rule.state_dict())) == state
-        return simulation.trace
-
-    assert trace(is_interrupted=True) == trace(is_interrupted=False)
 
 
 def test_a_checkpoint_with_replay_is_not_resumed_without_or_with_another():

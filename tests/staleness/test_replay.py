@@ -87,34 +87,6 @@ def test_for_a_long_time(sampling, max_uses, steps):
     check(16, Reuse(max_uses, 1, sampling), steps, seed=1, fail_share=0.05, batch=2)
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    bound=st.integers(1, 6),
-    max_uses=st.none() | st.integers(2, 6),
-    sampling=st.sampled_from(SAMPLING),
-    stop=st.integers(1, 24),
-)
-def test_a_restart_draws_what_the_uninterrupted_run_would(bound, max_uses, sampling, stop):
-    def trace(is_interrupted: bool) -> Trace:
-        def make() -> Replay:
-            rule = Replay(bound, BATCH, Reuse(max_uses, 2, sampling), imitation=Imitation(5, 9))
-            rule.limit(25)
-            return rule
-
-        simulation = Simulation(make(), workload(0.1), seed=stop)
-        for step in range(1, 26):
-            simulation.rule.limit(25)
-            simulation._train(step)
-            if is_interrupted and step == stop:
-                state = json.loads(json.dumps(simulation.rule.state_dict()))
-                simulation.rule = make()
-                simulation.rule.load_state_dict(state)
-                assert json.loads(json.dumps(simulation.rule.state_dict())) == state
-        return simulation.trace
-
-    assert trace(is_interrupted=True) == trace(is_interrupted=False)
-
-
 def test_one_use_trains_every_group_once_with_the_weights_that_generated_it():
     trace = run(Replay(0, BATCH, Reuse(1, BATCH)), 20)
     assert [group.ticket.place for _, _, group in trace.trained] == list(range(20 * BATCH))
