@@ -37,7 +37,7 @@ WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/tests/support:$(CURDIR)/recipes
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-results study-disturbance plan-study docs docs-tables docs-links clean
+.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-replay-wall-clock study-results study-disturbance plan-study docs docs-tables docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -119,6 +119,10 @@ study-verl: $(STAMP) ## The study's four runs through verl itself, each from its
 
 study-replay: $(STAMP) ## The study's runs that train each rollout several times, and the table of docs/replay.md
 	$(WORKSHOP) -m staleness_study replay $(if $(RUNS),--most $(RUNS))
+	$(WORKSHOP) -m staleness_study replay-results
+
+study-replay-wall-clock: $(STAMP) ## Time to an accuracy with replay, generation three times training (about 45 minutes; wants a quiet machine)
+	$(WORKSHOP) -m staleness_study replay-wall-clock
 	$(WORKSHOP) -m staleness_study replay-results
 
 study-wall-clock: $(STAMP) ## Time to an accuracy in stale_k_separate against sync (about 40 minutes; wants a quiet machine)

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from staleness_study import plan, replay_plan
-from staleness_study.plan import WALL_CLOCK
+from staleness_study.plan import REPLAY_CLOCK, WALL_CLOCK
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 OUT = Path("outputs/study")
@@ -18,6 +18,7 @@ DATA = Path("results/one_process.json")
 # Methods whose preset was corrected after the other runs, from the base model that the package has shipped since
 CORRECTED_DATA = Path("results/corrected.json")
 REPLAY_PAGE, REPLAY_DATA = Path("docs/replay.md"), Path("results/replay.json")
+REPLAY_CLOCK_DATA = Path(f"results/{REPLAY_CLOCK}.json")
 # Of runs through verl, by stage, which is also their folder's name
 VERL_DATA = {stage: Path(f"results/{stage}.json") for stage in ("verl", WALL_CLOCK)}
 Folder = Annotated[Path, typer.Option(help="Folder of the runs; finished ones in it are skipped.")]
@@ -64,15 +65,31 @@ def replay_results(
     page: Annotated[Path, typer.Option(help="Its marked section is rewritten.")] = REPLAY_PAGE,
     collect: Annotated[bool, typer.Option(help="Read the runs; otherwise write from the JSON beside the page.")] = True,
 ) -> None:
-    """Put what the stage `replay` has run so far into its JSON file and docs/replay.md."""
+    """Put what the stages `replay` and `replay-wall-clock` have run so far into JSON files and docs/replay.md."""
     from staleness_study import replay_page
     from staleness_study import results as studied
 
-    data = page.parent / REPLAY_DATA
-    if collect:
+    data, timed = page.parent / REPLAY_DATA, page.parent / REPLAY_CLOCK_DATA
+    if collect and (out / "one_process").is_dir():
         studied.write(studied.collect(replay_plan.jobs(), out / "one_process"), data)
-    replay_page.write(*studied.load(data), page)
+    if collect and (out / REPLAY_CLOCK).is_dir():
+        studied.write(studied.collect_replay_clock(out / REPLAY_CLOCK, plan.SEEDS), timed)
+    replay_page.write(*studied.load(data), studied.load(timed)[1] if timed.exists() else [], page)
     typer.echo(f"written: {page}, {data}")
+
+
+@app.command()
+def replay_wall_clock(
+    out: Folder = OUT,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each run.")] = 1,
+) -> None:
+    """Time to an accuracy through verl where generation takes three times as long as training: sync, bounded_async
+    without replay and with it. One run at a time, each from its last checkpoint on; wants a quiet machine.
+    """
+    from staleness_study import verl_runs
+
+    folder, pace = out / REPLAY_CLOCK, verl_runs.SLOW_GENERATION
+    _finish(verl_runs.run_verl(folder, Console(), verl_runs.REPLAY_CLOCK, range(1, seeds + 1), pace=pace))
 
 
 @app.command()
@@ -86,9 +103,9 @@ def verl(
     """The four runs that carry the claim, through verl itself, one at a time, each from its last checkpoint on."""
     from staleness_study import verl_runs
 
-    conditions = verl_runs.WALL_CLOCK if wall_clock else verl_runs.CLAIM
+    conditions, pace = (verl_runs.WALL_CLOCK, verl_runs.EVEN) if wall_clock else (verl_runs.CLAIM, None)
     folder = out / (WALL_CLOCK if wall_clock else "verl")
-    _finish(verl_runs.run_verl(folder, Console(), conditions, range(1, seeds + 1), is_paced=wall_clock))
+    _finish(verl_runs.run_verl(folder, Console(), conditions, range(1, seeds + 1), pace=pace))
 
 
 @app.command()

@@ -22,6 +22,7 @@ HOT_SEEDS = (1, 2, 3)
 THRESHOLDS = (0.01, 0.02, 0.08, 0.16)
 # Stage of the runs through verl whose time is compared
 WALL_CLOCK = "wall_clock"
+REPLAY_CLOCK = "replay_wall_clock"
 THRESHOLD = "actor_rollout_ref.actor.policy_loss.m2po.threshold"
 # One prompt with its responses decides for itself
 MICRO_BATCH = (

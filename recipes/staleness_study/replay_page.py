@@ -8,11 +8,19 @@ import numpy as np
 from pages import replace_section
 
 from staleness_study.figures import NAMES
+from staleness_study.page import TARGETS
 from staleness_study.replay_plan import EPOCHS, EPOCHS_NAME, USES, conditions
 from staleness_study.results import FINAL_POINTS, LEAST_SEEDS, PROMPTS, Interval, Result, difference
 
-SECTION = "replay results"
+SECTION, CLOCK_SECTION = "replay results", "replay wall clock"
 REFERENCE = ("grpo", "", 0)
+# Of the timed runs
+CLOCK_SHOWN = {
+    "on_policy": "sync",
+    "bounded_async": "bounded_async",
+    "bounded_async x4": "bounded_async replay=x4",
+}
+CLOCK_NAMES = tuple(CLOCK_SHOWN)
 
 
 def of_condition(results: Sequence[Result], condition: tuple[str, str, int]) -> list[Result]:
@@ -100,7 +108,41 @@ def provenance(data: dict[str, Any], results: Sequence[Result]) -> str:
     )
 
 
-def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
-    """Bring the marked section of `page` up to date."""
+def wall_clock(results: Sequence[Result]) -> list[str]:
+    """Seconds of the timed runs to each of `TARGETS`, and the share of `sync`'s time on the same seed that is."""
+    rows = []
+    sync = {run.seed: run for run in results if run.variant == CLOCK_NAMES[0]}
+    for run in sorted(results, key=lambda run: (CLOCK_NAMES.index(run.variant), run.seed)):
+        cells = [_to(target, run, sync.get(run.seed)) for target in TARGETS]
+        first, last = run.seconds_at(run.steps[1]), run.seconds_at(run.steps[-1])
+        a_step = f"{(last - first) / (run.steps[-1] - run.steps[1]):.2f} s" if len(run.steps) > 2 else "-"
+        name = f"{NAMES.get(run.loss, run.loss)}, `{CLOCK_SHOWN[run.variant]}`"
+        rows.append((name, str(run.seed), str(run.steps[-1]), a_step, f"{run.final:.3f}", *cells))
+    if not rows:
+        return ["Not run yet."]
+    header = ("", "seed", "trainer steps", "each", "final accuracy", *(f"to {target:.2f}" for target in TARGETS))
+    lines = [header, ("---", *("---:",) * (len(header) - 1)), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _to(target: float, run: Result, sync: Result | None) -> str:
+    step = run.first_reaching(target)
+    if step is None:
+        return "not reached"
+    first = None if sync is None else sync.first_reaching(target)
+    share = "" if sync is None or first is None else f" ({run.seconds_at(step) / sync.seconds_at(first):.0%})"
+    return f"{run.seconds_at(step):.0f} s{share}"
+
+
+def write(data: dict[str, Any], results: Sequence[Result], timed: Sequence[Result], page: Path) -> None:
+    """Bring the marked sections of `page` up to date.
+
+    Args:
+        data: What the runs of the bench have in common.
+        results: Of the bench.
+        timed: Of the timed runs through verl.
+        page: docs/replay.md.
+    """
     lines = [*table(results), "", *comparisons(results), "", provenance(data, results)]
     replace_section(page, SECTION, "\n".join(lines))
+    replace_section(page, CLOCK_SECTION, "\n".join(wall_clock(timed)))

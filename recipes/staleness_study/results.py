@@ -15,8 +15,10 @@ import pandas as pd
 from scipy import stats
 
 from staleness_study import replay_plan
-from staleness_study.plan import WALL_CLOCK, Job
+from staleness_study.plan import REPLAY_CLOCK, WALL_CLOCK, Job
 from staleness_study.run import LOG, RECORD, is_whole
+from staleness_study.verl_runs import REPLAY_CLOCK as CONDITIONS
+from staleness_study.verl_runs import Condition, VerlRun
 from verl_m2po.report.reading import metrics
 from verl_m2po.report.reading.runs import Run, read_runs
 from verl_m2po.report.reading.summary import collapse_step
@@ -28,7 +30,7 @@ LEAST_SEEDS = 3
 # Variant of a run through verl whose rollout has devices of its own.
 SEPARATE = "separate"
 MINI_BATCH_SIZE = "actor_rollout_ref.actor.ppo_mini_batch_size"
-# Curve of `WALL_CLOCK` runs: seconds of all trainer steps so far
+# Curve of the timed runs: seconds of all trainer steps so far
 SECONDS = "seconds"
 # Curve of the runs through verl, whose validation is coarse: share of right responses in the training batches
 SCORE = "training_score"
@@ -116,7 +118,7 @@ class Result:
         return int(reached[0]) if len(reached) else None
 
     def seconds_at(self, step: int) -> float:
-        """Seconds of the trainer steps up to the validation at `step`, without validations. For `WALL_CLOCK` runs."""
+        """Seconds of the trainer steps up to the validation at `step`, without validations. For timed runs."""
         return self.curves[SECONDS][self.steps.index(step) - 1]
 
     def mean(self, curve: str) -> float:
@@ -174,7 +176,7 @@ def _read(
     if len(accuracy) < 2:
         return None
     steps, known = accuracy.index.tolist(), run.settings
-    times = {SECONDS: _seconds(run, steps)} if stage == WALL_CLOCK else {}
+    times = {SECONDS: _seconds(run, steps)} if stage in (WALL_CLOCK, REPLAY_CLOCK) else {}
     if stage == replay_plan.STAGE:
         times = {PROMPTS: [float(run.series(ADMITTED).loc[:step].sum()) for step in steps[1:]]}
     wanted = CURVES | ({SCORE: metrics.TRAINING_SCORE} if stage == "verl" else {})
@@ -223,6 +225,18 @@ def collect_verl(out: Path, stage: str = "verl") -> dict[str, Any]:
     """The runs through verl under `out`, also those that are not finished."""
     results = [_read(path.parent, stage) for path in sorted(out.glob(f"*/{LOG}"))]
     return {"runs": _plain(results)}
+
+
+def collect_replay_clock(out: Path, seeds: Iterable[int]) -> dict[str, Any]:
+    """The timed runs of replay through verl under `out`, also those that are not finished."""
+    runs = [(condition, VerlRun.next_attempt(out, condition, seed, 0)) for condition in CONDITIONS for seed in seeds]
+    there = [(condition, run.folder) for condition, run in runs if (run.folder / LOG).exists()]
+    return {"runs": _plain(_read(folder, REPLAY_CLOCK, variant_of(condition)) for condition, folder in there)}
+
+
+def variant_of(condition: Condition) -> str:
+    """Name of a timed run of replay beside its loss and age."""
+    return " ".join(filter(None, condition[1:]))
 
 
 def merge(data: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""The runs that carry the claim through verl itself: real Ray, TransferQueue, FSDP2 and vLLM, in the mode `stale_k`.
+"""The study's runs through verl itself: real Ray, TransferQueue, FSDP2 and vLLM, each from its last checkpoint on.
 
-Each goes on from its last checkpoint. They are smaller than those on the bench: with eight updates of two prompts a
-trainer step, 256 updates are 32 steps, and the batches that the base model generates first take a minute.
+They are smaller than those on the bench: with eight updates of two prompts a trainer step, 256 updates are 32 steps,
+and the batches that the base model generates first take a minute.
 """
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from pages import processor
 from rich.console import Console
@@ -25,13 +26,46 @@ SIZE = (
     "actor_rollout_ref.actor.ppo_mini_batch_size=2",
     "trainer.test_freq=10",
 )
-# Options of the Hydra groups ``loss`` and ``staleness``.
-CLAIM = (("grpo", "on_policy"), ("m2po", "s256"), ("grpo", "s256"), ("no_trust_region", "s256"))
-# Separate devices, where the generation of one batch overlaps the training of another, against sync.
-WALL_CLOCK = (("grpo", "on_policy"), ("m2po", "s256_separate"), ("m2po", "s16_separate"))
-# Both processes of such a run share the cores of a small machine, where nothing can be won by overlapping. So in the
-# comparison of times most of the time of a token and of an update is slept, about as much in all for either part.
-TOKEN_S, UPDATE_S = 0.4, 0.3
+
+
+class Condition(NamedTuple):
+    """Options of the Hydra groups ``loss``, ``staleness`` and ``replay``; an empty one is left out."""
+
+    loss: str
+    staleness: str
+    replay: str = ""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a token and an update take, in seconds, most of it slept.
+
+    Both processes of a run share the cores of a small machine, where nothing can be won by overlapping. So in a
+    comparison of times most of them is slept.
+    """
+
+    token_s: float
+    update_s: float
+
+
+# In the mode `stale_k`, and on-policy in `sync`
+CLAIM = (
+    *(Condition("grpo", "on_policy"), Condition("m2po", "s256")),
+    *(Condition("grpo", "s256"), Condition("no_trust_region", "s256")),
+)
+# Separate devices, where the generation of one batch overlaps the training of another, against sync
+WALL_CLOCK = (Condition("grpo", "on_policy"), Condition("m2po", "s256_separate"), Condition("m2po", "s16_separate"))
+# About as much in all for either part
+EVEN = Pace(0.4, 0.3)
+# Replay instead of waiting, against waiting and against sync
+REPLAY_CLOCK = (
+    *(Condition("grpo", "on_policy"), Condition("m2po", "bounded_async")),
+    Condition("m2po", "bounded_async", "x4"),
+)
+# Generation takes three times as long as training: a batch of five or six tokens, and eight updates
+SLOW_GENERATION = Pace(1.3, 0.2)
+# As wide as a rollout may be trained again; without replay generation is never that far ahead
+REPLAY_WINDOW = "trainer.v1.bounded_async.staleness_updates=256"
 PACED = (
     # The engine is full with one batch of 16 x 8: more in flight do not come for nothing.
     "actor_rollout_ref.rollout.max_num_seqs=128",
@@ -47,18 +81,18 @@ class VerlRun(quickstart.Run):
     """A run of the quickstart's kind at one staleness, which goes on from its last checkpoint.
 
     Args:
-        staleness: Option of the Hydra group ``staleness``.
+        condition: What it trains with.
         attempt: Number of this call, from 1; each has a log of its own, since verl's logger replaces its file.
-        is_paced: A token takes `TOKEN_S` and an update `UPDATE_S` longer.
+        pace: None: as fast as the machine is.
     """
 
-    staleness: str = "on_policy"
+    condition: Condition = CLAIM[0]
     attempt: int = 1
-    is_paced: bool = False
+    pace: Pace | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.loss}-{self.staleness}-seed{self.seed}"
+        return "-".join((*filter(None, self.condition), f"seed{self.seed}"))
 
     @property
     def metrics(self) -> Path:
@@ -66,31 +100,33 @@ class VerlRun(quickstart.Run):
 
     @property
     def environment(self) -> dict[str, str]:
-        pace = {SECONDS_PER_TOKEN: str(TOKEN_S), SECONDS_PER_UPDATE: str(UPDATE_S)} if self.is_paced else {}
-        return super().environment | pace
+        pace = self.pace
+        times = {} if pace is None else {SECONDS_PER_TOKEN: str(pace.token_s), SECONDS_PER_UPDATE: str(pace.update_s)}
+        return super().environment | times
 
     @classmethod
     def next_attempt(
-        cls, out: Path, loss: str, staleness: str, seed: int, steps: int, is_paced: bool = False
+        cls, out: Path, condition: Condition, seed: int, steps: int, pace: Pace | None = None
     ) -> "VerlRun":
         """The run with the number of the next attempt."""
         overrides = (
             *SIZE,
-            *(PACED if is_paced else ()),
-            f"staleness={staleness}",
+            *(() if pace is None else PACED),
+            f"staleness={condition.staleness}",
+            *((REPLAY_WINDOW,) if condition.staleness == "bounded_async" else ()),
+            *((f"replay={condition.replay}",) if condition.replay else ()),
             f"trainer.save_freq={CHECKPOINT_EVERY}",
             "trainer.max_actor_ckpt_to_keep=1",
             "trainer.resume_mode=auto",
             "trainer.logger=[file]",
             "ray_kwargs.ray_init.address=local",
         )
-        run = cls(out, steps, loss, seed, overrides, staleness)
+        run = cls(out, steps, condition.loss, seed, overrides, condition, pace=pace)
         made = [
             int(match[1]) for path in run.folder.glob("*.jsonl") if (match := re.match(r"attempt-(\d+)", path.name))
         ]
         folder = f"trainer.default_local_dir={run.folder / 'checkpoints'}"
-        attempt = max(made, default=0) + 1
-        return cls(out, steps, loss, seed, (*overrides, folder), staleness, attempt, is_paced)
+        return replace(run, overrides=(*overrides, folder), attempt=max(made, default=0) + 1)
 
     def command(self, model: Path, data: Path) -> list[str]:
         """The command that trains: the quickstart's with the study's config."""
@@ -103,20 +139,20 @@ class VerlRun(quickstart.Run):
 def run_verl(
     out: Path,
     console: Console,
-    conditions: Sequence[tuple[str, str]],
+    conditions: Sequence[Condition],
     seeds: Sequence[int],
     steps: int = STEPS,
-    is_paced: bool = False,
+    pace: Pace | None = None,
 ) -> list[str]:
     """Train what is not finished, one run at a time; return a line for each that failed.
 
     Args:
         out: Folder of the runs.
         console: Where progress is shown.
-        conditions: (option of ``loss``, option of ``staleness``).
+        conditions: What to train with.
         seeds: All conditions with the first seed first.
         steps: Trainer steps.
-        is_paced: See `VerlRun`.
+        pace: See `VerlRun`.
     """
     from verl_m2po.one_process import train
     from verl_m2po.one_process.setup import RECIPE, base_model
@@ -125,8 +161,8 @@ def run_verl(
     arithmetic.write_parquet(data, train_rows=quickstart.TRAINING_ROWS, validation_rows=256, digits=RECIPE.digits)
     failed = []
     for seed in seeds:
-        for loss, staleness in conditions:
-            run = VerlRun.next_attempt(out, loss, staleness, seed, steps, is_paced)
+        for condition in conditions:
+            run = VerlRun.next_attempt(out, condition, seed, steps, pace)
             if any(last_step(log) >= steps for log in run.folder.glob("attempt-*.jsonl")):
                 continue
             console.print(f"{run.name}, attempt {run.attempt}")

@@ -31,7 +31,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.buffer import StalenessReplayBuffer
 from verl_m2po.staleness.rows import codec
-from verl_m2po.staleness.rows.store import lot_partition
+from verl_m2po.staleness.rows.store import lot_partition, training_partition
 from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow
 from verl_m2po.staleness.rule.records import Row
@@ -169,7 +169,7 @@ def _fill_verls(depth: int, tokens: int) -> Take:
         batch, _ = buffer.sample(step, "train", PROMPTS)
         taken = _worked_s() - before_s
         assert len(batch.keys) == ROWS
-        tq.kv_clear(keys=batch.keys, partition_id=batch.partition_id)
+        tq.kv_clear(keys=batch.keys, partition_id="train")
         return (taken,)
 
     return take
@@ -228,7 +228,7 @@ def _fill_ours(depth: int, tokens: int, prefetch: bool) -> Take:
         assert len(batch.keys) == ROWS
         buffer.prefetch.look()
         buffer.prefetch.wait()  # the batch trains
-        tq.kv_clear(keys=batch.keys, partition_id=batch.partition_id)
+        tq.kv_clear(keys=batch.keys, partition_id=training_partition(step - 1))
         return sum(decided[-1:]), taken
 
     return take

@@ -4,9 +4,10 @@ from collections import Counter
 
 import pytest
 
-from staleness_study import replay_page, replay_plan
-from staleness_study.plan import SEEDS
-from staleness_study.results import PROMPTS, Result, load, write
+from staleness_study import replay_page, replay_plan, verl_runs
+from staleness_study.plan import REPLAY_CLOCK, SEEDS
+from staleness_study.results import PROMPTS, SECONDS, Result, load, variant_of, write
+from staleness_study.verl_runs import Condition
 
 
 def result(loss: str, variant: str, window: int, seed: int, accuracy: list[float], prompts: float) -> Result:
@@ -48,8 +49,41 @@ def test_the_table_compares_with_on_policy_training_after_as_many_prompts(tmp_pa
     write(common | {"runs": [vars(run) for run in runs]}, tmp_path / "replay.json")
     data, loaded = load(tmp_path / "replay.json")
     page = tmp_path / "page.md"
-    page.write_text("<!-- replay results: begin -->\n<!-- replay results: end -->\n")
-    replay_page.write(data, loaded, page)
+    sections = (replay_page.SECTION, replay_page.CLOCK_SECTION)
+    page.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in sections))
+    replay_page.write(data, loaded, [], page)
     written = page.read_text()
     assert "| M2PO, 4 uses, window 256 updates | 1 | 500 | 1,000 | 0.625 | 0.400 |" in written
     assert "against on-policy GRPO: -2.5 points (1 seed)" in written
+    assert "Not run yet." in written
+
+
+def timed(condition: Condition, accuracy: list[float], a_step_s: float) -> Result:
+    steps = [5 * i for i in range(len(accuracy))]
+    curves = {SECONDS: [a_step_s * step for step in steps[1:]]}
+    return Result(REPLAY_CLOCK, condition.loss, 0, 8, 1, variant_of(condition), steps, accuracy, curves, 60.0)
+
+
+def test_times_to_an_accuracy_are_shares_of_syncs():
+    """In sync the mean of four validations reaches 0.40 at step 15, in the others one step earlier or never."""
+    sync, without, with_replay = verl_runs.REPLAY_CLOCK
+    runs = [
+        timed(with_replay, [0.4, 0.4, 0.4, 0.4, 0.4], 3.0),
+        timed(sync, [0.3, 0.38, 0.42, 0.5, 0.6], 9.0),
+        timed(without, [0.3, 0.3, 0.3, 0.3, 0.4], 6.0),
+    ]
+    first, second, third = replay_page.wall_clock(runs)[2:]
+    assert first.startswith("| GRPO, `sync` | 1 | 20 | 9.00 s |") and "| 135 s (100%) |" in first
+    assert second.startswith("| M2PO, `bounded_async` | 1 |") and "| not reached |" in second
+    assert "`bounded_async replay=x4` | 1 | 20 | 3.00 s | 0.400 | 45 s (33%) | not reached |" in third
+
+
+def test_the_timed_runs_differ_in_replay_alone_and_each_has_its_folder(tmp_path):
+    runs = [verl_runs.VerlRun.next_attempt(tmp_path, each, 1, 120) for each in verl_runs.REPLAY_CLOCK]
+    assert len({run.folder for run in runs}) == 3
+    without, with_replay = (set(run.overrides) for run in runs[1:])
+    assert {each for each in with_replay ^ without if "default_local_dir" not in each} == {"replay=x4"}
+    assert [run.attempt for run in runs] == [1, 1, 1]
+    runs[2].metrics.parent.mkdir(parents=True)
+    runs[2].metrics.touch()
+    assert verl_runs.VerlRun.next_attempt(tmp_path, verl_runs.REPLAY_CLOCK[2], 1, 120).attempt == 2
