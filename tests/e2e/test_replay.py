@@ -61,6 +61,7 @@ def test_remix_moves_its_reference_and_begins_anew(train, tmp_path):
     reference = "trainer.v1.replay.reference"
     run = train(
         *("loss=mix_ppg", "staleness=replay", "replay=remix_whole", "trainer.v1.replay.staleness_updates=4"),
+        "actor_rollout_ref.actor.use_kl_loss=true",
         *(f"{reference}.constant_steps=1", f"{reference}.fall_every_steps=1", f"{reference}.reincarnate_after_steps=3"),
         *(f"trainer.total_training_steps={STEPS}", "trainer.save_freq=-1", f"trainer.default_local_dir={folder}"),
     )

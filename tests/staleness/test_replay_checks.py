@@ -98,7 +98,10 @@ def test_a_journal_goes_with_it():
 
 
 REFERENCE = "trainer.v1.replay.reference"
-DECOUPLED = {"algorithm.rollout_correction.bypass_mode": False, "actor_rollout_ref.actor.use_kl_loss": True}
+DECOUPLED = {
+    "algorithm.rollout_correction": {"bypass_mode": False, "rollout_is": "token"},
+    "actor_rollout_ref.actor.use_kl_loss": True,
+}
 K2 = {"actor_rollout_ref.actor.kl_loss_type": "k2"}
 
 
