@@ -3,8 +3,8 @@
 import pytest
 import torch
 from compose import composed
+from hydra.utils import instantiate
 from method_losses import evaluate, random_tensors
-from omegaconf import OmegaConf
 from verl.trainer.config.algorithm import RolloutCorrectionConfig
 
 RAPID = RolloutCorrectionConfig(
@@ -49,8 +49,7 @@ def test_clip_cov_takes_out_the_tokens_whose_covariance_lies_between_its_bounds(
 
 
 def test_self_imitation_gives_verls_loss_spears_numbers():
-    policy_loss = composed(
-        "replay=self_imitation", "algorithm.policy_loss=clip_cov"
-    ).actor_rollout_ref.actor.policy_loss
-    keys = ("loss_mode", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub")
-    assert [OmegaConf.select(policy_loss, key) for key in keys] == ["clip_cov", 0.02, 1.0, 40.0]
+    config = composed("replay=self_imitation", "algorithm.policy_loss=clip_cov")
+    settings = instantiate(config.actor_rollout_ref.actor.policy_loss, _convert_="partial")
+    numbers = (settings.clip_cov_ratio, settings.clip_cov_lb, settings.clip_cov_ub)
+    assert (settings.loss_mode, *numbers) == ("clip_cov", 0.02, 1.0, 40.0)

@@ -42,6 +42,7 @@ def test_micro_batches_hold_whole_prompts_and_divide_the_mini_batch(rows):
         ("reward.custom_reward_function.path=/own.py", "reward.custom_reward_function.path=/own.py"),
         ("trainer.v1.sampler.custom_sampler.path=/own.py", "trainer.v1.sampler.custom_sampler.path=/own.py"),
         ("trainer.save_freq=5", "trainer.save_freq=5"),
+        ("trainer.v1.replay.reference.reincarnate_after_steps=5", "replay.reference.reincarnate_after_steps=5"),
     ],
 )
 def test_refuses_what_only_verl_can_do(override, key):

@@ -51,7 +51,7 @@ WITHOUT_EFFECT = (
 # Below one of the above, but not so.
 REFUSED = (
     *("algorithm.filter_groups.", "algorithm.use_pf_ppo", "algorithm.pf_ppo.", "distillation.enabled"),
-    "trainer.v1.sampler.",
+    *("trainer.v1.sampler.", "trainer.v1.replay.reference."),
 )
 # Polls as the devices need it and chooses nothing.
 POLLING = {"path": "pkg://verl_m2po.cpu.sampler", "name": "replay_buffer"}
