@@ -68,6 +68,8 @@ def test_remix_moves_its_reference_and_begins_anew(train, tmp_path):
     assert run.series("actor/kl_base_share") == pytest.approx([1, 0.9, 0.8, 1, 1])
     replayed = run.series("staleness/replayed")
     assert replayed[0] == 0 < min(replayed[1:3]) and replayed[3:] == [0, 0]
+    # What is trained again is unpacked while the new rollouts are generated.
+    assert all(ahead >= again for ahead, again in zip(run.series("staleness/prefetched"), replayed, strict=True))
     kl = run.series("actor/kl_loss")
     assert kl[3] < kl[2], "the reference is the policy that the step began with"
     assert [path.name for path in (folder / "reincarnated").iterdir()] == ["rank_0_of_1.safetensors"]

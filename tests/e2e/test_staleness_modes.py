@@ -69,6 +69,7 @@ def test_every_trained_row_is_exactly_k_steps_old(train, tmp_path, mode, k_steps
     result, ledger = run_mode(train, tmp_path, mode, k_steps * UPDATES_PER_STEP, *overrides, steps=steps)
     assert_exactly_k_steps_old(result, ledger, k_steps, steps)
     assert_every_place_was_trained_once(ledger, steps, batch, responses)
+    assert result.series("staleness/prefetched")[1:] == [batch] * (steps - 1), "unpacked while the one before trained"
 
 
 @pytest.mark.feature("a critic (`gae`)", mode="stale_k")

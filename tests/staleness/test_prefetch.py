@@ -92,9 +92,11 @@ def test_a_batch_that_is_known_is_unpacked_before_it_is_asked_for(transfer_queue
     run.buffer.rule.limit(STEPS)
     run.buffer.settle()
     run.step(1)
+    assert run.buffer.step_metrics()["staleness/prefetched"] == 0
     seen = Unpacking(run)
     for step in range(2, STEPS + 1):
         run.step(step)
+        assert run.buffer.step_metrics()["staleness/prefetched"] == BATCH
     assert seen.by_thread[False] == [] and len(seen.by_thread[True]) == (STEPS - 2) * BATCH
     clear(transfer_queue)
 
@@ -115,6 +117,28 @@ def test_what_was_expected_and_is_not_selected_is_given_back(transfer_queue):
         (batch,) = run.step(step, check=lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch))
         assert len(batch.keys) == 2 * BATCH
     assert not any(transfer_queue.kv_list().values()), "rows were left behind"
+
+
+class Uneven(PromptWorkers):
+    """Every other group has a field that the rest lack."""
+
+    def _fields(self, ticket, session: int) -> dict:
+        fields = super()._fields(ticket, session)
+        return fields | ({"turn": session} if ticket.place % 2 else {})
+
+
+@pytest.mark.ray
+def test_a_field_that_some_rows_lack_is_left_out_whatever_was_unpacked_ahead(transfer_queue):
+    run = Run(transfer_queue, ExactStale(0, BATCH), "uneven", workers=Uneven)
+    run.buffer.settle()
+    prefetch, waiting = run.buffer.prefetch, run.buffer.rule.stored_groups()
+    prefetch.expect(0, BATCH)
+    prefetch._begin(tuple(group for group in waiting if group.ticket.place % 2))
+    batch, _ = run.buffer.sample(1, "train", BATCH)
+    assert_rows_are_those_that_were_generated(transfer_queue, batch)
+    data = transfer_queue.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id)
+    assert "session_id" in data.keys() and "turn" not in data.keys()  # noqa: SIM118 (a TensorDict)
+    clear(transfer_queue)
 
 
 @pytest.mark.ray

@@ -230,7 +230,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
     def step_metrics(self) -> dict[str, Any]:
         """The metrics of the trainer step that ends now; of groups without advantage verl's trainer draws a table."""
         counts = {DAPO_FILTERED_REWARD_COUNTS_KEY: self._metrics.set_aside_by_value}
-        return counts | self._metrics.take(self.rule.in_flight, self.rule.ready)
+        return counts | self.prefetch.step_metrics() | self._metrics.take(self.rule.in_flight, self.rule.ready)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything besides TransferQueue's own checkpoint that is needed to go on, as plain JSON.

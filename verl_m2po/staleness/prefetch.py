@@ -32,7 +32,7 @@ class Prefetch:
 
     def __init__(self, rule: StalenessRule, store: LotStore, is_on: bool = True) -> None:
         self._rule, self._store, self._is_on = rule, store, is_on
-        self._version = self._count = self._taken = 0
+        self._version = self._count = self._taken = self._ahead = 0
         self._unpacked: dict[str, _Unpacked] = {}
         self._coming: tuple[Group, ...] = ()
         self._future: Future[frozenset[str]] | None = None
@@ -84,6 +84,7 @@ class Prefetch:
         groups, oldest = selection.groups, selection.oldest_version
         fields = {self._unpacked[group.ticket.uid].fields for group in groups if self._is_ready(group, oldest)}
         missing = tuple(group for group in groups if not self._is_ready(group, oldest))
+        self._ahead += len(groups) - len(missing)
         if missing:
             fields.add(self._store.unpack(missing, oldest, self._partition))
         if len(fields) > 1:  # a field that some rows lack is left out of the batch
@@ -102,6 +103,11 @@ class Prefetch:
     def _expect_what_follows(self, count: int) -> None:
         self._taken = (self._taken + count) % self._rule.batch_size
         self.expect(self._version + (self._taken == 0), count)
+
+    def step_metrics(self) -> dict[str, int]:
+        """Of the trainer step that ends now."""
+        ahead, self._ahead = self._ahead, 0
+        return {"staleness/prefetched": ahead}
 
     def forget(self, groups: Iterable[Group]) -> None:
         """The rows of `groups` are about to be deleted."""
