@@ -19,6 +19,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[2]
 LORA = ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16")
+KL_AND_ENTROPY = (
+    "actor_rollout_ref.actor.use_kl_loss=true",
+    "algorithm.use_kl_in_reward=true",
+    "actor_rollout_ref.actor.entropy_coeff=0.01",
+)
 FILTERED = (
     "algorithm.filter_groups.enable=true",
     "algorithm.filter_groups.metric=acc",
@@ -37,6 +42,14 @@ def assert_groups_without_advantage_were_replaced(result, ledger) -> None:
     # Of two answers to a prompt that are scored 0 or 1, one is right in every group that is trained.
     assert result.series("critic/score/max") == [1.0] * len(counted)
     assert result.series("critic/score/min") == [0.0] * len(counted)
+
+
+def assert_kl_and_entropy_are_there(result, steps: int) -> None:
+    """The first batch is the reference's own; from the first update on the policy is another one."""
+    assert result.series("actor/kl_loss")[-1] > 0
+    penalty = result.series("actor/reward_kl_penalty")
+    assert abs(penalty[0]) < 5e-3 and abs(penalty[-1]) > abs(penalty[0]) and len(penalty) == steps
+    assert all(value > 0 for value in result.series("actor/entropy_loss"))
 
 
 def with_tool(path: str) -> tuple[str, ...]:
@@ -91,6 +104,10 @@ def test_an_agent_calls_a_tool_over_several_turns_that_are_all_as_old_as_promise
 @pytest.mark.feature("an agent with a tool, several turns", mode="bounded_async")
 @pytest.mark.feature("dynamic sampling", mode="bounded_async")
 @pytest.mark.feature("a critic (`gae`)", mode="bounded_async")
+@pytest.mark.feature("a reference model, KL in the loss", mode="bounded_async")
+@pytest.mark.feature("KL in the reward", mode="bounded_async")
+@pytest.mark.feature("an entropy bonus", mode="bounded_async")
+@pytest.mark.feature("a journal", mode="bounded_async")
 def test_turns_that_a_weight_update_interrupts_have_their_versions_in_the_ledger(train, tmp_path, tiny):
     """Bounded staleness, 0.2 s a token: turns go on with newer weights, after the tool's answer and before it."""
     steps, bound_steps = 5, 1
@@ -104,6 +121,9 @@ def test_turns_that_a_weight_update_interrupts_have_their_versions_in_the_ledger
         *with_tool("verl_m2po/tasks/calculator.py"),
         "algorithm.adv_estimator=gae",
         f"critic.model.path={tiny}",
+        *KL_AND_ENTROPY,
+        "++trainer.v1.bounded_async.journal=true",
+        f"trainer.default_local_dir={tmp_path / 'saved'}",
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=benchmarks.paced.token_time:TokenTime",
         steps=steps,
         environment={SECONDS_PER_TOKEN: "0.2"},
@@ -112,12 +132,16 @@ def test_turns_that_a_weight_update_interrupts_have_their_versions_in_the_ledger
     assert_groups_without_advantage_were_replaced(result, ledger)
     assert_tool_tokens_are_there_and_untrained(result, ledger, rows_per_step=32)
     assert all(math.isfinite(value) for value in result.series("critic/vf_loss"))
+    assert_kl_and_entropy_are_there(result, steps)
     assert any(len(row[1]) > 1 for line in ledger for group in line["groups"] for row in group[3])
 
 
 @pytest.mark.feature("LoRA", mode="stale_k_separate")
 @pytest.mark.feature("dynamic sampling", mode="stale_k_separate")
 @pytest.mark.feature("a reference model, KL in the loss", mode="stale_k_separate")
+@pytest.mark.feature("KL in the reward", mode="stale_k_separate")
+@pytest.mark.feature("an entropy bonus", mode="stale_k_separate")
+@pytest.mark.feature("`ppo_epochs=2`", mode="stale_k_separate")
 def test_what_is_trained_of_adapters_is_what_the_rollout_serves(train, tmp_path):
     """A high learning rate, and the base as reference policy. A rollout with the base alone is soon far away."""
     steps = 4
@@ -129,7 +153,8 @@ def test_what_is_trained_of_adapters_is_what_the_rollout_serves(train, tmp_path)
         *SEPARATE,
         *LORA,
         *FILTERED,
-        "actor_rollout_ref.actor.use_kl_loss=true",
+        *KL_AND_ENTROPY,
+        "actor_rollout_ref.actor.ppo_epochs=2",
         "actor_rollout_ref.actor.optim.lr=0.01",
         steps=steps,
     )
@@ -138,6 +163,7 @@ def test_what_is_trained_of_adapters_is_what_the_rollout_serves(train, tmp_path)
     assert_groups_without_advantage_were_replaced(result, ledger)
     # Merged weights travel as bfloat16.
     assert max(result.series("actor/m2po/mismatch_floor")) < 1e-3
+    assert_kl_and_entropy_are_there(result, steps)
     assert result.series("actor/kl_loss")[-1] > 0.02, "the policy has not moved far enough to tell it from the base"
     (difference_nats,) = result.series("staleness/served_difference_nats")
     assert 0 < difference_nats < 0.05, "compared once, after the first push of trained weights"

@@ -23,6 +23,8 @@ FAMILIES = {
     "bapo": {"scope": "micro_batch"},
     "topr": {},
     "mix_ppg": {},
+    "vespo": {},
+    "ctpo": {},
 }
 
 
