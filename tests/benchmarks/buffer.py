@@ -46,7 +46,7 @@ ROWS = PROMPTS * RESPONSES
 def main(
     out: Annotated[Path | None, typer.Option(help="Markdown file whose marked section is replaced.")] = None,
     depths: Annotated[list[int] | None, typer.Option(help="Batches that wait. Repeat for several.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of each response.", min=1)] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens of each response.", min=1)] = 1000,
     rounds: Annotated[int, typer.Option(help="Batches to take at each depth.", min=1)] = 3,
 ) -> None:
     """Milliseconds to take one batch of 2,048 trajectories out, and bytes of each that waits."""

@@ -404,3 +404,34 @@ def run_layouts(model_folder, rows, layouts, packing, policy_loss):
         pack(worker, **packing)
         records[name] = train(worker, rows, old_log_probs)
     return records
+
+
+def run_reincarnation(model_folder, rows, folder):
+    """How far the reference is from the actor after an update, after the reincarnation, and after a restart."""
+    from verl_m2po.staleness.reincarnation import ReincarnatingWorker
+
+    worker = ReincarnatingWorker.__new__(ReincarnatingWorker)
+    worker._rank, worker._world_size = dist.get_rank(), dist.get_world_size()
+    worker.actor = build_worker(model_folder, {"selected": "no_trust_region"}, lr=1e-2)
+    worker.ref = build_worker(model_folder, {"selected": "no_trust_region"})
+    pack(worker.actor, max_tokens=4096)
+    pack(worker.ref, max_tokens=4096)
+
+    def distance():
+        own = as_data(rows, [torch.zeros(len(row["noise"])) for row in rows], len(rows))
+        (actor, _), (ref, _) = (each.look_ahead(own)[0] for each in (worker.actor, worker.ref))
+        return float((actor.raw_log_prob - ref.raw_log_prob).abs().max())
+
+    behaviour = behaviour_log_probs(worker.actor, rows)
+    train(worker.actor, rows, behaviour)
+    found = {"after an update": distance(), "states": len(worker.actor.engine.optimizer.state)}
+    worker.reincarnate(str(folder))
+    found |= {"anew": distance(), "states anew": len(worker.actor.engine.optimizer.state)}
+    with torch.no_grad():
+        for parameter in worker.ref.engine.module.parameters():
+            parameter.add_(0.1)
+    found["lost"] = distance()
+    worker.load_reference(str(folder))
+    found["restarted"] = distance()
+    train(worker.actor, rows, behaviour)
+    return found | {"states later": len(worker.actor.engine.optimizer.state)}
