@@ -61,10 +61,15 @@ def test_remix_moves_its_reference_and_begins_anew(train, tmp_path):
     reference = "trainer.v1.replay.reference"
     run = train(
         *("loss=mix_ppg", "staleness=replay", "replay=remix_whole", "trainer.v1.replay.staleness_updates=4"),
-        "actor_rollout_ref.actor.use_kl_loss=true",
+        *("actor_rollout_ref.actor.use_kl_loss=true", "trainer.v1.replay.journal=true"),
+        *("algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=acc"),
         *(f"{reference}.constant_steps=1", f"{reference}.fall_every_steps=1", f"{reference}.reincarnate_after_steps=3"),
         *(f"trainer.total_training_steps={STEPS}", "trainer.save_freq=-1", f"trainer.default_local_dir={folder}"),
     )
+    assert sum(run.series("staleness/evicted_uninformative")) > 0, (
+        "groups without advantage are replaced in this mode too"
+    )
+    assert [path.name for path in (folder / "journal").glob("*.rows")]
     assert run.series("actor/kl_base_share") == pytest.approx([1, 0.9, 0.8, 1, 1])
     replayed = run.series("staleness/replayed")
     assert replayed[0] == 0 < min(replayed[1:3]) and replayed[3:] == [0, 0]
