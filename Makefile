@@ -134,7 +134,7 @@ study-results: $(STAMP) ## Bring docs/results.md and its figures up to date with
 study-disturbance: $(STAMP) ## A learning rate ten times as large for a while, under a fixed and an adaptive bound (about ten minutes)
 	$(WORKSHOP) -m staleness_study disturbance
 
-plan-study: $(STAMP) ## What `verl-m2po plan` says from 8 to 10,000 devices, into docs/planner.md (about ten minutes)
+plan-study: $(STAMP) ## What `verl-m2po plan` says from 8 to 10,000 devices, into docs/planner.md (about a quarter of an hour)
 	$(WORKSHOP) -m benchmarks.plan_study
 
 docs-tables: $(STAMP) ## Write every table, list and plot of README.md and docs/ that repeats what the code knows

@@ -43,6 +43,21 @@ class AlgorithmKeys:
     )
 
 
+@dataclass
+class TrainerKeys:
+    """Beside verl's own keys of `trainer.v1`.
+
+    Args:
+        staleness_label: Part of the run's name in our recipes. Options of the group `staleness` that share a mode and
+            its `staleness_updates` differ in it.
+    """
+
+    staleness_label: str | None = field(
+        default=None,
+        metadata={INTERPOLATION: "s${oc.select:trainer.v1.${trainer.v1.trainer_mode}.staleness_updates,0}"},
+    )
+
+
 class Section(NamedTuple):
     """Keys that are added in one place.
 
@@ -80,6 +95,7 @@ def sections() -> Iterator[Section]:
     yield Section(KEY, M2POPolicyLossConfig, verls=PolicyLossConfig, is_target=True)
     for name, settings in SETTINGS.items():
         yield Section(f"{KEY}.{name}", settings, is_target=True)
+    yield Section("trainer.v1", TrainerKeys)
     for mode, settings in MODES.items():
         yield from _with_parts(f"trainer.v1.{mode}", settings)
 

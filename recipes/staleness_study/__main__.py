@@ -145,10 +145,22 @@ def results(
 def disturbance(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each run.")] = 3,
     page: Annotated[Path, typer.Option(help="Its marked section is rewritten.")] = Path("docs/staleness.md"),
+    out: Folder = OUT,
+    verl: Annotated[bool, typer.Option(help="Through verl itself, at about eight minutes a run.")] = False,
 ) -> None:
     """A learning rate ten times as large for a while, under a fixed and under an adaptive bound (about ten minutes)."""
     from staleness_study import disturbance as study
+    from staleness_study import disturbance_verl as through_verl
 
+    if verl:
+        data, folder = page.parent / "results" / "disturbance_verl.json", out / "disturbance"
+
+        def train(condition: str, seed: int, schedule: study.Schedule) -> study.Run:
+            return through_verl.train(condition, seed, schedule, folder, Console())
+
+        study.run(range(1, seeds + 1), data, through_verl.SCHEDULE, typer.echo, train)
+        through_verl.write(data, page)
+        return
     data = page.parent / "results" / "disturbance.json"
     study.run(range(1, seeds + 1), data, study.Schedule(), typer.echo)
     study.write(data, page)

@@ -5,7 +5,7 @@ hardest case for a fixed one.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -27,6 +27,7 @@ KEPT = {
     "score": "critic/score/mean",
 }
 TEST_EVERY = 20
+FIRST_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Schedule:
     begins: int = 41
     ends: int = 81
     factor: float = 10.0
+
+    @property
+    def last_steps(self) -> int:
+        """Half of the disturbed steps: in them the bound should have adapted."""
+        return (self.ends - self.begins) // 2
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,13 @@ def train(condition: str, seed: int, schedule: Schedule) -> Run:
     return Run(condition, seed, series, accuracy)
 
 
-def run(seeds: Sequence[int], path: Path, schedule: Schedule, say: Any) -> None:
+def run(
+    seeds: Sequence[int],
+    path: Path,
+    schedule: Schedule,
+    say: Any,
+    train_one: Callable[[str, int, Schedule], Run] = train,
+) -> None:
     """All runs that are not in the JSON file `path` yet, each added to it when it has ended."""
     runs = load(path) if path.exists() else []
     done = {(each.condition, each.seed) for each in runs}
@@ -82,11 +94,16 @@ def run(seeds: Sequence[int], path: Path, schedule: Schedule, say: Any) -> None:
         for condition in CONDITIONS:
             if (condition, seed) in done:
                 continue
-            runs.append(train(condition, seed, schedule))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = {"schedule": asdict(schedule), "machine": processor(), "runs": [asdict(each) for each in runs]}
-            path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+            runs.append(train_one(condition, seed, schedule))
+            save(runs, path, schedule)
             say(f"{condition}, seed {seed}: accuracy {runs[-1].accuracy}")
+
+
+def save(runs: Sequence[Run], path: Path, schedule: Schedule) -> None:
+    """As JSON, which `load` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"schedule": asdict(schedule), "machine": processor(), "runs": [asdict(each) for each in runs]}
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
 def load(path: Path) -> list[Run]:
@@ -99,7 +116,8 @@ def table(runs: Sequence[Run], schedule: Schedule) -> str:
     """Markdown: a row for each bound and seed, and their means."""
     last = schedule.ends - 1
     lines = [
-        "| bound | seed | bound (updates): before, lowest, end | masked: first 10 disturbed steps, last 20, after "
+        "| bound | seed | bound (updates): before, lowest, end "
+        f"| masked: first {FIRST_STEPS} disturbed steps, last {schedule.last_steps}, after "
         f"| accuracy at step {schedule.begins - 1}, {last}, {schedule.steps} |",
         "|---|---:|---:|---:|---:|",
     ]
@@ -108,7 +126,8 @@ def table(runs: Sequence[Run], schedule: Schedule) -> str:
         rows = [_numbers(each, schedule) for each in same]
         for each, row in zip(same, rows, strict=True):
             lines.append(f"| {condition} | {each.seed} | {_cells(row)} |")
-        lines.append(f"| **{condition}** | mean | {_cells([mean(column) for column in zip(*rows, strict=True)])} |")
+        if len(rows) > 1:
+            lines.append(f"| **{condition}** | mean | {_cells([mean(column) for column in zip(*rows, strict=True)])} |")
     return "\n".join(lines)
 
 
@@ -117,7 +136,10 @@ def _numbers(run: Run, schedule: Schedule) -> list[float]:
     bounds = run.series["bound_updates"]
     return [
         *(bounds[begins - 2], min(run.between("bound_updates", begins, after)), bounds[-1]),
-        *(mean(run.between("masked", *each)) for each in ((begins, begins + 10), (ends - 20, ends), (ends, after))),
+        *(
+            mean(run.between("masked", *each))
+            for each in ((begins, begins + FIRST_STEPS), (ends - schedule.last_steps, ends), (ends, after))
+        ),
         *(run.accuracy[step] for step in (begins - 1, ends - 1, schedule.steps)),
     ]
 
@@ -132,9 +154,15 @@ def write(path: Path, page: Path) -> None:
     """Put the table of the runs in `path` into the marked section of `page`."""
     content = json.loads(path.read_text())
     schedule, runs = Schedule(**content["schedule"]), load(path)
-    seeds = len({each.seed for each in runs})
-    said = (
-        f"`python -m staleness_study disturbance`, {seeds} seeds, {schedule.steps} trainer steps of four updates, "
-        f"learning rate x {schedule.factor:g} in steps {schedule.begins} to {schedule.ends - 1} ({content['machine']}):"
-    )
+    said = described("disturbance", "four updates", content["machine"], runs, schedule)
     replace_section(page, SECTION, f"{said}\n\n{table(runs, schedule)}")
+
+
+def described(command: str, step: str, machine: str, runs: Sequence[Run], schedule: Schedule) -> str:
+    """What was run, where."""
+    seeds = sorted({each.seed for each in runs})
+    said = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    return (
+        f"`python -m staleness_study {command}`, {said}, {schedule.steps} trainer steps of {step}, "
+        f"learning rate x {schedule.factor:g} in steps {schedule.begins} to {schedule.ends - 1} ({machine}):"
+    )

@@ -37,13 +37,27 @@ LEAVING_STEPS = 1
 
 
 @dataclass(frozen=True)
+class Pace:
+    """Least seconds of an engine step, and seconds slept in an update."""
+
+    token_s: float = TOKEN_S
+    update_s: float = UPDATE_S
+
+
+@dataclass(frozen=True)
 class Contestant:
-    """A trainer mode and what it is set to."""
+    """A trainer mode and what it is set to; `name` is that of its folder, by default the mode's."""
 
     mode: str
     overrides: tuple[str, ...] = ()
     is_separate: bool = True
     has_ledger: bool = True
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Name of its folder."""
+        return self.mode if self.name is None else self.name
 
 
 CONTESTANTS = (
@@ -65,7 +79,10 @@ def main(
     """Seconds per trained batch: sync, our modes, and verl's separate_async, by the speed of generation."""
     console = Console()
     length = SETTLING_STEPS + steps + LEAVING_STEPS
-    logs = {each.mode: _run(each, folder.absolute(), length, only, console) for each in CONTESTANTS}
+    logs = {
+        each.mode: run_contestant(each, folder.absolute(), length, Pace(), console, only is None or each.mode in only)
+        for each in CONTESTANTS
+    }
     table = "\n".join(_table({mode: rows for mode, rows in logs.items() if rows}, length))
     if out is None:
         console.print(table, markup=False, soft_wrap=True)
@@ -73,8 +90,20 @@ def main(
         replace_section(out, SECTION, table)
 
 
-def _run(contestant: Contestant, folder: Path, length: int, only: list[str] | None, console: Console) -> list[dict]:
-    run_folder = folder / contestant.mode
+def run_contestant(
+    contestant: Contestant, folder: Path, length: int, pace: Pace, console: Console, is_run: bool = True
+) -> list[dict]:
+    """The logged rows of its run, all phases of `length` trainer steps one after the other.
+
+    Args:
+        contestant: mode and settings.
+        folder: of all runs.
+        length: trainer steps of a phase.
+        pace: of tokens and updates.
+        console: where the progress is shown.
+        is_run: False reads the log of an earlier run.
+    """
+    run_folder = folder / contestant.label
     run_folder.mkdir(parents=True, exist_ok=True)
     lengths = [Lengths(1 + i * length, median, sigma, LONGEST) for i, (median, sigma) in enumerate(PHASES.values())]
     write_config(str(run_folder / "agent_loop.yaml"), lengths)
@@ -101,8 +130,8 @@ def _run(contestant: Contestant, folder: Path, length: int, only: list[str] | No
         "trainer.test_freq=-1",
     )
     run = Run(run_folder, length * len(PHASES), "m2po", seed=1, overrides=overrides)
-    if only is None or contestant.mode in only:
-        os.environ |= {SECONDS_PER_TOKEN: str(TOKEN_S), SECONDS_PER_UPDATE: str(UPDATE_S)}
+    if is_run:
+        os.environ |= {SECONDS_PER_TOKEN: str(pace.token_s), SECONDS_PER_UPDATE: str(pace.update_s)}
         model, data = prepare(run, console)
         if train(run, run.command(model.absolute(), data.absolute()), console):
             raise typer.Exit(1)

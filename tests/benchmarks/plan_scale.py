@@ -8,11 +8,12 @@ import typer
 from pages import processor
 from rich.console import Console
 
-from verl_m2po.planner.simulate import Setting, simulate
+from verl_m2po.planner.setting import OFF, Setting
+from verl_m2po.planner.simulate import simulate
 from verl_m2po.planner.workload import EngineCurve, Generation, QuantileLengths, Training, Workload
 
-# Nine batches of 13,889 groups of 8 are a million trajectories.
-BOUND_STEPS, GROUPS, RESPONSES = 8, 13_889, 8
+# Nine batches of 13,892 groups of 8 are a million trajectories, and a quarter of a batch is a whole number of groups.
+BOUND_STEPS, GROUPS, RESPONSES = 8, 13_892, 8
 SERVERS, TRAINERS = 9_000, 1_000
 
 
@@ -29,13 +30,16 @@ def workload() -> Workload:
     )
 
 
-def main(steps: Annotated[int, typer.Option(help="Trainer steps.", min=1)] = 50) -> None:
+def main(
+    steps: Annotated[int, typer.Option(help="Trainer steps.", min=1)] = 50,
+    replay: Annotated[str, typer.Option(help="Option of the group `replay`.")] = OFF,
+) -> None:
     """Processor time and memory of one simulation, from an empty buffer."""
     began = time.process_time()
-    outcome = simulate(Setting("bounded_async", BOUND_STEPS), workload(), steps=steps, warm_up=0)
+    outcome = simulate(Setting("bounded_async", BOUND_STEPS, replay=replay), workload(), steps=steps, warm_up=0)
     taken, peak_gib = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     Console().print(
-        f"{steps} trainer steps of {SERVERS + TRAINERS} devices, {outcome.deepest * RESPONSES} trajectories in flight: "
+        f"{steps} trainer steps of {SERVERS + TRAINERS} devices, {outcome.deepest * RESPONSES} trajectories in flight, replay={replay}: "
         f"{taken:.0f} s of processor time, {peak_gib:.2f} GiB ({processor()})",
         markup=False,
         soft_wrap=True,

@@ -103,6 +103,14 @@ def test_runs_of_a_sweep_have_different_names(group):
     assert len(set(names)) == len(names), names
 
 
+def test_a_bound_that_moves_and_a_fixed_one_of_its_size_have_different_names():
+    fixed, moving = (
+        composed("m2po_trainer", f"staleness={staleness}", f"trainer.v1.bounded_async.{key}=64").trainer.experiment_name
+        for staleness, key in (("bounded_async", "staleness_updates"), ("adaptive", "adaptive.max_staleness_updates"))
+    )
+    assert (fixed, moving) == ("m2po_bounded_async_s64", "m2po_bounded_async_s64_adaptive")
+
+
 @pytest.mark.parametrize("hardware", options("hardware"))
 def test_weights_travel_by_what_the_hardware_has(hardware):
     config = composed("m2po_trainer", f"hardware={hardware}")

@@ -108,9 +108,11 @@ def test_an_agent_calls_a_tool_over_several_turns_that_are_all_as_old_as_promise
 @pytest.mark.feature("KL in the reward", mode="bounded_async")
 @pytest.mark.feature("an entropy bonus", mode="bounded_async")
 @pytest.mark.feature("a journal", mode="bounded_async")
+@pytest.mark.feature("an adaptive bound", mode="bounded_async")
 def test_turns_that_a_weight_update_interrupts_have_their_versions_in_the_ledger(train, tmp_path, tiny):
     """Bounded staleness, 0.2 s a token: turns go on with newer weights, after the tool's answer and before it."""
     steps, bound_steps = 5, 1
+    adaptive = "trainer.v1.bounded_async.adaptive"
     result, ledger = run_mode(
         train,
         tmp_path,
@@ -125,9 +127,17 @@ def test_turns_that_a_weight_update_interrupts_have_their_versions_in_the_ledger
         "++trainer.v1.bounded_async.journal=true",
         f"trainer.default_local_dir={tmp_path / 'saved'}",
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=benchmarks.paced.token_time:TokenTime",
+        f"++{adaptive}.enable=true",
+        f"++{adaptive}.max_staleness_updates={bound_steps * UPDATES_PER_STEP}",
+        # Every step is above it; the last one is the one too many.
+        f"++{adaptive}.target_second_moment=1e-12",
+        f"++{adaptive}.patience_steps={steps}",
         steps=steps,
         environment={SECONDS_PER_TOKEN: "0.2"},
     )
+    assert result.series("staleness/bound_updates") == [bound_steps * UPDATES_PER_STEP] * steps
+    assert result.series("staleness/bound_lowered_by_second_moment") == [0.0] * (steps - 1) + [1.0]
+    assert min(result.series("staleness/bound_load")) > 1
     assert max(result.series("staleness/age_updates_max")) <= bound_steps * UPDATES_PER_STEP
     assert_groups_without_advantage_were_replaced(result, ledger)
     assert_tool_tokens_are_there_and_untrained(result, ledger, rows_per_step=32)

@@ -69,6 +69,40 @@ def test_a_target_age_and_a_deadline_are_kept():
     assert relaxed["age_updates_mean"] == 0.0
 
 
+def test_replay_is_compared_beside_none_in_the_modes_that_have_it():
+    told = planned("--replay", "x2", "--replay", "x4")
+    settings = [(each["mode"], each["replay"], each["staleness_updates"]) for each in told["settings"]]
+    assert {each[:2] for each in settings} == {
+        *((mode, "off") for mode in ("sync", "stale_k", "stale_k_separate", "bounded_async")),
+        *((mode, replay) for mode in ("replay", "bounded_async") for replay in ("x2", "x4")),
+    }
+    assert all(staleness for _, replay, staleness in settings if replay != "off")
+    for each in told["settings"]:
+        assert 0 <= each["replayed_share"] <= {"off": 0, "x2": 0.5, "x4": 0.75}[each["replay"]]
+    # What may be trained again is kept beside what waits.
+    kept = {
+        each["replay"]: each["buffer_gib_at_full_length"]
+        for each in told["settings"]
+        if (each["mode"], each["staleness_updates"]) == ("bounded_async", 8)
+    }
+    assert kept["x2"] == kept["x4"] == 2 * kept["off"]
+    code, output = plan("--modes", "replay", "--replay", "x4")
+    assert code == 0
+    assert "trainer.v1.trainer_mode=replay" in output
+    assert "replay=x4" in output
+    assert "of a batch is new" in output
+
+
+def test_a_server_that_is_replaced_saves_the_restart():
+    fails = ("--failures-per-device-year", "300000", "--modes", "bounded_async", "--splits", "0.5")
+    restarted, healed = planned(*fails), planned(*fails, "--replace-s", "60")
+    assert sum(each["restarts"] for each in restarted["settings"]) > sum(
+        each["restarts"] for each in healed["settings"]
+    )
+    assert all(each["server_failures"] == 0 for each in restarted["settings"])
+    assert any(each["server_failures"] for each in healed["settings"])
+
+
 def test_a_picture_and_a_table_are_made(tmp_path):
     code, output = plan("--out", str(tmp_path / "plan.svg"), "--modes", "sync", "--modes", "bounded_async")
     assert code == 0
@@ -99,6 +133,22 @@ def test_what_is_missing_is_named_with_the_option_that_supplies_it(option):
         (("--max-staleness", "6"), "set it to 4 or 8"),
         (("--max-staleness", "-1"), "set it to 0"),
         (("--modes", "async"), "there is no such mode"),
+        (("--replay", "x3"), "there are x2, x4, x8, remix"),
+        (("--replay", "x2", "--modes", "stale_k"), "only replay and bounded_async train a rollout again"),
+        (("--modes", "replay"), "give --replay too"),
+        (("--replay", "x8", "--batch-size", "4"), "no whole number of the 4 prompts of --batch-size"),
+        (("--max-length", "0"), "is above --max-length 0"),
+        (("--lengths", "0.9:100,0.5:400"), "must not have a shorter length"),
+        (("--lengths", "0.5:100,0.5:400"), "a share is given twice"),
+        (("--tokens-per-s", "0:50"), "requests from 1"),
+        (("--tokens-per-s", "1.5:50"), "a whole number of requests"),
+        (("--max-requests", "0"), "--max-requests is 0; it must be at least 1"),
+        (("--update-devices", "0"), "--update-devices is 0; it must be at least 1"),
+        (("--prefill-tokens-per-s", "0"), "--prefill-tokens-per-s is 0"),
+        (("--target-age", "nan"), "--target-age is nan"),
+        (("--deadline", "-1"), "--deadline is -1"),
+        (("--failures-per-device-year", "inf"), "--failures-per-device-year is inf"),
+        (("--prompt-tokens", "-5"), "--prompt-tokens is -5"),
         (("--splits", "2"), "no shares of the devices"),
         (("--update-s", "-3"), "must be 0 or more"),
         (("--target-age", "-1"), "the youngest data are 0.0 updates old"),
@@ -183,6 +233,24 @@ def test_a_ledger_tells_lengths_and_speed(tmp_path):
     assert facts.speeds == ((4, 80.0),)
     assert facts.lengths is not None
     assert facts.lengths.draw(np.random.default_rng(0), 3, 2, 0) == [[40, 40]] * 3
+
+
+def test_a_log_without_a_needed_column_says_which_and_what_supplies_it(tmp_path):
+    log = logged(tmp_path, "bounded_async")  # no phase of training
+    options = ["--ledger", str(ledger(tmp_path)), "--max-staleness", "4"]
+    result = CliRunner().invoke(app, ["plan", str(log), *options], env={"COLUMNS": "1000"})
+    assert result.exit_code == 2
+    assert "update_s (--update-s, or a log with timing_s/update_actor)" in result.output
+
+
+def test_responses_of_a_ledger_above_the_limit_are_refused(tmp_path):
+    result = CliRunner().invoke(
+        app,
+        ["plan", str(logged(tmp_path, "sync")), "--ledger", str(ledger(tmp_path)), "--max-length", "30"],
+        env={"COLUMNS": "1000"},
+    )
+    assert result.exit_code == 2
+    assert "--ledger holds a response of 40 tokens, above --max-length 30" in result.output
 
 
 def test_what_is_no_ledger_is_refused(tmp_path):

@@ -1,14 +1,19 @@
 """The laws of a simulated run."""
 
+import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import verl_m2po
 from verl_m2po.planner.fleet import Fleet
-from verl_m2po.planner.simulate import MODES, Setting, simulate
+from verl_m2po.planner.setting import FRESH_SHARES, MODES, OFF, REPLAYING, Setting
+from verl_m2po.planner.simulate import simulate
 from verl_m2po.planner.workload import (
     EngineCurve,
     Failures,
@@ -39,22 +44,30 @@ def workload(
 
 
 TAIL = QuantileLengths({0.5: 100, 0.9: 400}, 1600)
-SETTINGS = st.builds(
-    Setting, mode=st.sampled_from(["stale_k", "stale_k_separate", "bounded_async"]), staleness_steps=st.integers(0, 4)
+STALENESS = st.integers(0, 4)
+SETTINGS = st.one_of(
+    st.builds(
+        Setting, mode=st.sampled_from(["stale_k", "stale_k_separate", "bounded_async"]), staleness_steps=STALENESS
+    ),
+    # Of 8 prompts; `remix` too, which is no power of two.
+    st.builds(
+        Setting,
+        mode=st.sampled_from(REPLAYING),
+        staleness_steps=STALENESS,
+        replay=st.sampled_from([name for name in FRESH_SHARES if name != OFF]),
+    ),
 )
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_unlimited_generator_gives_the_training_time(mode):
-    setting = Setting(mode, 0 if mode == "sync" else 2)
-    outcome = simulate(setting, workload(tokens_per_s=FAST, push_s=1.5), steps=5)
+    outcome = simulate(of_mode(mode), workload(tokens_per_s=FAST, push_s=1.5), steps=5)
     assert outcome.mean_step_s == pytest.approx(10 + 1.5, rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "replay"])
 def test_an_unlimited_trainer_gives_the_generation_time(mode):
-    setting = Setting(mode, 0 if mode == "sync" else 2)
-    outcome = simulate(setting, workload(step_s=0.0, max_requests=8), steps=5)
+    outcome = simulate(of_mode(mode), workload(step_s=0.0, max_requests=8), steps=5)
     # The servers are full with one batch: 32 responses of 200 tokens at 100 tokens/s.
     assert outcome.mean_step_s == pytest.approx(2.0)
     assert outcome.servers_idle < 1e-6
@@ -73,6 +86,61 @@ def test_separate_devices_cost_the_larger():
     assert simulate(Setting("stale_k_separate", 1), slow, steps=5).mean_step_s == pytest.approx(20.0)
 
 
+@pytest.mark.parametrize("replay", ["x2", "x4", "x8", "remix"])
+def test_with_replay_an_unlimited_trainer_gives_the_generation_time_of_what_is_new(replay):
+    # Eight slots: a batch of 32 responses takes four waves of 2 s.
+    slow = workload(step_s=0.0, servers=4, max_requests=2)
+    assert simulate(Setting("sync"), slow, steps=5).mean_step_s == pytest.approx(8.0)
+    outcome = simulate(Setting("replay", 30, replay=replay), slow, steps=8)
+    assert outcome.mean_step_s == pytest.approx(2.0 * math.ceil(FRESH_SHARES[replay] * 8 * 4 / 8), rel=1e-3)
+    assert outcome.replayed_share == pytest.approx(1 - FRESH_SHARES[replay])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    staleness=st.integers(1, 5),
+    replay=st.sampled_from(["x2", "x4"]),
+    step_s=st.floats(0.1, 10),
+    slots=st.integers(2, 16),
+    seed=st.integers(0, 5),
+)
+def test_replay_never_makes_the_trainer_of_bounded_async_wait_longer(staleness, replay, step_s, slots, seed):
+    run = workload(step_s=step_s, lengths=TAIL, max_requests=slots)
+    once, again = (
+        simulate(Setting("bounded_async", staleness, replay=option), run, steps=6, seed=seed)
+        for option in (OFF, replay)
+    )
+    assert again.ramp_s + sum(again.step_s) <= once.ramp_s + sum(once.step_s) + 1e-6
+    assert again.replayed_share <= 1 - FRESH_SHARES[replay]
+    assert once.replayed_groups == once.replayed_tokens == 0
+
+
+def test_where_generation_is_late_replay_takes_the_time_of_what_must_be_new():
+    slow = workload(step_s=0.5, servers=4, max_requests=2)
+    once = simulate(Setting("bounded_async", 8), slow, steps=10)
+    again = simulate(Setting("bounded_async", 8, replay="x4"), slow, steps=10)
+    assert once.mean_step_s == pytest.approx(8.0, rel=0.01)
+    assert again.mean_step_s == pytest.approx(2.0, rel=0.05)
+    assert again.mean_age > once.mean_age
+    assert again.wasted_share == 0
+
+
+def test_the_options_of_replay_are_those_of_the_hydra_group():
+    folder = Path(verl_m2po.__file__).parent / "config" / "replay"
+    known = {
+        path.stem: yaml.safe_load(path.read_text())["trainer"]["v1"]["replay"]["replay"] for path in folder.iterdir()
+    }
+    assert set(known) - set(FRESH_SHARES) == {"self_imitation"}  # its choice is by rewards
+    for name, share in FRESH_SHARES.items():
+        told = Setting("bounded_async", 1, replay=name).replay_config
+        assert (told.max_uses, told.fresh_share, told.sampling) == (
+            known[name]["max_uses"],
+            share,
+            known[name]["sampling"],
+        )
+        assert known[name]["fresh_share"] == share
+
+
 def test_bounded_async_waits_for_no_single_response():
     lengths = QuantileLengths({0.5: 100, 0.9: 300, 0.99: 1500}, 1600)
     tail = workload(step_s=1.0, lengths=lengths, max_requests=4)
@@ -86,7 +154,7 @@ def test_bounded_async_waits_for_no_single_response():
 def test_ages_are_within_the_rules_bound(setting, step_s, seed):
     outcome = simulate(setting, workload(step_s=step_s, lengths=TAIL, push_s=0.2), steps=4, seed=seed)
     assert outcome.largest_age <= setting.staleness_steps
-    if setting.mode != "bounded_async":
+    if setting.mode not in REPLAYING:
         assert set(outcome.age_tokens) == {setting.staleness_steps}
         assert outcome.masked_tokens == outcome.dropped_tokens == 0
 
@@ -98,22 +166,39 @@ def test_every_step_trains_a_batch_and_the_queue_is_as_deep_as_the_rule_allows(s
     outcome = simulate(setting, failing, steps=4, seed=seed)
     assert outcome.trained_groups == 4 * 8
     assert outcome.deepest <= (setting.staleness_steps + 1) * 8
-    assert (outcome.dropped_tokens > 0) == (share > 0) or setting.mode == "bounded_async"
+    assert (outcome.dropped_tokens > 0) == (share > 0) or setting.mode in REPLAYING
 
 
 @settings(max_examples=10, deadline=None)
 @given(setting=SETTINGS, seed=st.integers(0, 100))
 def test_the_same_seed_gives_the_same_numbers(setting, seed):
-    breaking = Failures(server_per_s=1e-3, trainer_per_s=1e-3, heals=True, rejoin_s=50)
+    breaking = Failures(server_per_s=1e-3, trainer_per_s=1e-3, heals=True, replace_s=50)
     runs = [simulate(setting, workload(lengths=TAIL, failures=breaking), steps=4, seed=seed) for _ in range(2)]
     assert runs[0] == runs[1]
+
+
+def of_mode(mode: str, staleness_steps: int = 2) -> Setting:
+    """A mode that trains again only does so."""
+    return Setting(mode, 0 if mode == "sync" else staleness_steps, replay="x2" if mode == "replay" else OFF)
+
+
+def test_a_lost_server_costs_its_share_of_the_time_until_it_is_replaced():
+    slow = workload(step_s=0.0, servers=2, max_requests=16, lengths=MeasuredLengths([[100] * 4]))
+    breaking = Failures(server_per_s=5e-3, heals=True, replace_s=100.0)
+    whole = simulate(of_mode("bounded_async"), slow, steps=600)
+    broken = simulate(of_mode("bounded_async"), dataclasses.replace(slow, failures=breaking), steps=600)
+    assert broken.server_failures > 2
+    assert broken.restarts == 0
+    # Half of the speed is gone for 100 s after each; what was lost with the server is a second's work at most.
+    lost_s = sum(broken.step_s) - sum(whole.step_s) - broken.server_failures * 100 / 2
+    assert 0 <= lost_s <= broken.server_failures
 
 
 @pytest.mark.parametrize("heals", [True, False])
 @pytest.mark.parametrize("mode", MODES)
 def test_failures_cost_time_and_break_no_promise(mode, heals):
-    breaking = Failures(server_per_s=1e-2, heals=heals, rejoin_s=60, restart_s=100, checkpoint_steps=4)
-    setting = Setting(mode, 0 if mode == "sync" else 2)
+    breaking = Failures(server_per_s=1e-2, heals=heals, replace_s=60, restart_s=100, checkpoint_steps=4)
+    setting = of_mode(mode)
     whole = simulate(setting, workload(lengths=TAIL), steps=30)
     broken = simulate(setting, workload(lengths=TAIL, failures=breaking), steps=30)
     if heals and not setting.is_shared:
@@ -203,6 +288,9 @@ def test_quantiles_come_out_again():
         (lambda: EngineCurve(((8, 1.0), (8, 2.0)), 8), "given twice"),
         (lambda: Setting("async"), "there is no such mode"),
         (lambda: Setting("sync", 1), "it cannot be"),
+        (lambda: Setting("bounded_async", 1, replay="x3"), "--replay x3: there is no such option"),
+        (lambda: Setting("stale_k", 1, replay="x2"), "stale_k trains each rollout once"),
+        (lambda: Setting("bounded_async", 1, replay="x8").rule(4, 0), "no whole number of the 4 prompts"),
         (lambda: workload(servers=0), "servers is 0"),
         (lambda: workload(step_s=-1.0), "must be 0 or more"),
         (lambda: simulate(Setting("sync"), workload(), steps=0), "--simulate-steps 0"),

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +13,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from verl_m2po.planner.compare import Choice
     from verl_m2po.planner.facts import Facts
-    from verl_m2po.planner.simulate import Setting
+    from verl_m2po.planner.setting import Setting
+    from verl_m2po.planner.workload import Failures
 
 # Without numpy and the rules: `verl-m2po --help` stays fast.
 ALL_MODES = ["sync", "stale_k", "stale_k_separate", "bounded_async"]
@@ -30,6 +31,38 @@ def _pairs(option: str, text: str | None) -> list[tuple[float, float]] | None:
         return [(first, second) for first, second in pairs]
     except ValueError as error:
         raise PlanError(f"{option} {text} is no list of pairs of numbers, such as 0.5:900,0.9:3000") from error
+
+
+def _quantiles(text: str | None) -> dict[float, float] | None:
+    from verl_m2po.planner.workload import PlanError
+
+    pairs = _pairs("--lengths", text)
+    if pairs is not None and len(dict(pairs)) < len(pairs):
+        raise PlanError(f"--lengths {text}: a share is given twice")
+    return None if pairs is None else dict(pairs)
+
+
+def _speeds(text: str | None) -> tuple[tuple[int, float], ...] | None:
+    from verl_m2po.planner.workload import PlanError
+
+    pairs = _pairs("--tokens-per-s", text)
+    if pairs is None:
+        return None
+    if any(not requests.is_integer() for requests, _ in pairs):
+        raise PlanError(f"--tokens-per-s {text}: before each colon stands a whole number of requests")
+    return tuple((int(requests), speed) for requests, speed in pairs)
+
+
+def _require_numbers(positive: dict[str, float | None], finite: dict[str, float | None]) -> None:
+    """Options that were given: not nan, `finite` ones no inf either."""
+    from verl_m2po.planner.workload import PlanError
+
+    for option, value in positive.items():
+        if value is not None and not value > 0:
+            raise PlanError(f"{option} is {value:g}; it must be positive")
+    for option, value in finite.items():
+        if value is not None and not math.isfinite(value):
+            raise PlanError(f"{option} is {value:g}; give a finite number")
 
 
 def _shares(text: str) -> list[float]:
@@ -65,8 +98,9 @@ def buffer_bytes(facts: "Facts", setting: "Setting") -> int:
 
     if setting.mode == "sync":
         return 0
+    of_mode = {"replay": asdict(setting.replay_config)} if setting.is_replaying else {}
     config = {
-        "trainer": {"v1": {"trainer_mode": setting.mode, setting.mode: {}}},
+        "trainer": {"v1": {"trainer_mode": setting.mode, setting.mode: of_mode}},
         "data": {
             "train_batch_size": facts.groups,
             "max_response_length": facts.longest,
@@ -113,7 +147,14 @@ def plan(
     failures_per_device_year: Annotated[float, typer.Option(min=0.0, help="Of any device.")] = 0.0,
     restart_s: Annotated[float, typer.Option(min=0.0, help="Until a run that died trains again.")] = 600.0,
     checkpoint_steps: Annotated[int, typer.Option(min=1, help="Trainer steps between checkpoints.")] = 20,
+    replace_s: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Until a lost server is replaced while the run goes on; without it, it restarts."),
+    ] = None,
     modes: Annotated[list[str] | None, typer.Option(help="Modes to compare; may be given again.")] = None,
+    replay: Annotated[
+        list[str] | None, typer.Option(help="Options of replay= to compare beside none: x2, x4, x8 or remix.")
+    ] = None,
     splits: Annotated[
         str, typer.Option(help="Shares of the devices that generate, where they do nothing else.")
     ] = "0.25,0.5,0.625,0.75,0.875",
@@ -135,7 +176,7 @@ def plan(
     """
     from verl_m2po.planner.compare import compare, recommend
     from verl_m2po.planner.facts import Assumed, Facts
-    from verl_m2po.planner.workload import SECONDS_PER_YEAR, Failures, PlanError
+    from verl_m2po.planner.workload import SECONDS_PER_YEAR, PlanError
 
     try:
         from verl_m2po.planner import show
@@ -144,7 +185,18 @@ def plan(
     if out is not None and out.suffix not in (".svg", ".png", ".pdf"):
         raise typer.BadParameter(f"--out is {out}; its name must end in .svg, .png or .pdf")
     try:
-        speeds = _pairs("--tokens-per-s", tokens_per_s)
+        _require_numbers(
+            positive={"--prefill-tokens-per-s": prefill_tokens_per_s, "--deadline": deadline},
+            finite={
+                "--target-age": target_age,
+                "--speed-spread": speed_spread,
+                "--update-spread": update_spread,
+                "--failures-per-device-year": failures_per_device_year,
+                "--restart-s": restart_s,
+                "--replace-s": replace_s,
+                "--cost-per-hour": cost_per_hour,
+            },
+        )
         given = Facts(
             devices=devices,
             server_devices=server_devices,
@@ -153,24 +205,32 @@ def plan(
             updates_per_step=updates_per_step,
             prompt_tokens=prompt_tokens,
             longest=max_length,
-            speeds=None if speeds is None else tuple((int(requests), speed) for requests, speed in speeds),
+            speeds=_speeds(tokens_per_s),
             max_requests=max_requests,
             update_s=update_s,
             update_devices=update_devices,
             push_s=_push_s(push_s, model_billions, push_gb_per_s),
         )
-        facts = _facts(given, run, ledger, _pairs("--lengths", lengths))
+        facts = _facts(given, run, ledger, _quantiles(lengths))
         facts.require_whole(f" from {run}" if run else "")
         assumed = Assumed(
             prefill_tokens_per_s,
             speed_spread,
             update_spread,
             failures_per_device_year / SECONDS_PER_YEAR,
-            Failures(restart_s=restart_s, checkpoint_steps=checkpoint_steps),
+            _failures(restart_s, checkpoint_steps, replace_s),
         )
         shares = _shares(splits)
         compared = compare(
-            facts, assumed, modes or _possible(facts.devices), max_staleness, shares, simulate_steps, seed, buffer_bytes
+            facts,
+            assumed,
+            modes or _possible(facts.devices, bool(replay)),
+            max_staleness,
+            shares,
+            simulate_steps,
+            seed,
+            buffer_bytes,
+            replay or (),
         )
         choices = list(compared)
         chosen = recommend(choices, target_age, deadline, run_steps)
@@ -184,9 +244,7 @@ def plan(
             Console().print(Text(f"written: {out}"), soft_wrap=True)
 
 
-def _facts(
-    given: "Facts", run: Path | None, ledger: Path | None, quantiles: list[tuple[float, float]] | None
-) -> "Facts":
+def _facts(given: "Facts", run: Path | None, ledger: Path | None, quantiles: dict[float, float] | None) -> "Facts":
     """What the options say, and where they say nothing the run."""
     from verl_m2po.planner.facts import Facts
     from verl_m2po.planner.readings import read_ledger_facts, read_run
@@ -203,12 +261,20 @@ def _facts(
         return facts
     if facts.longest is None:
         raise PlanError("--lengths needs the limit on a response: give --max-length")
-    return replace(facts, lengths=QuantileLengths(dict(quantiles), facts.longest))
+    return replace(facts, lengths=QuantileLengths(quantiles, facts.longest))
 
 
-def _possible(devices: int | None) -> list[str]:
+def _possible(devices: int | None, has_replay: bool) -> list[str]:
     """One device cannot be split."""
-    return ALL_MODES[:2] if devices == 1 else ALL_MODES
+    modes = ALL_MODES[:2] if devices == 1 else ALL_MODES
+    return [*modes, "replay"] if has_replay else modes
+
+
+def _failures(restart_s: float, checkpoint_steps: int, replace_s: float | None) -> "Failures":
+    from verl_m2po.planner.workload import Failures
+
+    common = {"restart_s": restart_s, "checkpoint_steps": checkpoint_steps}
+    return Failures(**common) if replace_s is None else Failures(**common, heals=True, replace_s=replace_s)
 
 
 def _tell(

@@ -14,7 +14,10 @@ READ = (
     *("algorithm.", "data.train_batch_size", "data.seed"),
     *(f"{ROLLOUT}.{key}" for key in ("n", "seed", "temperature")),
     *(f"trainer.{key}" for key in ("total_training_steps", "test_freq", "val_before_train")),
-    *(f"trainer.{key}" for key in ("experiment_name", "project_name", "logger", "v1.trainer_mode")),
+    *(
+        f"trainer.{key}"
+        for key in ("experiment_name", "project_name", "logger", "v1.trainer_mode", "v1.staleness_label")
+    ),
     *(f"trainer.v1.{mode}.staleness_updates" for mode in ("stale_k", "stale_k_separate", "bounded_async", "replay")),
     "trainer.v1.bounded_async.adaptive.",
 )

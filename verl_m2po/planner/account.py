@@ -22,10 +22,12 @@ class Outcome:
         servers_idle: share of the servers' time without any request.
         servers_speed: tokens generated, as a share of what the servers could at their best.
         age_tokens: age -> trained tokens.
-        trained_tokens: kept by the rule.
+        trained_tokens: kept by the rule; one that is trained again counts again.
+        replayed_tokens: those of them that were trained before.
         masked_tokens: over the bound, in groups that were trained.
         dropped_tokens: of groups that were evicted, aborted or failed.
-        trained_groups: prompt groups.
+        trained_groups: prompt groups; one that is trained again counts again.
+        replayed_groups: those of them that were trained before.
         deepest: prompt groups admitted and not yet trained, at most.
         server_failures: healed.
         restarts: of the whole run.
@@ -39,9 +41,11 @@ class Outcome:
     servers_speed: float
     age_tokens: dict[int, int]
     trained_tokens: int
+    replayed_tokens: int
     masked_tokens: int
     dropped_tokens: int
     trained_groups: int
+    replayed_groups: int
     deepest: int
     server_failures: int
     restarts: int
@@ -71,7 +75,12 @@ class Outcome:
     def wasted_share(self) -> float:
         """Share of the generated tokens that were masked or dropped."""
         lost = self.masked_tokens + self.dropped_tokens
-        return lost / max(1, lost + self.trained_tokens)
+        return lost / max(1, lost + self.trained_tokens - self.replayed_tokens)
+
+    @property
+    def replayed_share(self) -> float:
+        """Share of the trained prompt groups that had been trained before."""
+        return self.replayed_groups / max(1, self.trained_groups)
 
     @property
     def tokens_per_s(self) -> float:
@@ -95,6 +104,7 @@ class Account:
         self._waited_s = 0.0
         self._ages: Counter[int] = Counter()
         self._masked = self._dropped = self._groups = self._restarts = 0
+        self._replayed_tokens = self._replayed_groups = 0
         self._lost_s = 0.0
         self.server_failures = 0
 
@@ -113,7 +123,11 @@ class Account:
     def trained(self, selection: Selection, version: int) -> None:
         """A batch is trained from weight `version`."""
         self._groups += len(selection.groups)
+        self._replayed_groups += len(selection.replayed)
         for group in selection.groups:
+            if group.ticket.uid in selection.replayed:
+                # All its tokens: a group with one over the bound is not trained again.
+                self._replayed_tokens += group.generated_tokens
             for row in group.rows:
                 for span_version, tokens in row.spans:
                     if selection.oldest_version is not None and span_version < selection.oldest_version:
@@ -150,9 +164,11 @@ class Account:
             servers_speed=(self._fleet.generated_tokens - self._tokens) / possible if possible else 0.0,
             age_tokens=dict(sorted(self._ages.items())),
             trained_tokens=sum(self._ages.values()),
+            replayed_tokens=self._replayed_tokens,
             masked_tokens=self._masked,
             dropped_tokens=self._dropped,
             trained_groups=self._groups,
+            replayed_groups=self._replayed_groups,
             deepest=self.deepest,
             server_failures=self.server_failures,
             restarts=self._restarts,

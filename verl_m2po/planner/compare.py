@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from verl_m2po.planner.account import Outcome
 from verl_m2po.planner.facts import Assumed, Facts
-from verl_m2po.planner.simulate import Setting, simulate
+from verl_m2po.planner.setting import FRESH_SHARES, REPLAYING, Setting
+from verl_m2po.planner.simulate import simulate
 from verl_m2po.planner.workload import PlanError
 
 CLOSE = 0.02
@@ -17,7 +18,7 @@ class Choice:
     """A setting on so many devices, and what became of it.
 
     Args:
-        setting: mode and staleness.
+        setting: mode, staleness and replay.
         devices: of the whole run.
         server_devices: that generate; in the shared modes all of them.
         updates_per_step: optimizer updates of a trainer step.
@@ -61,11 +62,20 @@ class Choice:
             )
         ]
         if mode != "sync":
-            kept = "exactly" if mode != "bounded_async" else "at most"
+            kept = "at most" if mode in REPLAYING else "exactly"
             reasons.append(
                 (
                     f"trainer.v1.{mode}.staleness_updates={self.staleness_updates}",
                     f"Trained tokens are {kept} that old, {self.mean_age_updates:.1f} updates on average.",
+                )
+            )
+        if self.setting.is_replaying:
+            least = FRESH_SHARES[self.setting.replay]
+            reasons.append(
+                (
+                    f"replay={self.setting.replay}",
+                    f"{outcome.replayed_share:.0%} of the trained prompts were trained before; at least {least:.1%} of "
+                    "a batch is new.",
                 )
             )
         if not self.setting.is_shared:
@@ -102,11 +112,18 @@ def splits(devices: int, server_size: int, shares: Sequence[float]) -> list[int]
     return sorted(count * server_size for count in servers)
 
 
-def settings(modes: Sequence[str], most_updates: int, facts: Facts) -> list[Setting]:
+def settings(modes: Sequence[str], most_updates: int, facts: Facts, replays: Sequence[str] = ()) -> list[Setting]:
     """All that are compared.
 
+    Args:
+        modes: trainer modes.
+        most_updates: largest staleness, optimizer updates.
+        facts: for the updates of a trainer step.
+        replays: options of the group `replay`, beside none, in the modes that have them.
+
     Raises:
-        PlanError: the largest staleness is no whole number of trainer steps; the nearest ones are named.
+        PlanError: the largest staleness is no whole number of trainer steps, and the nearest ones are named; or replay
+            is asked for without a mode that has it, or such a mode without replay.
     """
     per_step = facts.updates_per_step or 1
     steps, rest = divmod(most_updates, per_step)
@@ -116,7 +133,20 @@ def settings(modes: Sequence[str], most_updates: int, facts: Facts) -> list[Sett
             f"--max-staleness {most_updates} updates is no whole number of trainer steps of {per_step}; set it to "
             f"{below} or {above}"
         )
-    return [Setting(mode, staleness) for mode in modes for staleness in stalenesses(mode, steps)]
+    if replays and not set(modes) & set(REPLAYING):
+        raise PlanError(f"--replay {replays[0]}: of the modes only {' and '.join(REPLAYING)} train a rollout again")
+    if "replay" in modes and not replays:
+        raise PlanError("--modes replay trains rollouts again: give --replay too, such as --replay x4")
+    found = [Setting(mode, stale) for mode in modes if mode != "replay" for stale in stalenesses(mode, steps)]
+    # Nothing that was trained is young enough for a bound of 0.
+    return found + [
+        Setting(mode, stale, replay=replay)
+        for mode in modes
+        if mode in REPLAYING
+        for replay in replays
+        for stale in stalenesses(mode, steps)
+        if stale
+    ]
 
 
 def compare(
@@ -128,6 +158,7 @@ def compare(
     steps: int,
     seed: int,
     buffer_bytes: Callable[[Facts, Setting], int],
+    replays: Sequence[str] = (),
 ) -> Iterator[Choice]:
     """Simulate them one by one.
 
@@ -140,9 +171,10 @@ def compare(
         steps: trainer steps that count in each simulation.
         seed: of the simulations.
         buffer_bytes: memory of the waiting rollouts.
+        replays: see `settings`.
     """
     assert facts.devices is not None and facts.updates_per_step is not None
-    for setting in settings(modes, most_updates, facts):
+    for setting in settings(modes, most_updates, facts, replays):
         shared = [facts.devices]
         for generating in shared if setting.is_shared else splits(facts.devices, facts.server_devices or 1, shares):
             trainer_devices = facts.devices if setting.is_shared else facts.devices - generating

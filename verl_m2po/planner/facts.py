@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass, field, fields, replace
 
-from verl_m2po.planner.workload import EngineCurve, Failures, Generation, Lengths, PlanError, Training, Workload
+from verl_m2po.planner.workload import (
+    EngineCurve,
+    Failures,
+    Generation,
+    Lengths,
+    MeasuredLengths,
+    PlanError,
+    Training,
+    Workload,
+)
 
 # What supplies each fact, for the error that misses it.
 SUPPLIES = {
@@ -13,8 +22,15 @@ SUPPLIES = {
     "longest": "--max-length",
     "lengths": "--lengths, such as 0.5:900,0.9:3000, or --ledger",
     "speeds": "--tokens-per-s, such as 32:1500,128:3500, or --ledger",
-    "update_s": "--update-s",
-    "push_s": "--push-s, or --model-billions",
+    "update_s": "--update-s, or a log with timing_s/update_actor",
+    "push_s": "--push-s or --model-billions, or a log with timing_s/update_weights",
+}
+# Facts that a plan can do without, and the least that they may be.
+OPTIONAL = {
+    "server_devices": ("--server-devices", 1),
+    "max_requests": ("--max-requests", 1),
+    "update_devices": ("--update-devices", 1),
+    "prompt_tokens": ("--prompt-tokens", 0),
 }
 
 
@@ -75,11 +91,18 @@ class Facts:
         missing = [f"{name} ({option})" for name, option in SUPPLIES.items() if getattr(self, name) is None]
         if missing:
             raise PlanError(f"not known{source}: {'; '.join(missing)}")
-        for name in ("devices", "groups", "responses", "updates_per_step", "longest"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{SUPPLIES[name]} is {getattr(self, name)}; it must be at least 1")
+        counts = ("devices", "groups", "responses", "updates_per_step", "longest")
+        for name, (option, least) in ({name: (SUPPLIES[name], 1) for name in counts} | OPTIONAL).items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise PlanError(f"{option} is {value}; it must be at least {least}")
+        if isinstance(self.lengths, MeasuredLengths) and self.lengths.longest > self.longest:  # pyright: ignore
+            raise PlanError(
+                f"--ledger holds a response of {self.lengths.longest} tokens, above --max-length {self.longest}; raise "
+                "it, or give --lengths"
+            )
         size = 1 if self.server_devices is None else self.server_devices
-        if size < 1 or self.devices % size:  # pyright: ignore[reportOptionalOperand]
+        if self.devices % size:  # pyright: ignore[reportOptionalOperand]
             raise PlanError(
                 f"--devices {self.devices} is no multiple of --server-devices {size}; a server has all of its"
             )

@@ -1,6 +1,7 @@
 """Plans as a table, as JSON and as a picture."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -8,11 +9,13 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from verl_m2po.planner.compare import Choice, pareto
+from verl_m2po.planner.setting import OFF
 from verl_m2po.report.drawing.style import COLOURS, MARKERS, ON_POLICY, RC
 
 MODE_COLOURS = {
     "sync": ON_POLICY,
     "stale_k": COLOURS["grpo"],
+    "replay": COLOURS["m2po_clip"],
     "stale_k_separate": COLOURS["gspo"],
     "bounded_async": COLOURS["m2po"],
 }
@@ -25,6 +28,8 @@ def as_json(choice: Choice, run_steps: int, cost_per_hour: float | None) -> dict
     return {
         "mode": choice.setting.mode,
         "staleness_updates": choice.staleness_updates,
+        "replay": choice.setting.replay,
+        "replayed_share": outcome.replayed_share,
         "staleness_steps": choice.setting.staleness_steps,
         "devices": choice.devices,
         "generating_devices": choice.server_devices,
@@ -54,8 +59,15 @@ def table(choices: Sequence[Choice], run_steps: int, cost_per_hour: float | None
     """All settings, the fastest first; a star marks those that no other beats in both speed and age."""
     best = {id(choice) for choice in pareto(choices)}
     shown = Table(title="Simulated steady state; ages in optimizer updates")
-    names = ["", "mode", "staleness", "generate", "s/step", "p95", "trainer idle", "servers idle", "age", "wasted"]
-    names += ["buffer GiB", "tokens/device-h", "hours", *(["cost"] if cost_per_hour is not None else [])]
+    names = ["", "mode", "staleness", "replay", "generate", "s/step", "p95", "trainer idle", "servers idle", "age"]
+    names += [
+        "wasted",
+        "replayed",
+        "buffer GiB",
+        "tokens/device-h",
+        "hours",
+        *(["cost"] if cost_per_hour is not None else []),
+    ]
     for name in names:
         shown.add_column(name, justify="left" if name in ("", "mode") else "right")
     for choice in sorted(choices, key=lambda each: each.outcome.mean_step_s):
@@ -64,6 +76,7 @@ def table(choices: Sequence[Choice], run_steps: int, cost_per_hour: float | None
             "*" if id(choice) in best else "",
             choice.setting.mode,
             f"{choice.staleness_updates}",
+            choice.setting.replay,
             f"{choice.server_devices}/{choice.devices}",
             f"{outcome.mean_step_s:.2f}",
             f"{outcome.p95_step_s:.2f}",
@@ -71,6 +84,7 @@ def table(choices: Sequence[Choice], run_steps: int, cost_per_hour: float | None
             f"{outcome.servers_idle:.0%}",
             f"{choice.mean_age_updates:.1f}",
             f"{outcome.wasted_share:.1%}",
+            f"{outcome.replayed_share:.0%}",
             f"{choice.buffer_gib:.1f}",
             f"{choice.tokens_per_device_hour:,.0f}",
             f"{hours:.1f}",
@@ -86,10 +100,13 @@ def picture(choices: Sequence[Choice], chosen: Choice) -> Figure:
     with mpl.rc_context(RC):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
-        for marker, mode in zip(MARKERS, MODE_COLOURS, strict=False):
-            points = [(c.mean_age_updates, c.outcome.mean_step_s) for c in choices if c.setting.mode == mode]
-            if points:
-                axes.scatter(*zip(*points, strict=True), color=MODE_COLOURS[mode], marker=marker, label=mode, alpha=0.8)
+        kinds: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        for choice in choices:
+            kind = choice.setting.mode, choice.setting.replay
+            kinds.setdefault(kind, []).append((choice.mean_age_updates, choice.outcome.mean_step_s))
+        for marker, ((mode, replay), points) in zip(cycle(MARKERS), kinds.items(), strict=False):
+            label = mode if replay == OFF else f"{mode}, replay={replay}"
+            axes.scatter(*zip(*points, strict=True), color=MODE_COLOURS[mode], marker=marker, label=label, alpha=0.8)
         front = [(c.mean_age_updates, c.outcome.mean_step_s) for c in pareto(choices)]
         axes.plot(*zip(*front, strict=True), color="#808080", linewidth=1, zorder=0)
         place = (chosen.mean_age_updates, chosen.outcome.mean_step_s)

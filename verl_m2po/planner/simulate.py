@@ -7,56 +7,19 @@ follows `PPOTrainerStaleK` and its siblings line by line.
 import heapq
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 
 from verl_m2po.planner.account import Account, Outcome
 from verl_m2po.planner.fleet import Fleet
+from verl_m2po.planner.setting import Setting
 from verl_m2po.planner.workload import PlanError, Workload
-from verl_m2po.staleness.rule.bounded import BoundedAsync
-from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.records import Group, Row
-from verl_m2po.staleness.rule.rules import StalenessRule
 
-SHARED, SEPARATE = ("sync", "stale_k"), ("stale_k_separate", "bounded_async")
-MODES = (*SHARED, *SEPARATE)
 _NEVER = math.inf
 GATHERED_SHARE = 5e-3
 """Of the requests in flight: fewer that replace evicted groups start together, in the mode that waits for no group."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is chosen, beside the workload.
-
-    Args:
-        mode: verl's trainer mode: `sync`, `stale_k`, `stale_k_separate` or `bounded_async`.
-        staleness_steps: in trainer steps; exact, or in `bounded_async` the bound.
-        min_usable_share: of `bounded_async`, see its configuration.
-    """
-
-    mode: str
-    staleness_steps: int = 0
-    min_usable_share: float = 0.25
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise PlanError(f"--modes {self.mode}: there is no such mode to simulate; there are {', '.join(MODES)}")
-        if self.staleness_steps < 0 or (self.mode == "sync" and self.staleness_steps):
-            raise PlanError(f"{self.mode} with a staleness of {self.staleness_steps} trainer steps: it cannot be")
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether trainer and rollout take turns on the same devices."""
-        return self.mode in SHARED
-
-    def rule(self, groups: int) -> StalenessRule:
-        """The rule that the trainer mode builds."""
-        if self.mode == "bounded_async":
-            return BoundedAsync(self.staleness_steps, groups, self.min_usable_share)
-        return ExactStale(self.staleness_steps, groups)
 
 
 class Deadlock(RuntimeError):
@@ -66,7 +29,7 @@ class Deadlock(RuntimeError):
 class _Simulation:
     def __init__(self, setting: Setting, workload: Workload, seed: int, total_steps: int | None) -> None:
         self.setting, self.workload = setting, workload
-        self.rule = setting.rule(workload.groups)
+        self.rule = setting.rule(workload.groups, seed)
         if total_steps is not None:
             self.rule.limit(total_steps)
         self.fleet = Fleet(workload.generation, seed, GATHERED_SHARE if setting.mode == "bounded_async" else 0.0)
@@ -184,7 +147,7 @@ class _Simulation:
         else:
             self.fleet.fail(server)
             self.account.server_failures += 1
-            heapq.heappush(self._breakages, (at + self._luck.exponential(failures.rejoin_s), server, 1))
+            heapq.heappush(self._breakages, (at + failures.replace_s, server, 1))
 
     def _run_for(self, seconds: float) -> None:
         until = self.fleet.now + seconds
@@ -221,17 +184,22 @@ class _Simulation:
 
 
 def simulate(
-    setting: Setting, workload: Workload, steps: int = 50, seed: int = 0, warm_up: int | None = None, ends: bool = False
+    setting: Setting,
+    workload: Workload,
+    steps: int = 50,
+    seed: int = 0,
+    warm_up: int | None = None,
+    run_steps: int | None = None,
 ) -> Outcome:
     """Simulate `steps` trainer steps in the steady state.
 
     Args:
-        setting: mode and staleness.
+        setting: mode, staleness and replay.
         workload: everything that is not chosen.
         steps: trainer steps that count.
         seed: of everything random; the same seed gives the same numbers.
         warm_up: trainer steps before them; None: enough that no rollout of the beginning is left.
-        ends: nothing is generated for steps after the last, as in a run of that length.
+        run_steps: trainer steps of the whole run, after which nothing is trained; None: it goes on.
 
     Raises:
         PlanError: numbers that contradict each other.
@@ -239,7 +207,7 @@ def simulate(
     if steps < 1:
         raise PlanError(f"--simulate-steps {steps}: at least one trainer step must count")
     warm_up = setting.staleness_steps + 2 if warm_up is None else warm_up
-    simulation = _Simulation(setting, workload, seed, steps + warm_up if ends else None)
+    simulation = _Simulation(setting, workload, seed, run_steps)
     simulation.begin()
     for i in range(warm_up + steps):
         if i == warm_up:

@@ -72,6 +72,11 @@ class MeasuredLengths:
         if not self._groups:
             raise PlanError("no response length is known; give --lengths, such as --lengths 0.5:900,0.9:3000")
 
+    @property
+    def longest(self) -> int:
+        """Of all measured responses, tokens."""
+        return max(max(group) for group in self._groups)
+
     def draw(self, rng: np.random.Generator, groups: int, responses: int, version: int) -> list[list[int]]:
         """The lengths of so many groups as they were measured; the weight version makes no difference."""
         return [self._one(rng, self._groups[i], responses) for i in rng.integers(len(self._groups), size=groups)]
@@ -167,9 +172,9 @@ class Failures:
     Args:
         server_per_s: failures of one server per second.
         trainer_per_s: failures of the trainer, all its devices together, per second.
-        heals: a lost server's requests start again on others, and it comes back after `rejoin_s`, on average; otherwise
-            its death ends the run, which restarts as after one of the trainer.
-        rejoin_s: until a server is back, mean of an exponential.
+        heals: a lost server's requests start again on others while the run goes on, and another one takes its place;
+            otherwise its death ends the run, which restarts as after one of the trainer. Not on shared devices.
+        replace_s: from the death of a server until another one serves in its place.
         restart_s: from the end of a run until it trains again, without the steps that are repeated.
         checkpoint_steps: trainer steps from one checkpoint to the next; half of them are repeated on average.
         group_share: share of prompt groups that end without a result, and are replaced.
@@ -178,7 +183,7 @@ class Failures:
     server_per_s: float = 0.0
     trainer_per_s: float = 0.0
     heals: bool = False
-    rejoin_s: float = 600.0
+    replace_s: float = 600.0
     restart_s: float = 600.0
     checkpoint_steps: int = 20
     group_share: float = 0.0
