@@ -39,8 +39,8 @@ def main(
     outcome = simulate(Setting("bounded_async", BOUND_STEPS, replay=replay), workload(), steps=steps, warm_up=0)
     taken, peak_gib = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     Console().print(
-        f"{steps} trainer steps of {SERVERS + TRAINERS} devices, {outcome.deepest * RESPONSES} trajectories in flight, replay={replay}: "
-        f"{taken:.0f} s of processor time, {peak_gib:.2f} GiB ({processor()})",
+        f"{steps} trainer steps of {SERVERS + TRAINERS} devices, {outcome.deepest * RESPONSES} trajectories in flight, "
+        f"replay={replay}: {taken:.0f} s of processor time, {peak_gib:.2f} GiB ({processor()})",
         markup=False,
         soft_wrap=True,
     )

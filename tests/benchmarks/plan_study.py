@@ -92,7 +92,8 @@ class Row:
     def trains(self, is_replayed: bool) -> tuple[float, float, float]:
         """Share of the time in which the trainer trains: without failures, with restarts, and with healing."""
         outcome = self.replayed if is_replayed else self.uneven
-        return trained(outcome), *(trained(outcome) * self._left(outcome, heals) for heals in (False, True))
+        share = trained(outcome)
+        return share, share * self._left(outcome, heals=False), share * self._left(outcome, heals=True)
 
     def _left(self, outcome: Outcome, heals: bool) -> float:
         """What failures leave of the time, where a device fails once a year.
