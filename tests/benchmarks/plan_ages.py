@@ -117,8 +117,8 @@ def _head(measured: Measured, compared: list[Comparison]) -> str:
     near = sum(error <= MOST_AGE_ERROR for error in ages), sum(error <= MOST_SECONDS_ERROR for error in seconds)
     return (
         f"`python -m benchmarks.plan_runs`, then `plan_ages`; {measured.day}, {measured.machine}, shared with other "
-        f"work, seed 1: {PROMPTS} prompts x {RESPONSES} responses, one update a step, {measured.pace.token_s * 1e3:.0f} "
-        f"ms a token, {measured.pace.update_s:g} s and a little an update, {measured.steps} steps of each. Of "
+        f"work, seed 1: {PROMPTS} prompts x {RESPONSES} responses, one update a step, {measured.pace.token_s * 1e3:.0f}"
+        f" ms a token, {measured.pace.update_s:g} s and a little an update, {measured.steps} steps of each. Of "
         f"{len(ages)} settings {near[0]} are within one trainer step in mean age (largest error {max(ages):.2f}, mean "
         f"{fmean(ages):.2f}); in seconds {near[1]} of {len(seconds)} are within {MOST_SECONDS_ERROR:.0%}."
     )
