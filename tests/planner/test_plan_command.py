@@ -85,7 +85,7 @@ def test_replay_is_compared_beside_none_in_the_modes_that_have_it():
         for each in told["settings"]
         if (each["mode"], each["staleness_updates"]) == ("bounded_async", 8)
     }
-    assert kept["x2"] == kept["x4"] == 2 * kept["off"]
+    assert kept["x2"] == kept["x4"] > kept["off"]
     code, output = plan("--modes", "replay", "--replay", "x4")
     assert code == 0
     assert "trainer.v1.trainer_mode=replay" in output
