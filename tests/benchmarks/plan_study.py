@@ -165,8 +165,9 @@ def main(
             rows.append(Row.of(devices, bound, steps))
             Console().print(f"{devices} devices, bound {bound}: {_cells(rows[-1].trains(is_replayed=False))}")
     said = f"`python -m benchmarks.plan_study`, {steps} steps of each, seed 0 ({processor()})."
+    tried = f"{', '.join(map(str, BOUNDS[:-1]))} or {BOUNDS[-1]}"
     answered = (
-        f"{said} The smallest bound of {BOUNDS} trainer steps under which the trainer trains {GOAL:.0%} of the time:"
+        f"{said} The smallest bound of {tried} trainer steps under which the trainer trains {GOAL:.0%} of the time:"
     )
     told = f"All that was simulated; {GOAL:.0%} or more bold:"
     replace_section(page, SECTION, "\n".join((answered, "", *answers(rows), "", told, "", *details(rows))))
