@@ -91,6 +91,7 @@ def test_replay_is_compared_beside_none_in_the_modes_that_have_it():
     assert "trainer.v1.trainer_mode=replay" in output
     assert "replay=x4" in output
     assert "of a batch is new" in output
+    assert "replayed" in output
 
 
 def test_a_server_that_is_replaced_saves_the_restart():
@@ -107,6 +108,8 @@ def test_a_picture_and_a_table_are_made(tmp_path):
     code, output = plan("--out", str(tmp_path / "plan.svg"), "--modes", "sync", "--modes", "bounded_async")
     assert code == 0
     assert "Recommended:" in output
+    assert "replayed" not in output
+    assert "…" not in output  # no cell is cut
     assert (tmp_path / "plan.svg").read_text().startswith("<?xml")
 
 

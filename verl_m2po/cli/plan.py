@@ -290,8 +290,9 @@ def _tell(
         }
         typer.echo(json.dumps(told, indent=1))
         return
-    # Where the output is no terminal, rich takes 80 columns, in which no number would be whole.
-    console = Console(width=max(Console().width, 132))
+    # Where the output is no terminal, rich takes 80 columns, in which no number would be whole. The table takes what it
+    # needs.
+    console = Console(width=max(Console().width, 200))
     console.print(show.table(choices, run_steps, cost_per_hour))
     console.print("Recommended:", style="bold")
     for override, reason in chosen.overrides():

@@ -59,24 +59,18 @@ def table(choices: Sequence[Choice], run_steps: int, cost_per_hour: float | None
     """All settings, the fastest first; a star marks those that no other beats in both speed and age."""
     best = {id(choice) for choice in pareto(choices)}
     shown = Table(title="Simulated steady state; ages in optimizer updates")
-    names = ["", "mode", "staleness", "replay", "generate", "s/step", "p95", "trainer idle", "servers idle", "age"]
-    names += [
-        "wasted",
-        "replayed",
-        "buffer GiB",
-        "tokens/device-h",
-        "hours",
-        *(["cost"] if cost_per_hour is not None else []),
-    ]
+    has_replay = any(choice.setting.is_replaying for choice in choices)
+    names = ["", "mode", "staleness", "generate", "s/step", "p95", "trainer idle", "servers idle", "age"]
+    names += ["wasted", "buffer GiB", "tokens/device-h", "hours", *(["cost"] if cost_per_hour is not None else [])]
+    names += ["replay", "replayed"] if has_replay else []
     for name in names:
-        shown.add_column(name, justify="left" if name in ("", "mode") else "right")
+        shown.add_column(name, justify="left" if name in ("", "mode", "replay") else "right")
     for choice in sorted(choices, key=lambda each: each.outcome.mean_step_s):
         outcome, hours = choice.outcome, choice.hours(run_steps)
         cells = [
             "*" if id(choice) in best else "",
             choice.setting.mode,
             f"{choice.staleness_updates}",
-            choice.setting.replay,
             f"{choice.server_devices}/{choice.devices}",
             f"{outcome.mean_step_s:.2f}",
             f"{outcome.p95_step_s:.2f}",
@@ -84,13 +78,14 @@ def table(choices: Sequence[Choice], run_steps: int, cost_per_hour: float | None
             f"{outcome.servers_idle:.0%}",
             f"{choice.mean_age_updates:.1f}",
             f"{outcome.wasted_share:.1%}",
-            f"{outcome.replayed_share:.0%}",
             f"{choice.buffer_gib:.1f}",
             f"{choice.tokens_per_device_hour:,.0f}",
             f"{hours:.1f}",
         ]
         if cost_per_hour is not None:
             cells.append(f"{hours * choice.devices * cost_per_hour:,.0f}")
+        if has_replay:
+            cells += [choice.setting.replay, f"{outcome.replayed_share:.0%}"]
         shown.add_row(*cells)
     return shown
 
