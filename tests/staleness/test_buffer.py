@@ -456,3 +456,48 @@ def test_what_the_rule_keeps_is_trained_again_and_then_leaves(transfer_queue):
     assert not set(first.keys) & left, "rows that were used up are still there"
     assert set(third.keys) <= left, "rows that are kept are gone"
     clear(transfer_queue)
+
+
+@pytest.mark.parametrize("make_rule", [lambda: ExactStale(2, BATCH), lambda: BoundedAsync(2, BATCH)])
+def test_groups_that_deaths_have_lost_are_generated_again_in_their_places(transfer_queue, make_rule):
+    """Half of the generations are lost with processes that are replaced, some groups twice, with rows stored."""
+    steps, rule = 12, make_rule()
+    run = Run(transfer_queue, rule, "moved")
+    run.workers.lose_share = 0.5
+    rule.limit(steps)
+    run.buffer.begin(0)
+    batches = []
+    for step in range(1, steps + 1):
+        batches += run.step(step, check=lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch))
+    trained = trained_groups(batches)
+    assert sorted(trained) == sorted(f"moved-{index}" for index in range(steps * BATCH))
+    assert len(run.workers.lost) > BATCH and max(run.workers.lost.values()) == 2
+    if isinstance(rule, ExactStale):
+        assert trained == [f"moved-{index}" for index in range(steps * BATCH)], "each in its place"
+        versions = [{tag["min_global_steps"] for tag in batch.tags} for batch in batches]
+        assert versions == [{max(0, step - 2)} for step in range(steps)]
+    assert run.buffer.step_metrics()["staleness/poisoned"] == 0
+
+
+def test_a_prompt_that_kills_what_generates_it_is_set_aside_and_replaced(transfer_queue, caplog):
+    rule = ExactStale(1, BATCH)
+    run = Run(transfer_queue, rule, "killed")
+    rule.limit(3)
+    kill = run.workers._generate
+
+    def generate(ticket, version: int) -> None:
+        if ticket.prompt_index == 3:
+            run.workers.lost[ticket.uid] += 1
+            report = GroupReport(ticket.uid, (), "ServerDied: it died", was_lost=True, deaths=2)
+            run.workers._reports.put(report)
+        else:
+            kill(ticket, version)
+
+    run.workers._generate = generate
+    run.buffer.begin(0)
+    trained = trained_groups([batch for step in range(1, 4) for batch in run.step(step)])
+    assert len(trained) == 3 * BATCH and "killed-3" not in trained
+    assert run.workers.lost == {"killed-3": 2}
+    assert "prompt 3 kills what generates it" in caplog.text
+    metrics = run.buffer.step_metrics()
+    assert metrics["staleness/poisoned"] == metrics["staleness/evicted_failed"] == 1

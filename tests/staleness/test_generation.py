@@ -21,7 +21,7 @@ from verl_m2po.staleness.rollout.agent_loop import StalenessAgentLoopWorker
 from verl_m2po.staleness.rollout.client import GenerationAborted, Session, SpanRecordingClient, current_session
 from verl_m2po.staleness.rollout.outputs import check_output, spans_of
 from verl_m2po.staleness.rows.store import LOT_FIELD
-from verl_m2po.staleness.watch.liveness import RunActors
+from verl_m2po.staleness.watch.liveness import RunActors, ServerDied
 
 
 def output(mask: list[int], log_probs: list[float] | None = None, reward: float | None = 1.0) -> AgentLoopOutput:
@@ -492,3 +492,84 @@ def test_copies_that_cannot_be_stored_fail_their_group():
     report = worker.run("fails")
     assert report.error == "OSError: no space left" and report.masked_errors == ()
     assert [row.key for row in report.rows] == ["u_0_0"]
+
+
+class DyingServer(FakeServer):
+    """Raises what an actor raises whose engine is gone, as often as it is asked."""
+
+    async def _generate(self, prompt_ids, sampling_params, **_) -> TokenOutput:
+        self.asked.append((len(prompt_ids), sampling_params["max_tokens"]))
+        raise EngineDeadError("gone")
+
+
+class Balancer:
+    """Hands out the first server that it has."""
+
+    def __init__(self, *servers) -> None:
+        self.servers = {f"server-{i}": server for i, server in enumerate(servers)}
+        self.remove_servers = SimpleNamespace(remote=self._remove)
+
+    async def _remove(self, names: list[str]) -> None:
+        for name in names:
+            self.servers.pop(name, None)
+
+
+@pytest.fixture
+def move(monkeypatch):
+    """Runs one generation of the real client against several servers; returns its output."""
+
+    def run(of: Session | None, *servers: FakeServer, heals: bool = True) -> TokenOutput:
+        config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=SimpleNamespace(name="vllm")))
+        balancer = Balancer(*servers)
+        client = SpanRecordingClient(config=config, load_balancer_handle=balancer, heals=heals)
+
+        async def acquire(self, request_id, **_):
+            return next(iter(balancer.servers.items()))
+
+        monkeypatch.setattr(LLMServerClient, "_acquire_server", acquire)
+        monkeypatch.setattr(LLMServerClient, "_release_server", lambda *_, **__: None)
+
+        async def body():
+            current_session.set(of)
+            return await client.generate("r", prompt_ids=[1], sampling_params={"max_tokens": 50})
+
+        return contextvars.copy_context().run(asyncio.run, body())
+
+    return run
+
+
+def test_a_request_moves_from_a_dead_server_and_keeps_what_an_attempt_before_has_given(move):
+    of, dying = Session(), DyingServer()
+    leaving = FakeServer((2, 3, "aborted"))
+    result = move(of, leaving_then(leaving, dying), FakeServer((3, 4, "stop")))
+    assert of.spans == [[2, 3], [3, 4]] and len(result.token_ids) == 7
+    assert of.deaths == 1 and of.lost_s >= 0
+
+
+def leaving_then(first: FakeServer, then: FakeServer) -> FakeServer:
+    """A server that answers as `first` once, and as `then` from then on."""
+    both = FakeServer()
+
+    async def generate(**kwargs) -> TokenOutput:
+        return await (first if first._attempts else then)._generate(**kwargs)
+
+    both.generate = SimpleNamespace(remote=generate)
+    return both
+
+
+def test_a_validation_moves_too(move):
+    assert len(move(None, DyingServer(), DyingServer(), FakeServer((2, 3, "stop"))).token_ids) == 3
+
+
+def test_a_request_under_which_servers_die_one_after_the_other_is_given_up(move):
+    of, never_asked = Session(), FakeServer((2, 3, "stop"))
+    with pytest.raises(ServerDied, match="2 rollout servers died"):
+        move(of, DyingServer(), DyingServer(), never_asked)
+    assert of.deaths == 2 and not never_asked.asked and not of.spans
+
+
+def test_where_nothing_heals_the_death_is_the_callers(move):
+    of, other = Session(), FakeServer((2, 3, "stop"))
+    with pytest.raises(EngineDeadError):
+        move(of, DyingServer(), other, heals=False)
+    assert of.deaths == 0 and not other.asked

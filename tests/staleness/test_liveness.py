@@ -13,8 +13,9 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from verl_m2po.staleness.restart.journal import Journal
-from verl_m2po.staleness.rollout.agent_loop import StalenessAgentLoopManager
+from verl_m2po.staleness.rollout.manager import StalenessAgentLoopManager
 from verl_m2po.staleness.rollout.reports import WorkerReports, answer_timeout_s
+from verl_m2po.staleness.rule.records import GroupReport
 from verl_m2po.staleness.watch.liveness import RunActors, Watch, WorkerDied
 
 pytestmark = pytest.mark.ray
@@ -251,6 +252,7 @@ def test_whatever_a_blocked_worker_is_asked_the_trainer_does_not_wait_for_ever(c
     fine, blocked = worker(), worker()
     manager = object.__new__(StalenessAgentLoopManager)
     manager.agent_loop_workers, manager._next_worker, manager.answer_timeout_s = [fine, blocked], 0, 1.0
+    manager.heals = False
     reports, journal = WorkerReports([fine, blocked], answer_timeout_s=1.0), Journal(tmp_path, False, {})
     journal.start(None)
     ask = {
@@ -279,3 +281,109 @@ def test_a_dead_agent_loop_worker_is_an_error(cluster, worker):
     with pytest.raises(RuntimeError, match="agent loop worker 0 of 1 died"):
         for _ in range(100):
             reports.wait(timeout_s=0.2)
+
+
+class Pool:
+    """Replaces workers by new ones of the same class."""
+
+    def __init__(self, worker, groups: list[str], can_replace: bool = True) -> None:
+        self._worker, self._groups, self.can_replace = worker, groups, can_replace
+        self.ended_groups: list[str] = []
+        self.new = None
+
+    def ended(self, _worker, uids: list[str]) -> None:
+        self.ended_groups += uids
+
+    def replace(self, _index: int):
+        self.new = self._worker()
+        return self.new, self._groups
+
+
+def lost_reports(reports: WorkerReports) -> list:
+    for _ in range(100):
+        if lost := [report for report in reports.wait(timeout_s=0.2) if report.was_lost]:
+            return lost
+    raise AssertionError("nobody has noticed the death")
+
+
+def test_the_groups_of_a_dead_agent_loop_worker_are_lost_and_another_one_takes_its_place(cluster, noting, tmp_path):
+    dead, fine = noting(), noting()
+    pool, journal = Pool(noting, ["a", "b"]), Journal(tmp_path, False, {})
+    journal.start(None)
+    reports = WorkerReports([dead, fine], answer_timeout_s=60, pool=pool)
+    reports.depend_on([fine])
+    reports.journal_to(journal)
+    kill(cluster, dead)
+    lost = lost_reports(reports)
+    assert [(report.uid, report.deaths) for report in lost] == [("a", 1), ("b", 1)]
+    told = cluster.get(pool.new.told.remote())
+    assert told["depend_on"] == ([fine],), "it knows what the others know"
+    assert told["journal_to"] == (str(journal.rows_path(2)), False), "a file that a death has cut off is left alone"
+    assert reports.wait(timeout_s=30.0), "the others, and the new one, report as ever"
+
+
+def test_one_that_dies_before_it_is_noticed_does_not_hinder_what_the_others_are_told(cluster, noting, tmp_path):
+    dead, fine = noting(), noting()
+    journal = Journal(tmp_path, False, {})
+    journal.start(None)
+    reports = WorkerReports([dead, fine], answer_timeout_s=60, pool=Pool(noting, []))
+    kill(cluster, dead)
+    reports.journal_to(journal)
+    assert cluster.get(fine.told.remote())["journal_to"] == (str(journal.rows_path(1)), False)
+
+
+def test_where_nobody_may_be_replaced_a_dead_agent_loop_worker_is_an_error(cluster, noting):
+    dead = noting()
+    reports = WorkerReports([dead], pool=Pool(noting, [], can_replace=False))
+    kill(cluster, dead)
+    with pytest.raises(RuntimeError, match="agent loop worker 0 of 1 died"):
+        lost_reports(reports)
+
+
+@pytest.fixture
+def noting(cluster):
+    """An agent loop worker that remembers what it was told last, and writes its journal's file."""
+
+    @cluster.remote(num_cpus=0)
+    class Worker:
+        def __init__(self) -> None:
+            self._told = {}
+
+        def pid(self) -> int:
+            return os.getpid()
+
+        async def take_reports(self) -> list:
+            await asyncio.sleep(0.1)
+            return [GroupReport("c", ())]
+
+        async def depend_on(self, actors) -> None:
+            self._told["depend_on"] = (actors,)
+
+        async def journal_to(self, path, fsync) -> None:
+            self._told["journal_to"] = (path, fsync)
+            with open(path, "wb"):
+                pass
+
+        async def told(self) -> dict:
+            return self._told
+
+    return Worker.remote
+
+
+def test_a_death_that_somebody_takes_care_of_ends_nothing_and_is_told_once(cluster, actor):
+    dead, other, told = actor(), actor(), []
+
+    def heal(key, reason: str) -> bool:
+        told.append((key, reason))
+        return key == dead
+
+    of = watch(healed=dead, other=other)
+    of.heal_with(heal)
+    with of.guard():
+        kill(cluster, dead)
+        time.sleep(1.5)  # several rounds of questions
+    ((key, reason),) = told
+    assert key == dead and reason.startswith("healed died.")
+    with pytest.raises(WorkerDied, match="other died"), of.guard():
+        kill(cluster, other)
+        time.sleep(60)

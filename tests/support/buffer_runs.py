@@ -4,6 +4,7 @@ import queue
 import random
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -58,6 +59,8 @@ class Workers:
         self.generated: list[str] = []
         self.left = 10**9
         self.has_lost_its_server = False
+        self.lose_share = 0.0
+        self.lost: Counter = Counter()
         self.uninformative_share = 0.0
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -105,6 +108,10 @@ class Workers:
         error = "ValueError: this one fails" if fails else None
         if self.has_lost_its_server:
             self._reports.put(GroupReport(ticket.uid, rows, "ActorDiedError: it died", was_lost=True))
+            return
+        if not fails and self.lost[ticket.uid] < 2 and self._random.random() < self.lose_share:
+            self.lost[ticket.uid] += 1
+            self._reports.put(GroupReport(ticket.uid, (), "ServerDied: it died", was_lost=True, deaths=1, moves=1))
             return
         shared = 1.0 if not fails and self._random.random() < self.uninformative_share else None
         if error is None and shared is None and self.journal is not None:

@@ -4,8 +4,9 @@
 
 Each seed is one fault: which process, and in the midst of what. The seeds are spread over several kinds of run; the
 faults of one kind hit one training run, attempt after attempt with the same command, and a last attempt ends
-undisturbed. Then the ledger of all attempts must be that of a run that nothing has happened to, and what a journal
-holds must not have been generated again. Two of the faults ask the run to end.
+undisturbed. Where the run heals it must go on instead, and the next fault hits the same attempt. Then the ledger of all
+attempts must be that of a run that nothing has happened to, and what a journal holds must not have been generated
+again. Two of the faults ask the run to end.
 """
 
 import json
@@ -45,6 +46,9 @@ END_WITHIN_S = 120.0
 ASKED_END_WITHIN_S = 30.0
 
 START_WITHIN_S, STEP_WITHIN_S = 600.0, 120.0
+
+HEAL_WITHIN_S = 300.0
+"""A run that heals must have trained on new rollouts after that."""
 
 SEPARATE = ("actor_rollout_ref.hybrid_engine=false", "actor_rollout_ref.rollout.nnodes=1")
 
@@ -96,11 +100,13 @@ class Target:
         titles: how Ray and vLLM title its process; "" is every process of the run.
         words: one of them must stand in an error; none where nobody is left to say anything.
         send: other than SIGKILL, it goes to the driver's process group, as terminals and batch systems send it.
+        heals_in: trainer modes that go on without a restart once they train.
     """
 
     titles: tuple[str, ...]
     words: tuple[str, ...] = ()
     send: signal.Signals = signal.SIGKILL
+    heals_in: tuple[str, ...] = ()
 
     @property
     def asks(self) -> bool:
@@ -108,13 +114,19 @@ class Target:
         return self.send != signal.SIGKILL
 
 
+_SEPARATE = ("stale_k_separate", "bounded_async")
+
 # Seeds go round in this order.
 TARGETS = {
-    "rollout engine": Target(("VLLM::EngineCore",), ("EngineCore", "EngineDead", "rollout server")),
+    "rollout engine": Target(("VLLM::EngineCore",), ("EngineCore", "EngineDead", "rollout server"), heals_in=_SEPARATE),
     "actor worker": Target(("ray::WorkerDict",), ("actor worker", "WorkerDict")),
-    "agent loop worker": Target(("ray::StalenessAgent", "ray::AgentLoop"), ("agent loop worker", "AgentLoopWorker")),
+    "agent loop worker": Target(
+        ("ray::StalenessAgent", "ray::AgentLoop"),
+        ("agent loop worker", "AgentLoopWorker"),
+        heals_in=("stale_k", *_SEPARATE),
+    ),
     "TransferQueue storage": Target(("ray::SimpleStorageUnit",), ("TransferQueue storage", "SimpleStorageUnit")),
-    "rollout server": Target(("ray::vLLMHttpServer",), ("rollout server", "vLLMHttpServer")),
+    "rollout server": Target(("ray::vLLMHttpServer",), ("rollout server", "vLLMHttpServer"), heals_in=_SEPARATE),
     "all processes": Target(("",)),
     "SIGTERM": Target(("main_ppo",), send=signal.SIGTERM),
     "reward worker": Target(("ray::RewardLoopWorker",), ("reward worker", "RewardLoopWorker")),
@@ -145,6 +157,7 @@ class Fault:
     status: int | None = None
     error: str = ""
     redone_steps: int = 0
+    has_healed: bool = False
     recovered_after_s: float | None = None
     left: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -268,35 +281,48 @@ class Campaign:
     ) -> None:
         self.folder, self.faults, self._say = folder, faults, say
         self.kind = kind or next(row[faults[0].kind] for row in KINDS if faults[0].kind in row)
-        # Long enough for every attempt to be hit before the end: what survives an attempt is at most its steps.
-        enough = sum(fault.after_steps + SAVE_EVERY for fault in faults if fault.moment != "start") + 4
+        # Long enough for every fault to hit before the end, and for the steps that show that one has healed.
+        enough = sum(
+            fault.after_steps + SAVE_EVERY + STALENESS_STEPS + 2 for fault in faults if fault.moment != "start"
+        )
+        enough += 4
         self.steps = enough if steps is None else steps
         self.ledger = folder / "ledger.jsonl"
         self._journal = folder / "journal"
         self._attempts: list[list[dict]] = []
+        self._running: Attempt | None = None
+        self._ended: list[Fault] = []
         self._journaled: dict[str, set[str]] = {}
         self._generated_again: list[str] = []
 
     def run(self) -> None:
         """Kill, restart, ...; fills in `faults`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = self.command()
-        for number, fault in enumerate(self.faults, start=1):
-            attempt = Attempt(self.folder, number, command)
+        for fault in self.faults:
+            attempt = self._attempt()
             try:
                 self._say(f"seed {fault.seed}: {fault.kind}, {fault.target} during {fault.moment}")
                 self._hit(attempt, fault)
-            finally:
+            except BaseException:
                 attempt.close()
-            self._end_attempt(attempt, number)
-        last = Attempt(self.folder, len(self.faults) + 1, command)
+                raise
+            if not fault.has_healed:
+                attempt.close()
+                self._end_attempt(attempt, fault)
+        last = self._attempt()
         try:
             last.wait_for_steps(1, START_WITHIN_S)
             status = last.end(within_s=self.steps * STEP_WITHIN_S)
         finally:
             last.close()
-        self._end_attempt(last, len(self.faults) + 1)
+        self._end_attempt(last)
         self._judge(status, last)
+
+    def _attempt(self) -> Attempt:
+        """The run that goes on, where the last fault has healed; else another start of the same command."""
+        if self._running is None:
+            self._running = Attempt(self.folder, len(self._attempts) + 1, self.command())
+        return self._running
 
     def command(self) -> list[str]:
         """That of every attempt."""
@@ -360,6 +386,9 @@ class Campaign:
         else:
             for victim in victims:
                 victim.send_signal(signal.SIGKILL)
+        if fault.moment != "start" and self.kind.mode in target.heals_in:
+            self._see_it_heal(attempt, fault, killed_at)
+            return
         try:
             fault.status = attempt.process.wait(END_WITHIN_S)
             fault.ended_after_s = round(time.monotonic() - killed_at, 1)
@@ -368,6 +397,17 @@ class Campaign:
         fault.error = _error(attempt.log.read_text(errors="replace"), target.words)
         if fault.ended_after_s is not None:
             self._check_end(attempt, fault, segments)
+
+    @staticmethod
+    def _see_it_heal(attempt: Attempt, fault: Fault, killed_at: float) -> None:
+        """The step after the one that may have had its rollouts already shows that there are new ones."""
+        enough = fault.killed_after_step + STALENESS_STEPS + 2
+        fault.has_healed = attempt.wait_for(lambda: attempt.last_step >= enough, HEAL_WITHIN_S)
+        fault.recovered_after_s = round(time.monotonic() - killed_at, 1)
+        if attempt.process.poll() == 0:
+            fault.has_healed = True  # it was at its end
+        if not fault.has_healed:
+            fault.problems.append("the run did not go on by itself")
 
     def _wait_for_moment(self, attempt: Attempt, fault: Fault) -> None:
         attempt.wait_for_steps(fault.after_steps, START_WITHIN_S)
@@ -406,9 +446,13 @@ class Campaign:
         for segment in segments:
             segment.unlink(missing_ok=True)
 
-    def _end_attempt(self, attempt: Attempt, number: int) -> None:
-        if number > 1:
-            self.faults[number - 2].recovered_after_s = attempt.first_step_s
+    def _end_attempt(self, attempt: Attempt, fault: Fault | None = None) -> None:
+        """Read what it has left; `fault` has ended it."""
+        self._running = None
+        if self._ended:
+            self._ended[-1].recovered_after_s = attempt.first_step_s
+        if fault is not None:
+            self._ended.append(fault)
         lines = self.ledger.read_text().splitlines() if self.ledger.exists() else []
         known = sum(len(attempt) for attempt in self._attempts)
         self._attempts.append([_parse(line) for line in lines[known:]])
@@ -430,13 +474,14 @@ class Campaign:
             problems.append("there is no journal")
         if self._generated_again:
             problems.append(f"generated again though the journal has them: {self._generated_again[:4]}")
-        for fault, redone in zip(self.faults, redone_steps(self._attempts), strict=True):
+        for fault in self.faults:
+            fault.problems += problems
+        for fault, redone in zip(self._ended, redone_steps(self._attempts), strict=True):
             fault.redone_steps = redone
             # Those since the last checkpoint, with the one in progress; a run that is asked to end finishes its step.
             allowed = 0 if TARGETS[fault.target].asks else SAVE_EVERY
             if redone > allowed:
                 fault.problems.append(f"{redone} steps were trained again, at most {allowed} may be")
-            fault.problems += problems
 
 
 def _parse(line: str) -> dict:
@@ -486,6 +531,7 @@ def table_of(faults: list[Fault]) -> Table:
     table.add_column("first new step, s after the restart")
     for fault in faults:
         ended, recovered = ("-" if s is None else f"{s:.0f}" for s in (fault.ended_after_s, fault.recovered_after_s))
+        ended = "went on" if fault.has_healed else ended
         lost = "nothing" if not fault.problems else "; ".join(fault.problems)[:300]
         cells = (fault.seed, fault.kind, fault.target, fault.moment, fault.killed_after_step, ended, fault.redone_steps)
         table.add_row(*map(str, cells), lost, recovered)

@@ -80,6 +80,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         listeners: told of every event before those two: the ledger, the journal.
         dispatch: starts that many new groups; it must call `open_groups` for them.
         stop: ends a wait of a run that was asked to end.
+        tend: called while the trainer waits, with the weight version that the rollout holds: servers may join.
         trainer_mode, trainer_config: for verl.
         prefetch: unpack the next batch while the present one trains.
     """
@@ -93,6 +94,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         listeners: Sequence[events.Listener] = (),
         dispatch: Callable[[int], Any],
         stop: StopRequest,
+        tend: Callable[[int], None] | None = None,
         trainer_mode: str,
         trainer_config: Any,
         prefetch: bool = True,
@@ -109,6 +111,15 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         self._intake = Intake(rule, self._store, self.tell, stop)
         self.backlog = Backlog(rule, self._store)
         self._regenerate: Callable[[list[Ticket], TensorDict], None] | None = None
+        self._tend = tend
+
+    def _sync_metadata_from_transfer_queue(self) -> None:
+        self._tend_servers()
+        super()._sync_metadata_from_transfer_queue()
+
+    def _tend_servers(self) -> None:
+        if self._tend is not None:
+            self._tend(self.version)
 
     def tell(self, event: events.Event) -> None:
         """Tell every listener of `event`."""
@@ -144,11 +155,13 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         return tickets
 
     def reopen_groups(self) -> tuple[list[Ticket], TensorDict | None]:
-        """Groups that were in flight when a run stopped, to be generated again with the present weights.
+        """Groups to be generated again with the present weights: a restart has lost them, or deaths of their servers.
 
-        Those that newer weights had begun to generate follow when the run has come to these weights again.
+        Those that newer weights had begun to generate before a restart follow when the run has come to these weights
+        again. Of those that may have killed their servers there is one at a time.
         """
-        tickets = [self.rule.reissue(uid, self.version) for uid in self.backlog.due_again(self.version)]
+        due = [*self.backlog.due_again(self.version), *self._intake.suspects.due()]
+        tickets = [self.rule.reissue(uid, self.version) for uid in due]
         if not tickets:
             return [], None
         self.tell(events.Dispatched(tuple(tickets), again=True))
@@ -165,13 +178,13 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         self._take_arrivals()
         if expired := self.rule.expired(version):
             self._intake.reports.abort(expired)
-        tickets, prompts = self.reopen_groups()
-        if prompts is not None and self._regenerate is not None:
-            self._regenerate(tickets, prompts)
         self.pump()
 
     def pump(self) -> None:
-        """Start as many groups as the rule admits."""
+        """Start what is to be generated again, and as many groups as the rule admits."""
+        tickets, prompts = self.reopen_groups()
+        if prompts is not None and self._regenerate is not None:
+            self._regenerate(tickets, prompts)
         if groups := self.rule.admissible(self.version):
             self._dispatch(groups)
 
@@ -181,7 +194,11 @@ class StalenessReplayBuffer(_ListsValidationOnly):
 
     def wait_until(self, is_done: Callable[[], bool], what: str) -> None:
         """Start groups and take reports until `is_done`; `what` is not so yet, for the log."""
-        self._intake.wait_until(is_done, self.pump, self.prefetch.look, what)
+        self._intake.wait_until(is_done, self._turn, self.prefetch.look, what)
+
+    def _turn(self) -> None:
+        self._tend_servers()
+        self.pump()
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
         """The next `batch_size` groups; see verl's `ReplayBuffer.sample`.

@@ -86,9 +86,19 @@ class SeparateConfig(StaleKConfig):
         served_within_nats: after the first push of trained weights the rollout gives the probabilities of some trained
             tokens again, and the run ends if their logarithms differ from the trainer's by more than this on average,
             in nats. null does not ask. Only vLLM is asked.
+        heal: where a rollout server dies, its work moves to the others, and a new one is started in its place; see
+            docs/reliability.md. false ends the run with an error.
+        replica_timeout_s: wall-clock seconds after which a server that died and could not be replaced is given up, and
+            the run goes on with the others. null tries for ever.
+        keep_pushed_weights: keep, in host memory, the weights that the rollout holds while the actor is trained, so
+            that a server can join at any time. false: one can join before the first update of a trainer step and at its
+            end, and a run all of whose servers die in between ends.
     """
 
     served_within_nats: float | None = 0.3
+    heal: bool = True
+    replica_timeout_s: float | None = 1800.0
+    keep_pushed_weights: bool = True
 
 
 @dataclass
@@ -221,6 +231,9 @@ MODE_DEFAULTS: dict[str, dict[str, Any]] = {name: asdict(config()) for name, con
 SEPARATE_MODES = ("stale_k_separate", "bounded_async")
 """Modes whose rollout has devices of its own."""
 
+HEALING = ("heal", "replica_timeout_s", "keep_pushed_weights")
+"""Settings of these modes alone, which another mode is refused with a reason of its own."""
+
 
 def first_uses(fresh_share: float, batch_size: int) -> int | None:
     """Prompts of a batch that are `fresh_share` of it; None if that is no whole number of at least 1."""
@@ -272,6 +285,10 @@ def load_mode_config(config: DictConfig, mode: str) -> StaleKConfig:
     except OmegaConfBaseException as error:
         key = f"trainer.v1.{mode}.{error.full_key}"
         value = OmegaConf.select(section, error.full_key) if section and error.full_key else None
+        if error.full_key in HEALING and mode not in SEPARATE_MODES:
+            why = "trainer and rollout share processes in this mode, and a dead server cannot be replaced alone"
+            remedy = f"Leave it out; trainer.v1.{mode}.restarts restarts the command after an error"
+            raise SettingError(Problem(key, value, why, remedy)) from error
         raise SettingError(Problem(key, value, str(error).splitlines()[0], known)) from error
     assert isinstance(loaded, StaleKConfig)
     return loaded

@@ -4,10 +4,11 @@ import logging
 import time
 from collections.abc import Callable
 
+from verl_m2po.staleness.heal.suspects import Suspects
 from verl_m2po.staleness.rollout.reports import Reports
 from verl_m2po.staleness.rows.store import LotStore
-from verl_m2po.staleness.rule.events import Event, Failed, Finished, GeneratorIdle, SetAside, TrainerWaited
-from verl_m2po.staleness.rule.records import GroupReport
+from verl_m2po.staleness.rule.events import Event, Failed, Finished, GeneratorIdle, Lost, SetAside, TrainerWaited
+from verl_m2po.staleness.rule.records import GroupReport, Ticket
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.watch.liveness import WorkerDied
 from verl_m2po.staleness.watch.stop import StopRequest
@@ -33,6 +34,7 @@ class Intake:
     def __init__(self, rule: StalenessRule, store: LotStore, tell: Callable[[Event], None], stop: StopRequest) -> None:
         self._rule, self._store, self._tell, self._stop = rule, store, tell, stop
         self._reports: Reports | None = None
+        self.suspects = Suspects()
 
     def connect(self, reports: Reports) -> None:
         """Listen to `reports` from now on."""
@@ -53,7 +55,7 @@ class Intake:
         """Take what has been reported; waits up to `timeout_s` seconds for the first report.
 
         Raises:
-            WorkerDied: a group was lost with a process of the run.
+            WorkerDied: a group was lost with a process of the run that is not replaced.
         """
         reports = self.reports.wait(timeout_s)
         for report in reports:
@@ -62,15 +64,34 @@ class Intake:
             self._tell(GeneratorIdle(since=max(report.finished_at for report in reports)))
 
     def _take_one(self, report: GroupReport) -> None:
+        if report.was_lost:
+            self._take_lost(report)
+            return
+        self.suspects.end(report.uid)
         if report.error is None and report.shared_metric is None:
             self._tell(Finished(self._rule.finish(report.uid, report.rows), report))
             return
-        if report.was_lost:
+        self._fail(report, Failed if report.error is not None else SetAside)
+
+    def _take_lost(self, report: GroupReport) -> None:
+        if not report.deaths:
             # Still in flight, so that it is generated again after the restart and no other prompt takes its place.
             raise WorkerDied(f"group {report.uid} cannot be generated, a process of the run is gone: {report.error}")
+        if self.suspects.lose(report.uid, report.deaths):
+            ticket = self._fail(report, Failed)
+            logger.error(
+                "prompt %s kills what generates it (%s): it is set aside as poisoned", ticket.prompt_index, report.error
+            )
+            return
+        ticket = self._rule.ticket(report.uid)
+        self._store.delete_rows(ticket)
+        self._tell(Lost(ticket, report))
+
+    def _fail(self, report: GroupReport, event: type[Failed] | type[SetAside]) -> Ticket:
         ticket = self._rule.fail(report.uid)
         self._store.delete([(ticket, report.rows)])
-        self._tell(SetAside(ticket, report) if report.error is None else Failed(ticket, report))
+        self._tell(event(ticket, report))
+        return ticket
 
     def wait_until(
         self, is_done: Callable[[], bool], pump: Callable[[], None], meanwhile: Callable[[], None], what: str

@@ -7,11 +7,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from verl_m2po.ground.verl_config import has_proximal_policy, trains_an_adapter
-from verl_m2po.staleness.config import SEPARATE_MODES, BoundedAsyncConfig, load_mode_config, make_clock
+from verl_m2po.staleness.config import SEPARATE_MODES, BoundedAsyncConfig, SeparateConfig, load_mode_config, make_clock
 
 logger = logging.getLogger(__name__)
 
-AGENT_LOOP_MANAGER = "verl_m2po.staleness.rollout.agent_loop.StalenessAgentLoopManager"
+_CHECKPOINT_ENGINE = "actor_rollout_ref.rollout.checkpoint_engine"
+
+REBUILT_ENGINES = ("nccl", "kimi_ckpt_engine")
+"""Checkpoint engines of verl's that keep a process group from push to push unless they are told otherwise."""
+
+AGENT_LOOP_MANAGER = "verl_m2po.staleness.rollout.manager.StalenessAgentLoopManager"
 
 
 def set_what_the_mode_needs(config: DictConfig) -> None:
@@ -38,6 +43,11 @@ def set_what_the_mode_needs(config: DictConfig) -> None:
         if trains_an_adapter(config):
             # Unmerged, verl 0.9.1 sends the frozen base alone to a rollout with processes of its own (verl issue 7495).
             needs["actor_rollout_ref.model.lora.merge"] = True
+    if isinstance(settings, SeparateConfig) and settings.heal:
+        backend = OmegaConf.select(config, f"{_CHECKPOINT_ENGINE}.backend")
+        if backend in REBUILT_ENGINES:
+            # Otherwise the group of the first push is kept, and a push to other replicas than those fails.
+            needs[f"{_CHECKPOINT_ENGINE}.engine_kwargs.{backend}.rebuild_group"] = True
     if isinstance(settings, BoundedAsyncConfig) and settings.adaptive.enable:
         needs["actor_rollout_ref.actor.policy_loss.diagnostics"] = True
     with open_dict(config):

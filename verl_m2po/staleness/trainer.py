@@ -32,7 +32,6 @@ from verl_m2po.ground import logs
 
 # As a module: where the buffer is imported first, verl imports this file before the buffer has its class.
 from verl_m2po.ground.fields import AGE_FIELD
-from verl_m2po.patches import verl as verl_patches
 from verl_m2po.staleness import buffer, checks
 from verl_m2po.staleness.account.bound import move_bound
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger
@@ -49,7 +48,6 @@ from verl_m2po.staleness.restart import resume
 from verl_m2po.staleness.restart.persistence import Persistence
 from verl_m2po.staleness.rollout.client import SpanRecordingClient
 from verl_m2po.staleness.rollout.reports import WorkerReports
-from verl_m2po.staleness.rollout.scoring import ServedCheck
 from verl_m2po.staleness.rows.store import LOT_FIELD, lot_partition
 from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.rule.adaptive_async import AdaptiveAsync
@@ -58,6 +56,7 @@ from verl_m2po.staleness.rule.failures import FailureWindow
 from verl_m2po.staleness.rule.records import Ticket
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import UpdateCount, version_at_step
+from verl_m2po.staleness.separate import OnOwnDevices
 from verl_m2po.staleness.watch.deadline import TimeLimits
 from verl_m2po.staleness.watch.liveness import Watch
 from verl_m2po.staleness.watch.progress import Progress
@@ -132,10 +131,14 @@ class _StalenessTrainer(PPOTrainer):
             listeners=[each for each in listeners if each is not None],
             dispatch=self._add_prompts_to_generate,
             stop=self._stopping.request,
+            tend=self._tend_servers,
             trainer_mode=self.trainer_mode,
             trainer_config=self.config.trainer.v1[self.trainer_mode],
             prefetch=settings.prefetch,
         )
+
+    def _tend_servers(self, version: int) -> None:
+        """The trainer waits, and the rollout holds weight `version`."""
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
@@ -177,7 +180,8 @@ class _StalenessTrainer(PPOTrainer):
     def _reissue_inflight_prompts(self, partition_id: str = "train") -> int:
         # verl calls this once, when the agent loop workers are there and before the first step.
         manager = self.agent_loop_manager
-        reports = WorkerReports(manager.agent_loop_workers, manager.answer_timeout_s)
+        reports = WorkerReports(manager.agent_loop_workers, manager.answer_timeout_s, manager)
+        manager.connect(self._watch)
         reports.depend_on(self._watch.actors())
         self.replay_buffer.connect(reports, self._generate)
         self._persistence.journal_with(reports.journal_to)
@@ -219,7 +223,9 @@ class _StalenessTrainer(PPOTrainer):
 
     def _validate(self) -> dict[str, float]:
         with self._progress.paused():
-            return self._stopping.validate(self.global_steps, super()._validate, self._end_validating_if_asked)
+            metrics = self._stopping.validate(self.global_steps, super()._validate, self._end_validating_if_asked)
+        self.agent_loop_manager.end_validation()
+        return metrics
 
     def _end_validating_if_asked(self) -> bool:
         return self._end_if_asked(self._save_amid_generation)
@@ -304,41 +310,13 @@ class PPOTrainerReplay(MovingReference, PPOTrainerStaleK):
     """A batch is part new, part trained before; trainer and rollout share the devices and take turns."""
 
 
-class _SeparateStalenessTrainer(_StalenessTrainer, PPOTrainerSeparateAsync):
-    """What the modes on separate devices share."""
-
-    def _setup(self) -> None:
-        with verl_patches.quiet_separate_setup():
-            super()._setup()
-        self._served = ServedCheck.of(self.config, self.actor_rollout_wg, self.standalone_server_manager)
-
-    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        self._served.before_update(batch)
-        return super()._update_actor(batch, metrics)
-
-    def _consume_sync_metrics(self) -> dict:
-        return super()._consume_sync_metrics() | self._served.take_metrics()
-
-    def get_llm_client(self) -> SpanRecordingClient:
-        return self.standalone_server_manager.get_client(client_cls=SpanRecordingClient)
-
-    def on_step_end(self) -> None:
-        if not self._end_if_asked():
-            self.replay_buffer.settle()
-            self.replay_buffer.prefetch.look()
-            with self._limits.push(self.global_steps):
-                super().on_step_end()
-                self._served.after_push()
-            self.replay_buffer.advance(self.global_steps)
-
-
 @register_trainer("stale_k_separate")
-class PPOTrainerStaleKSeparate(_SeparateStalenessTrainer):
+class PPOTrainerStaleKSeparate(OnOwnDevices, _StalenessTrainer, PPOTrainerSeparateAsync):
     """Every batch exactly k trainer steps old; one batch is generated while another is trained."""
 
 
 @register_trainer("bounded_async")
-class PPOTrainerBoundedAsync(_SeparateStalenessTrainer):
+class PPOTrainerBoundedAsync(OnOwnDevices, _StalenessTrainer, PPOTrainerSeparateAsync):
     """No trained token older than the bound; generation is interrupted by a weight update and goes on after it."""
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from verl_m2po.staleness.rule import events
-from verl_m2po.staleness.rule.records import Group, Row
+from verl_m2po.staleness.rule.records import Group, GroupReport, Row
 from verl_m2po.staleness.rule.units import UpdateClock, UpdateCount
 
 AGE_BUCKETS_STEPS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
@@ -63,6 +63,9 @@ class _Step:
     dropped: int = 0
     set_aside: Counter[float] = field(default_factory=Counter)
     masked_trajectories: int = 0
+    moved: int = 0
+    poisoned: int = 0
+    lost_generation_s: float = 0.0
     replayed: int = 0
     rows: int = 0
     spans: int = 0
@@ -92,6 +95,8 @@ class StalenessMetrics:
 
     def on_event(self, event: events.Event) -> None:
         """See `rule.events.Listener`."""
+        if isinstance(event, events.Finished | events.Failed | events.Lost | events.SetAside):
+            self.moved(event.report)
         match event:
             case events.Began():
                 self.begin()
@@ -101,7 +106,8 @@ class StalenessMetrics:
                 self.masked(len(report.masked_errors))
             case events.Failed(_, report) if report.was_aborted:
                 self.aborted(report.generated_tokens / report.responses)
-            case events.Failed():
+            case events.Failed(_, report):
+                self._step.poisoned += report.deaths > 0
                 self.failed()
             case events.SetAside(_, report):
                 self.masked(len(report.masked_errors))
@@ -145,6 +151,11 @@ class StalenessMetrics:
     def failed(self) -> None:
         """A group failed and is replaced."""
         self._step.failed += 1
+
+    def moved(self, report: GroupReport) -> None:
+        """A group has ended, or was given up; servers may have died under it."""
+        self._step.moved += report.moves > 0
+        self._step.lost_generation_s += report.lost_s
 
     def set_aside(self, shared_metric: float | None) -> None:
         """A group has no advantage and is replaced: all its trajectories have this value."""
@@ -225,6 +236,9 @@ class StalenessMetrics:
             "staleness/evicted_dropped": step.dropped,
             "staleness/evicted_uninformative": uninformative,
             "staleness/masked_trajectories": step.masked_trajectories,
+            "staleness/groups_moved": step.moved,
+            "staleness/lost_generation_s": step.lost_generation_s,
+            "staleness/poisoned": step.poisoned,
             "staleness/replayed": step.replayed,
             "staleness/trained_tokens": step.tokens,
             "staleness/over_age_tokens": step.over_age_tokens,

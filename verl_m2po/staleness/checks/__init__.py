@@ -15,6 +15,7 @@ from verl_m2po.staleness.checks import (
     adaptive,
     dynamic_sampling,
     failed_trajectories,
+    healing,
     memory,
     numbers,
     reference,
@@ -76,6 +77,7 @@ def checks(available_memory_bytes: int | None = None, prompts: Prompts = _unknow
         Check("top_k", sampling.top_k, sampling.TOP_K.key),
         Check("the temperature", sampling.temperature, sampling.TEMPERATURE.key),
         Check("what the mode replaces", setup.replaced, "trainer"),
+        Check("the replacement of servers", healing.problems, "trainer.v1"),
         Check("the devices of the rollout", setup.devices, "actor_rollout_ref.rollout"),
         Check(
             "the memory for rollouts that wait",

@@ -41,7 +41,7 @@ def replaced(config: DictConfig) -> Iterator[Problem]:
         yield Problem(_SAMPLER, sampler, f"the mode {mode} brings its own sampler", "Remove it")
     manager = read(config, _MANAGER)
     if manager is not None and not str(manager).startswith("verl_m2po."):
-        why = f"the mode {mode} needs verl_m2po.staleness.rollout.agent_loop.StalenessAgentLoopManager"
+        why = f"the mode {mode} needs verl_m2po.staleness.rollout.manager.StalenessAgentLoopManager"
         yield Problem(_MANAGER, manager, why, "Remove it; custom agent loops are not affected")
 
 

@@ -14,12 +14,10 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 import torch
 import transfer_queue as tq
-from tensordict import TensorDict
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
-from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ, apply_greedy_sampling_params
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ, apply_greedy_sampling_params
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_m2po.staleness.dynamic_sampling import DynamicSampling
@@ -28,11 +26,10 @@ from verl_m2po.staleness.rollout.client import GenerationAborted, Session, curre
 from verl_m2po.staleness.rollout.informative import UnknownMetric, shared_metric
 from verl_m2po.staleness.rollout.masking import StoredRow, row_key, stand_in
 from verl_m2po.staleness.rollout.outputs import check_output, first_line, spans_of
-from verl_m2po.staleness.rollout.reports import answer_timeout_s, wait_for_all
 from verl_m2po.staleness.rows import codec
 from verl_m2po.staleness.rows.store import LOT_FIELD
 from verl_m2po.staleness.rule.records import GroupReport, Row
-from verl_m2po.staleness.watch.liveness import RunActors
+from verl_m2po.staleness.watch.liveness import RunActors, ServerDied
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +57,12 @@ class _RunningGroup:
     def root_error(self, run_actors: RunActors) -> BaseException | None:
         """The error of a session that says most; None if none failed.
 
-        An abort is the cause of nothing else, so any other error says more; a death is the cause of any.
+        An abort is the cause of nothing else, so any other error says more; a death is the cause of any, and that of a
+        server the one that the run can live with.
         """
 
-        def says_little(error: BaseException) -> tuple[bool, bool]:
-            return not run_actors.is_death(error), isinstance(error, GenerationAborted)
+        def says_little(error: BaseException) -> tuple[bool, bool, bool]:
+            return not run_actors.is_death(error), isinstance(error, ServerDied), isinstance(error, GenerationAborted)
 
         return min(self.failed.values(), key=says_little, default=None)
 
@@ -88,6 +86,9 @@ class _RunningGroup:
             error=None if error is None else first_line(error),
             was_aborted=isinstance(error, GenerationAborted),
             was_lost=error is not None and run_actors.is_death(error),
+            deaths=max(each.deaths for each in self.sessions) if isinstance(error, ServerDied) else 0,
+            moves=sum(session.deaths for session in self.sessions),
+            lost_s=sum(session.lost_s for session in self.sessions),
             generated_tokens=sum(session.generated_tokens for session in self.sessions),
             responses=max(1, len(self.sessions)),
             began_at=self.began_at,
@@ -305,28 +306,3 @@ async def _journal_error(journal: RowsWriter, group: _RunningGroup, mode: str) -
             f"function return plain values, or set trainer.v1.{mode}.journal=false"
         )
     return None
-
-
-class StalenessAgentLoopManager(AgentLoopManagerTQ):
-    """Spreads prompts over the workers in turn, so that single replacements do not all go to the first one."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.agent_loop_workers_class = ray.remote(StalenessAgentLoopWorker)
-        self._next_worker = 0
-        section = self.config.trainer.v1[self.config.trainer.v1.trainer_mode]
-        self.answer_timeout_s = answer_timeout_s(section.get("generation_timeout_s"))
-
-    def generate_sequences(self, prompts: TensorDict) -> None:
-        """Start generating `prompts`; returns when the workers have accepted them.
-
-        Raises:
-            RuntimeError: a worker is blocked.
-        """
-        workers = self.agent_loop_workers
-        chunks = prompts.chunk(len(workers))
-        first, self._next_worker = self._next_worker, (self._next_worker + len(chunks)) % len(workers)
-        accepted = [
-            workers[(first + i) % len(workers)].generate_sequences.remote(chunk) for i, chunk in enumerate(chunks)
-        ]
-        wait_for_all(accepted, self.answer_timeout_s)

@@ -1,5 +1,7 @@
 """verl's client of the rollout servers, taught to remember which weights generated which tokens.
 
+A server that dies loses a request only the tokens of the present attempt: `_Mover` makes it again elsewhere.
+
 verl keeps the first and the last weight version of a trajectory. A generation that is interrupted by a weight update
 and resumed has several, and the loss needs to know where one ends and the next begins. Every attempt passes through
 `LLMServerClient.generate`; `_SpanRecorder` sits right in front of it. It also resumes what a weight update interrupted,
@@ -7,11 +9,21 @@ at once: the servers park a request until they hold the new weights, so the seco
 """
 
 import contextvars
+import logging
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from ray.exceptions import ActorDiedError
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
+
+from verl_m2po.staleness.watch.liveness import RunActors, ServerDied, is_dead_engine
+
+logger = logging.getLogger(__name__)
+
+MOST_DEATHS = 2
+"""Servers that may die under one session before its group is given up: its prompt may be what kills them."""
 
 
 class GenerationAborted(RuntimeError):
@@ -24,12 +36,16 @@ class Session:
 
     Args:
         spans: [weight version, generated tokens], in the order of generation, over all turns.
+        deaths: rollout servers that died under it, so far.
+        lost_s: seconds of generation that were lost with them.
     """
 
     spans: list[list[int]] = field(default_factory=list)
     is_aborted: bool = False
     server: Any = None
     server_request_id: str | None = None
+    deaths: int = 0
+    lost_s: float = 0.0
 
     def record(self, version: int | None, tokens: int) -> None:
         """Note that `version` generated the next `tokens` tokens.
@@ -64,8 +80,60 @@ class Session:
 
 current_session: contextvars.ContextVar[Session | None] = contextvars.ContextVar("current_session", default=None)
 
+_acquired: contextvars.ContextVar[tuple[str, Any] | None] = contextvars.ContextVar("_acquired", default=None)
+"""Name and handle of the server that the present attempt was given to."""
 
-class _SpanRecorder(LLMServerClient):
+
+class _Mover(LLMServerClient):
+    """An attempt whose server dies begins again at another one; of a session, until `MOST_DEATHS` have died under it.
+
+    The dead server leaves the balancer at once; what replaces it, and when, is the trainer's business.
+    """
+
+    heals: bool
+
+    async def _acquire_server(self, request_id: str, **extra: Any) -> tuple[str, Any]:
+        session = current_session.get()
+        if session is not None and session.is_aborted:  # while no server was left
+            raise GenerationAborted(request_id)
+        _acquired.set(await super()._acquire_server(request_id, **extra))
+        acquired = _acquired.get()
+        assert acquired is not None
+        return acquired
+
+    async def generate(self, request_id: str, **kwargs: Any) -> Any:
+        while True:
+            began_at = time.monotonic()
+            _acquired.set(None)
+            try:
+                return await super().generate(request_id, **kwargs)
+            except Exception as error:
+                acquired = _acquired.get()
+                if not self.heals or acquired is None or not await _has_died(acquired[1], error):
+                    raise
+                await self._load_balancer.remove_servers.remote([acquired[0]])
+                logger.warning("request %s moves: rollout server %s is dead", request_id, acquired[0])
+                _count_death(current_session.get(), time.monotonic() - began_at, error)
+
+
+async def _has_died(server: Any, error: BaseException) -> bool:
+    """Whether `error` of a call to `server` says that it is gone, or its engine."""
+    if is_dead_engine(error):
+        return True
+    error = await RunActors([server]).settle(error)
+    return isinstance(error, ActorDiedError) and error.actor_id == server._actor_id.hex()
+
+
+def _count_death(session: Session | None, lost_s: float, error: Exception) -> None:
+    if session is None:
+        return
+    session.deaths += 1
+    session.lost_s += lost_s
+    if session.deaths >= MOST_DEATHS:
+        raise ServerDied(f"{session.deaths} rollout servers died under one request, one after the other") from error
+
+
+class _SpanRecorder(_Mover):
     """Records every attempt in the session that asked for it; without one (validation) it does nothing."""
 
     async def _acquire_server(self, request_id: str, **extra: Any) -> tuple[str, Any]:
@@ -131,4 +199,13 @@ def _joined(first: Any, second: Any) -> Any:
 
 
 class SpanRecordingClient(FullyAsyncLLMServerClient, _SpanRecorder):
-    """`FullyAsyncLLMServerClient` whose every attempt is recorded: its ``super()`` is `_SpanRecorder`."""
+    """`FullyAsyncLLMServerClient` whose every attempt is recorded: its ``super()`` is `_SpanRecorder`.
+
+    Args:
+        heals: an attempt whose server dies begins again at another one, and waits where none is left.
+        of_verl: further arguments of verl's.
+    """
+
+    def __init__(self, *, heals: bool = False, **of_verl: Any) -> None:
+        super().__init__(only_hybrid=heals, **of_verl)  # verl's name for: servers come and go
+        self.heals = heals

@@ -4,6 +4,7 @@
 
 import logging
 import uuid
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ray
@@ -15,6 +16,7 @@ from verl.workers.utils.padding import response_from_nested
 
 from verl_m2po.staleness.config import SeparateConfig, load_mode_config
 from verl_m2po.staleness.rollout.outputs import first_line
+from verl_m2po.staleness.watch.liveness import is_dead_engine
 from verl_m2po.staleness.watch.served import Scores, require_served
 
 logger = logging.getLogger(__name__)
@@ -68,11 +70,18 @@ def score(probe: Probe, actor: Any, servers: dict[str, Any]) -> Scores:
     everything = [one for each in asked.values() for one in each]
     if ray.wait(everything, num_returns=len(everything), timeout=ANSWER_WITHIN_S)[1]:
         raise TimeoutError
-    answers = {
-        name: [_answer(ray.get(one), n) for one, n in zip(each, probe.prompt_tokens, strict=True)]
-        for name, each in asked.items()
-    }
-    return Scores(trainer, {name: torch.cat(each) for name, each in answers.items()})
+    answers = {name: _answers(each, probe.prompt_tokens) for name, each in asked.items()}
+    return Scores(trainer, {name: torch.cat(each) for name, each in answers.items() if each is not None})
+
+
+def _answers(asked: list[Any], prompt_tokens: list[int]) -> list[torch.Tensor] | None:
+    """Of one server; None if it has died: that is noticed elsewhere."""
+    try:
+        return [_answer(ray.get(one), n) for one, n in zip(asked, prompt_tokens, strict=True)]
+    except ray.exceptions.RayError as error:
+        if isinstance(error, ray.exceptions.ActorDiedError) or is_dead_engine(error):
+            return None
+        raise
 
 
 def _ask(server: Any, tokens: list[int]) -> Any:
@@ -112,10 +121,12 @@ class ServedCheck:
         key: full name of the setting of `tolerance_nats`.
         tolerance_nats: see `watch.served.require_served`; None never compares.
         actor: verl's worker group of the actor.
-        servers: handles of the rollout servers by name.
+        servers: returns the handles of the present rollout servers by name.
     """
 
-    def __init__(self, key: str, tolerance_nats: float | None, actor: Any, servers: dict[str, Any]) -> None:
+    def __init__(
+        self, key: str, tolerance_nats: float | None, actor: Any, servers: Callable[[], dict[str, Any]]
+    ) -> None:
         self._key, self._tolerance_nats = key, tolerance_nats
         self._actor, self._servers = actor, servers
         self._before: tuple[Probe, Scores] | None = None
@@ -133,7 +144,10 @@ class ServedCheck:
         settings = load_mode_config(config, mode)
         assert isinstance(settings, SeparateConfig)
         tolerance_nats = settings.served_within_nats if config.actor_rollout_ref.rollout.name == "vllm" else None
-        servers = dict(zip(manager.server_addresses, manager.server_handles, strict=True))
+
+        def servers() -> dict[str, Any]:
+            return {replica.server_address: replica.server_handle for replica in manager.get_replicas()}
+
         return cls(f"trainer.v1.{mode}.served_within_nats", tolerance_nats, actor, servers)
 
     def before_update(self, batch: KVBatchMeta) -> None:
@@ -146,7 +160,7 @@ class ServedCheck:
     def _score(self, probe: Probe) -> Scores | None:
         """What both sides say; None, and never asked again, where the servers are too busy to say it in time."""
         try:
-            return score(probe, self._actor, self._servers)
+            return score(probe, self._actor, self._servers())
         except TimeoutError:
             self._is_due = False
             logger.warning(

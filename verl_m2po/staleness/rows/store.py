@@ -217,6 +217,14 @@ class LotStore:
                 del self._groups_in_lot[lot]
                 tq.get_client().clear_partition(lot_partition(lot))
 
+    @staticmethod
+    def delete_rows(ticket: Ticket) -> None:
+        """Delete what there is of the rows of a group in flight, and keep its prompt. Lists the whole lot."""
+        partition = lot_partition(ticket.lot)
+        listed = tq.kv_list(partition).get(partition, {})
+        if rows := [key for key in listed if key.startswith(f"{ticket.uid}_")]:
+            tq.kv_clear(keys=rows, partition_id=partition)
+
     def restore(self, tickets: list[Ticket], ready: list[Group]) -> int:
         """Bring TransferQueue in line with a checkpoint of the rule: what the rule does not know is deleted.
 

@@ -20,7 +20,7 @@ class Began:
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """Groups are about to be generated with the present weights; `again`: once more, since a restart lost them."""
+    """Groups are about to be generated with the present weights; `again`: once more, since they were lost."""
 
     tickets: tuple[Ticket, ...]
     again: bool = False
@@ -44,6 +44,14 @@ class Returned:
 @dataclass(frozen=True, slots=True)
 class Failed:
     """A group failed, or was aborted; its place is free again."""
+
+    ticket: Ticket
+    report: GroupReport
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Servers died under a group until it was given up; it is still in flight, and is generated again."""
 
     ticket: Ticket
     report: GroupReport
@@ -110,6 +118,7 @@ Event = (
     | Finished
     | Returned
     | Failed
+    | Lost
     | SetAside
     | Evicted
     | Trained

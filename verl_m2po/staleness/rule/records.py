@@ -173,7 +173,11 @@ class GroupReport:
         rows: its trajectories; on failure those that were stored nevertheless, to be deleted.
         error: None if every trajectory is there, or masked; otherwise the first line of what went wrong.
         was_aborted: it ended because the trainer asked for it.
-        was_lost: a process that it needed has died. Nothing is wrong with its prompt, and the run is at its end.
+        was_lost: a process that it needed has died, and it must be generated again.
+        deaths: if it was lost, how many processes that are replaced died under it, one after the other; 0: one that is
+            not replaced.
+        moves: requests that began again elsewhere, since their server had died.
+        lost_s: seconds of generation that were lost with these servers, over all its requests.
         generated_tokens: tokens generated in all its trajectories, finished or not.
         responses: how many trajectories it was to have, at least 1.
         began_at: `time.time()` on the worker's machine when the worker took the group up, in seconds.
@@ -188,6 +192,9 @@ class GroupReport:
     error: str | None = None
     was_aborted: bool = False
     was_lost: bool = False
+    deaths: int = 0
+    moves: int = 0
+    lost_s: float = 0.0
     generated_tokens: int = 0
     responses: int = 1
     began_at: float = 0.0

@@ -174,6 +174,10 @@ class StalenessRule(ABC):
     def settled(self, version: int) -> bool:
         """Whether the weights may move on from `version` without spoiling a group in flight."""
 
+    def ticket(self, uid: str) -> Ticket:
+        """Of a group in flight."""
+        return self._in_flight[uid]
+
     def in_flight_tickets(self) -> list[Ticket]:
         """Groups in flight, in the order of dispatch; they are issued again after a restart."""
         return list(self._in_flight.values())

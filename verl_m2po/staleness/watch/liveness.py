@@ -46,6 +46,15 @@ class WorkerDied(RuntimeError):
     """A process of the run is gone or does not answer, and the run with it."""
 
 
+def is_dead_engine(error: BaseException) -> bool:
+    """Whether a rollout server says that its engine is gone. By the name of vLLM's error: vLLM need not be there."""
+    return "EngineDeadError" in {each.__name__ for each in type(error).__mro__}
+
+
+class ServerDied(RuntimeError):
+    """Rollout servers died under a request until it was given up; see `rollout/client.py`."""
+
+
 class RunActors:
     """The actors without which the run cannot go on, told from a user's own.
 
@@ -64,7 +73,7 @@ class RunActors:
         """
         if isinstance(error, ActorDiedError):
             return error.actor_id is None or error.actor_id in self._actors
-        return "EngineDeadError" in {each.__name__ for each in type(error).__mro__}
+        return isinstance(error, ServerDied) or is_dead_engine(error)
 
     async def settle(self, error: BaseException) -> BaseException:
         """The death that `error` turns out to be, if it says that one of them is unavailable; else `error`.
@@ -120,6 +129,7 @@ class Watch:
         self._lock = threading.Lock()
         self._death: str | None = None
         self._standstill: Callable[[], str | None] = lambda: None
+        self._healers: list[Callable[[Any, str], bool]] = []
         self._some_unavailable = False
 
     def add(self, name: str, actors: Sequence[Any]) -> None:
@@ -147,6 +157,13 @@ class Watch:
         """End the run, too, when `standstill` says that nothing moves any more."""
         self._standstill = standstill
 
+    def heal_with(self, heal: Callable[[Any, str], bool]) -> None:
+        """Let `heal` take care of who dies. It is told the actor, or an engine's address, and why, from any thread.
+
+        Where it returns True the run goes on, and the dead is watched no more.
+        """
+        self._healers.append(heal)
+
     def actors(self) -> list[Any]:
         """Handles of all that are watched."""
         with self._lock:
@@ -156,7 +173,8 @@ class Watch:
         """Ask everybody.
 
         Returns:
-            Who died, with Ray's reason; None if nobody is known to be dead after `timeout_s` seconds.
+            Who died, with Ray's reason; None if nobody is known to be dead after `timeout_s` seconds, or all that are
+            have been taken care of.
         """
         with self._lock:
             for actor in self._names.keys() - self._questions.values():
@@ -171,10 +189,23 @@ class Watch:
             try:
                 ray.get(question)
             except ActorDiedError as error:
-                return f"{self._names[questions[question]]} died. {error}"
+                if (death := self._death_of(self._names, questions[question], f" {error}")) is not None:
+                    return death
             except ActorUnavailableError:
                 self._some_unavailable = True  # dead or not, the next question will tell
-        return next((f"{name} died." for address, name in engines.items() if _is_engine_dead(address)), None)
+        dead = [address for address in engines if _is_engine_dead(address)]
+        deaths = [self._death_of(self._engines, address) for address in dead]
+        return next(filter(None, deaths), None)
+
+    def _death_of(self, watched: dict[Any, str], key: Any, why: str = "") -> str | None:
+        """What is said of the death of `key`, one of those `watched`; None if somebody takes care of it."""
+        with self._lock:
+            death = f"{watched[key]} died.{why}" if key in watched else None
+        if death is None or not any(heal(key, death) for heal in self._healers):
+            return death
+        with self._lock:
+            watched.pop(key, None)
+        return None
 
     def find_silent(self, timeout_s: float) -> list[str]:
         """Names of those that do not answer within `timeout_s` seconds: blocked, busy or dead."""

@@ -55,7 +55,8 @@ def require_served(before: Scores, after: Scores, tolerance_nats: float, key: st
                 "and the model's weight loader name them. Raise the limit where the rollout is quantized; null asks no "
                 "more"
             )
-        if has_moved and torch.equal(served, before.servers[name]):
+        joined_since = name not in before.servers
+        if has_moved and not joined_since and torch.equal(served, before.servers[name]):
             raise RolloutServesOtherWeights(
                 f"after the first push of trained weights rollout server {name} gives {len(served)} tokens exactly the "
                 "log-probs from before the update, and the trainer does not: what is pushed is not what is trained. "

@@ -1,0 +1,65 @@
+"""Rollout servers die and the run goes on: the same command, to its last step, without a restart."""
+
+from pathlib import Path
+
+import cpu_run
+import fault_campaign
+import pytest
+import torch
+from mode_runs import paced
+from torchdata.stateful_dataloader.sampler import RandomSampler
+from trained_rows import Promise, broken
+
+from benchmarks.paced import SECONDS_PER_TOKEN
+from benchmarks.paced.agent_loop import Lengths
+from verl_m2po.staleness.account.ledger import read_ledger
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+STEPS, STALE_STEPS, LONGEST = 8, 1, 32
+
+
+def in_order() -> list[int]:
+    """Prompts in the order of the data loader."""
+    generator = torch.Generator().manual_seed(fault_campaign.DATA_SEED)
+    return list(RandomSampler(range(fault_campaign.PROMPTS), generator=generator))
+
+
+def test_engines_die_in_the_midst_of_generation_until_none_is_left_and_others_take_their_place(
+    tmp_path: Path, monkeypatch
+):
+    """The first death leaves one server, which takes over; the second one none, so that all wait for a new one.
+
+    That one joins while a trainer step is being made, with the weights that the step still needs rollouts of.
+    """
+    monkeypatch.setenv(SECONDS_PER_TOKEN, "0.06")
+    overrides = (
+        *fault_campaign.SEPARATE,
+        "actor_rollout_ref.rollout.n_gpus_per_node=2",
+        *paced(tmp_path, lengths=[Lengths(1, median=16, sigma=0.5, longest=LONGEST)]),
+        f"data.max_response_length={LONGEST}",
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=benchmarks.paced.token_time:TokenTime",
+    )
+    kind = fault_campaign.Kind("stale_k_separate", STALE_STEPS, overrides=overrides)
+    run = fault_campaign.Campaign(tmp_path, [], kind=kind, steps=STEPS)
+    attempt = fault_campaign.Attempt(tmp_path, 1, run.command())
+    try:
+        for steps in (2, 4):
+            assert attempt.wait_for_steps(steps, fault_campaign.START_WITHIN_S)
+            engines = sorted(attempt.find(("VLLM::EngineCore",)), key=lambda process: process.create_time())
+            engines[0].kill()
+        status = attempt.end(within_s=600)
+    finally:
+        attempt.close()
+    output = attempt.log.read_text(errors="replace")
+    assert status == 0, output[-4000:]
+    ledger = [line for line in read_ledger(run.ledger) if "step" in line]
+    batch, responses = fault_campaign.BATCH, fault_campaign.RESPONSES
+    assert not broken([ledger], Promise(kind.mode, STALE_STEPS, STEPS, batch, responses, in_order()))
+    steps = [step["data"] for step in cpu_run.read_steps(attempt.metrics)]
+    assert sum(step["staleness/replicas_lost"] for step in steps) == 2
+    assert sum(step["staleness/replicas_joined"] for step in steps) >= 1
+    assert sum(step["staleness/groups_moved"] for step in steps) >= 1
+    assert sum(step["staleness/lost_generation_s"] for step in steps) > 0
+    assert sum(step["staleness/poisoned"] for step in steps) == 0
+    assert max(step["actor/m2po/mismatch_floor"] for step in steps[:1]) < 1e-9

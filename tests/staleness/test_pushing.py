@@ -1,0 +1,107 @@
+"""A push in which a server dies, or that a server misses: who generates afterwards, and who is given up."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from verl.checkpoint_engine import CheckpointEngineManager
+
+from verl_m2po.staleness.heal.pushing import GatedCheckpointManager
+
+
+class Replica:
+    """One server; `misses` are weight versions that do not reach it."""
+
+    def __init__(self, name: str, misses=(), dies_in=()) -> None:
+        self.server_address, self.misses, self.dies_in = name, misses, dies_in
+        self.global_steps: int | None = None
+        self.generates = False
+        self.servers = [SimpleNamespace(__ray_call__=SimpleNamespace(remote=self._call))]
+
+    async def _call(self, what):
+        return what(self)
+
+    async def resume_generation(self) -> None:
+        self.generates = True
+
+
+class Run:
+    """Attendance, and verl's push reduced to what it does to the replicas."""
+
+    def __init__(self, monkeypatch, *replicas: Replica, explains: bool = True) -> None:
+        self.lost: dict[str, str] = {}
+        self.admitted: list[list[str]] = []
+        self.explains = explains
+        monkeypatch.setattr(CheckpointEngineManager, "__init__", self._init)
+        monkeypatch.setattr(CheckpointEngineManager, "update_weights", self._push)
+        of = SimpleNamespace(config=None, actor_wg=None)
+        self.manager = GatedCheckpointManager(of, list(replicas), self)
+
+    @staticmethod
+    def _init(manager, config, actor_wg, replicas) -> None:
+        manager.replicas = replicas
+
+    def _push(self, manager, version: int) -> dict:
+        for replica in manager.replicas:
+            replica.generates = False
+        for replica in manager.replicas:
+            if version in replica.dies_in:
+                self.dead = replica
+                raise ConnectionError("a receiver is gone")
+            if version not in replica.misses:
+                replica.global_steps = version
+        asyncio.run(manager.resume_generation_replicas())
+        return {"sent": len(manager.replicas)}
+
+    def takes_part(self, replica) -> bool:
+        return replica.server_address not in self.lost
+
+    def lose(self, replica, reason: str) -> None:
+        self.lost[replica.server_address] = reason
+
+    def explain(self, attempted) -> bool:
+        if self.explains:
+            self.lose(self.dead, "died")
+        return self.explains
+
+    def admit(self, replicas) -> None:
+        self.admitted.append([replica.server_address for replica in replicas])
+
+
+def test_a_server_that_misses_a_push_generates_nothing_with_its_old_weights(monkeypatch):
+    good, late = Replica("good"), Replica("late", misses=(2,))
+    run = Run(monkeypatch, good, late)
+    run.manager.update_weights(1)
+    assert good.generates and late.generates and not run.lost
+    run.manager.update_weights(2)
+    assert good.generates and not late.generates
+    assert "weight version 1" in run.lost["late"] and "weight version 2" in run.lost["late"]
+    assert run.admitted == [["good", "late"], ["good"]]
+
+
+@pytest.mark.parametrize("misses", [(0,), (0, 1)])
+def test_a_server_that_has_never_had_weights_generates_nothing(monkeypatch, misses):
+    new = Replica("new", misses=misses)
+    run = Run(monkeypatch, new)
+    run.manager.update_weights(0)
+    assert not new.generates and "does not say" in run.lost["new"] and run.admitted == [[]]
+
+
+def test_a_push_in_which_a_server_dies_is_made_again_to_the_others(monkeypatch):
+    replicas = [Replica("a"), Replica("b", dies_in=(3,)), Replica("c")]
+    run = Run(monkeypatch, *replicas)
+    assert run.manager.update_weights(3) == {"sent": 2}
+    assert [replica.generates for replica in replicas] == [True, False, True]
+    assert run.lost == {"b": "died"} and run.admitted == [["a", "c"]]
+
+
+def test_without_a_server_there_is_nothing_to_push_to(monkeypatch):
+    run = Run(monkeypatch, Replica("a", dies_in=(3,)))
+    assert run.manager.update_weights(3) == {}
+    assert run.manager.update_weights(4) == {} and run.admitted == []
+
+
+def test_an_error_that_no_death_explains_stays_an_error(monkeypatch):
+    run = Run(monkeypatch, Replica("a", dies_in=(3,)), explains=False)
+    with pytest.raises(ConnectionError):
+        run.manager.update_weights(3)

@@ -1,0 +1,233 @@
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+# verl's managers and replicas carry what they are in attributes that their types do not name.
+"""A rollout server dies and the run goes on: who is left, who joins, and with which weights.
+
+The watching thread learns of a death, ends what is left of the replica and lets a thread start another one. Weights are
+pushed from the main thread alone, where nothing else uses the actor: with the push at the end of a trainer step, or
+while the trainer waits for rollouts; then the actor may have made updates, see `HeldWeights`.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from omegaconf import DictConfig
+
+from verl_m2po.staleness.checks.healing import why_not
+from verl_m2po.staleness.config import SeparateConfig, load_mode_config
+from verl_m2po.staleness.heal import replicas
+from verl_m2po.staleness.heal.fleet import Fleet, Vacancy
+from verl_m2po.staleness.heal.held import HeldWeights
+from verl_m2po.staleness.heal.pushing import GatedCheckpointManager
+from verl_m2po.staleness.watch.liveness import FIND_CAUSE_S, Watch, WorkerDied
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 5.0
+"""Between two attempts at starting a server: Ray learns late that devices are free."""
+
+
+class Healing:
+    """The replicas of a run on separate devices.
+
+    Args:
+        manager: verl's manager of the servers.
+        pushes: verl's manager of the pushes to them.
+        watch: told of the new, and tells of the dead.
+        heals: false: the run ends with a server that dies, or that does not serve what it should.
+        replica_timeout_s: see `Fleet`.
+        keeps_weights: keep a copy of the weights that the rollout holds while the actor makes others.
+    """
+
+    def __init__(
+        self,
+        manager: Any,
+        pushes: Any,
+        watch: Watch,
+        *,
+        heals: bool,
+        replica_timeout_s: float | None,
+        keeps_weights: bool,
+    ) -> None:
+        self.heals = heals
+        self._manager, self._watch = manager, watch
+        self._replicas = {replica.server_address: replica for replica in manager.get_replicas()}
+        self._children = {name: replicas.children_of(replica) for name, replica in self._replicas.items()}
+        self._owners = {each: name for name, replica in self._replicas.items() for each in _keys(replica)}
+        # Never one that was used: Ray's names and sockets carry it, and those of the dead may still be there.
+        self._ranks = itertools.count(max(replica.replica_rank for replica in self._replicas.values()) + 1)
+        self.fleet = Fleet(self._replicas, replica_timeout_s)
+        self.pushes = GatedCheckpointManager(pushes, list(self._replicas.values()), self)
+        self.held = HeldWeights(pushes.actor_wg, heals and keeps_weights)
+        watch.heal_with(self.take_care)
+
+    @classmethod
+    def of(cls, config: DictConfig, manager: Any, pushes: Any, watch: Watch) -> "Healing":
+        """Of a run in a separate mode."""
+        settings = load_mode_config(config, config.trainer.v1.trainer_mode)
+        assert isinstance(settings, SeparateConfig)
+        return cls(
+            manager,
+            pushes,
+            watch,
+            heals=settings.heal and why_not(config) is None,
+            replica_timeout_s=settings.replica_timeout_s,
+            keeps_weights=settings.keep_pushed_weights,
+        )
+
+    def take_care(self, key: Any, reason: str) -> bool:
+        """The actor, or the engine at the address, `key` is dead. Whether that is one of ours, and the run goes on."""
+        name = self._owners.get(key if isinstance(key, str) else key._actor_id.hex())
+        if name is None or not self.heals:
+            return False
+        self._lose(name, reason)
+        return True
+
+    def lose(self, replica: Any, reason: str) -> None:
+        """See `pushing.Attendance`.
+
+        Raises:
+            WorkerDied: the run does not heal.
+        """
+        if not self.heals:
+            raise WorkerDied(f"rollout server {replica.server_address} cannot be given work: {reason}")
+        self._lose(replica.server_address, reason)
+
+    def takes_part(self, replica: Any) -> bool:
+        """See `pushing.Attendance`."""
+        return self.fleet.has(replica.server_address)
+
+    def _lose(self, name: str, reason: str) -> None:
+        vacancy = self.fleet.lose(name)
+        if vacancy is None:
+            return
+        replica = self._replicas[name]
+        logger.warning(
+            "rollout server %s is lost (%s): its work moves to the %d that are left, another one is started in its "
+            "place",
+            *(name, reason.strip().splitlines()[0], len(self.fleet.serving)),
+        )
+        self._manager.global_load_balancer.remove_servers.remote([name])
+        if replica in self._manager.rollout_replicas:
+            place = self._manager.rollout_replicas.index(replica)
+            for column in (
+                self._manager.rollout_replicas,
+                self._manager.server_handles,
+                self._manager.server_addresses,
+            ):
+                del column[place]
+        replicas.end(replica, self._children.get(name, ()))
+        threading.Thread(target=self._fill, args=(vacancy,), name="replacement", daemon=True).start()
+
+    def _fill(self, vacancy: Vacancy) -> None:
+        """Start servers until one is up, or its place is given up."""
+        while self.fleet.awaits(vacancy):
+            try:
+                replica = replicas.launch(self._make)
+            except Exception as error:
+                logger.warning("a rollout server did not start, it is tried again: %s", error)
+                time.sleep(RETRY_S)
+                continue
+            self._receive(replica, vacancy)
+
+    def _make(self) -> Any:
+        config = self._manager.rollout_config
+        return self._manager.rollout_replica_class(
+            replica_rank=next(self._ranks),
+            config=config,
+            model_config=self._manager.model_config,
+            gpus_per_node=config.n_gpus_per_node,
+        )
+
+    def _receive(self, replica: Any, vacancy: Vacancy) -> None:
+        name = replica.server_address
+        self._replicas[name] = replica
+        self._children[name] = replicas.children_of(replica)
+        self._owners |= dict.fromkeys(_keys(replica), name)
+        if not self.fleet.arrive(name, vacancy):
+            replicas.end(replica, self._children[name])
+            return
+        self._watch.add(f"rollout server at {name}", replica.servers)
+        self._watch.add(f"rollout worker of {name}", replica.workers)
+        self._watch.add_engines("rollout engine", [name])
+        logger.info("rollout server %s is up, and waits for the present weights", name)
+
+    def explain(self, attempted: Sequence[Any]) -> bool:
+        """See `pushing.Attendance`."""
+        deadline = time.monotonic() + (FIND_CAUSE_S if self.heals else 0.0)
+        while all(map(self.takes_part, attempted)):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or self._watch.find_dead(min(left_s, 1.0)) is not None:
+                return False
+        for replica in replicas.silent_engines([each for each in attempted if self.takes_part(each)]):
+            self.lose(replica, "its engine waits for the rest of a push that a death has interrupted")
+        return True
+
+    def admit(self, those: Sequence[Any]) -> None:
+        """See `pushing.Attendance`."""
+        for replica in those:
+            name = replica.server_address
+            if self.fleet.admit(name):
+                self._manager.rollout_replicas.append(replica)
+                self._manager.server_handles.append(replica.server_handle)
+                self._manager.server_addresses.append(name)
+                self._manager.global_load_balancer.add_servers.remote({name: replica.server_handle})
+                logger.warning("rollout server %s joins: %d serve now", name, len(self.fleet.serving))
+
+    def push(self, push: Callable[[], Any]) -> Any:
+        """Push the actor's weights with `push`, verl's, to all, and to those that wait to join."""
+        waiting = [replica for replica in self._joining() if replica not in self.pushes.replicas]
+        self.pushes.add_replicas(waiting)
+        result = push()
+        self.held.are_pushed()
+        return result
+
+    def _joining(self) -> list[Any]:
+        return [self._replicas[name] for name in self.fleet.joining]
+
+    def tend(self, version: int, limit: Callable[[int], AbstractContextManager[None]]) -> None:
+        """Called while the trainer waits: those that wait to join get `version`, the weights that the others hold.
+
+        Args:
+            limit: the time limit of a push.
+
+        Raises:
+            WorkerDied: no server is left, and these weights are nowhere.
+        """
+        if given_up := self.fleet.give_up():
+            logger.warning(
+                "%d rollout servers are not replaced within replica_timeout_s: the run goes on with %d",
+                *(given_up, len(self.fleet.serving)),
+            )
+        joining = self._joining()
+        if not joining:
+            return
+        if not self.held.are_at_hand:
+            if not self.fleet.serving:
+                raise WorkerDied(
+                    f"all rollout servers died while the actor was trained, and weight version {version}, which the "
+                    "trainer still waits for rollouts of, is gone. keep_pushed_weights=true keeps it"
+                )
+            return  # the next push comes by itself
+        alone = GatedCheckpointManager(self.pushes, joining, self)
+        with limit(version), self.held.in_actor():
+            alone.update_weights(version)
+        self.pushes.add_replicas(alone.replicas)
+
+    def take_metrics(self) -> dict[str, float]:
+        """The servers at the end of a trainer step, and what has happened to them in it."""
+        changes = self.fleet.take_changes()
+        return {
+            "staleness/replicas": len(self.fleet.serving),
+            "staleness/replicas_lost": changes.lost,
+            "staleness/replicas_joined": changes.joined,
+        }
+
+
+def _keys(replica: Any) -> set[str]:
+    """What names a replica where one of its processes is dead: its actors, and the address of its engine."""
+    return {*replicas.actor_ids(replica), replica.server_address}
