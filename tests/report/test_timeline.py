@@ -68,6 +68,18 @@ def test_a_generation_changes_colour_where_the_weights_change(tmp_path):
     assert drawn[TRAINING.upper()] == [pytest.approx((1.5, 1.8))]
 
 
+def test_deaths_of_servers_are_drawn_where_they_fall_into_the_picture(tmp_path):
+    steps = [line(number, number + 0.5, [[number - 0.5, number + 0.4]]) for number in range(1, 5)]
+    steps[2] |= {"servers_lost_at": [1.9], "servers_joined_at": [2.6]}
+    steps[3] |= {"servers_lost_at": [100.0]}
+    write(tmp_path / "l", *steps)
+    history = read_ledger(tmp_path / "l")
+    assert history.servers_lost_at == [1.9, 100.0] and history.servers_joined_at == [2.6]
+    (axes,) = timeline(history, first=2, count=2).axes
+    marks = {text.get_text(): text.get_position()[0] for text in axes.texts if "server" in text.get_text()}
+    assert marks == {"server dies": pytest.approx(0.4), "server joins": pytest.approx(1.1)}
+
+
 def test_the_command_writes_the_picture_or_says_what_is_wrong(tmp_path):
     write(tmp_path / "l", line(1, 1.5, [[0.0, 1.0]]), line(2, 2.1, [[1.0, 2.0]]))
 

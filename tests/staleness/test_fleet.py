@@ -76,8 +76,8 @@ class FleetMachine(RuleBasedStateMachine):
 
     def teardown(self):
         changes = self.fleet.take_changes()
-        assert (changes.lost, changes.joined) == (self.lost, self.joined)
-        assert self.fleet.take_changes().lost == 0
+        assert (len(changes.lost_at), len(changes.joined_at)) == (self.lost, self.joined)
+        assert not self.fleet.take_changes().lost_at
 
 
 TestFleet = FleetMachine.TestCase

@@ -152,7 +152,8 @@ def test_a_dead_server_leaves_at_once_and_another_joins_with_the_present_weights
         fakes.actor.weights = 8
         of.push(lambda: of.pushes.update_weights(8))
         assert set(fakes.held().values()) == {(8, 8)}, "it takes part in the next push"
-    metrics = of.take_metrics()
+    changes, metrics = of.take_changes()
+    assert len(changes.lost_at) == len(changes.joined_at) == 1 and changes.lost_at < changes.joined_at
     names = ("staleness/replicas", "staleness/replicas_lost", "staleness/replicas_joined")
     assert [metrics[name] for name in names] == [2, 1, 1]
 

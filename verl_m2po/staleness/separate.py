@@ -42,7 +42,9 @@ class OnOwnDevices(PPOTrainer):
         return super()._update_actor(batch, metrics)
 
     def _consume_sync_metrics(self) -> dict:
-        return super()._consume_sync_metrics() | self._served.take_metrics() | self._healing.take_metrics()
+        changes, metrics = self._healing.take_changes()
+        self.replay_buffer.tell(changes)
+        return super()._consume_sync_metrics() | self._served.take_metrics() | metrics
 
     def get_llm_client(self) -> SpanRecordingClient:
         return self.standalone_server_manager.get_client(client_cls=SpanRecordingClient, heals=self._healing.heals)

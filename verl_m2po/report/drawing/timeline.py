@@ -19,6 +19,7 @@ from verl_m2po.report.reading.ledger import History, LedgerError, Step
 # Weight version v has the colour v modulo their number; neighbours differ in hue.
 TRAINING = "#3A3A3A"
 DOWN = "#F3D9D9"
+LOST, JOINED = "#B0302A", "#2F7D4F"
 VERSION_COLOURS = tuple(colour for colour in (*COLOURS.values(), *OTHERS) if colour != "#000000")
 # Of bars whose place in time is not known exactly
 GUESSED = {"alpha": 0.45, "hatch": "////", "edgecolor": "white"}
@@ -60,6 +61,7 @@ def timeline(history: History, first: int = 1, count: int = 8, title: str = "") 
         axes.set_yticks(range(len(shown)), [f"{step.step}" for step in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlim(left=0)
+        _draw_servers(axes, history, origin)
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("batch (trainer step)")
@@ -102,6 +104,18 @@ def _draw_changes(axes: Axes, shown: list[Step], origin: float) -> None:
             axes.axvspan(start, step.weights_at - origin, color=DOWN, linewidth=0, zorder=0)
             middle = (start + step.weights_at - origin) / 2
             axes.text(middle, -0.42, "down", ha="center", va="top", fontsize=8, color="#8A3A3A")
+
+
+def _draw_servers(axes: Axes, history: History, origin: float) -> None:
+    """Where a rollout server died, and where another one took its place, within the picture."""
+    until = axes.get_xlim()[1]
+    for moments, what, colour in (
+        (history.servers_lost_at, "server dies", LOST),
+        (history.servers_joined_at, "server joins", JOINED),
+    ):
+        for seconds in (moment - origin for moment in moments if 0 <= moment - origin <= until):
+            axes.axvline(seconds, color=colour, linewidth=1.2)
+            axes.text(seconds, -0.42, what, ha="center", va="top", fontsize=7, color=colour, clip_on=True)
 
 
 def _draw_restored(axes: Axes, place: int, step: Step, held: dict[int, tuple[float, float]], origin: float) -> set[int]:

@@ -45,11 +45,15 @@ class History:
         steps: the trainer steps of the present weights, in order.
         weights: (since, version) of all weights that the rollout held, in order of time.
         torn: lines that could not be read.
+        servers_lost_at: when rollout servers died under the run, that went on.
+        servers_joined_at: when others took their places.
     """
 
     steps: list[Step]
     weights: list[tuple[float, int]]
     torn: int
+    servers_lost_at: list[float] = field(default_factory=list)
+    servers_joined_at: list[float] = field(default_factory=list)
 
 
 def read_ledger(path: Path) -> History:
@@ -75,7 +79,8 @@ def read_ledger(path: Path) -> History:
     if not reader.steps:
         torn = f"; line {lines.torn[0]} is no JSON" if lines.torn else ""
         raise LedgerError(f"{path} is empty: no batch has been trained yet{torn}")
-    return History(list(reader.steps.values()), sorted(reader.weights), len(lines.torn))
+    servers = (reader.servers_lost_at, reader.servers_joined_at)
+    return History(list(reader.steps.values()), sorted(reader.weights), len(lines.torn), *servers)
 
 
 class _Reader:
@@ -84,6 +89,8 @@ class _Reader:
     def __init__(self) -> None:
         self.steps: dict[int, Step] = {}
         self.weights: set[tuple[float, int]] = set()
+        self.servers_lost_at: list[float] = []
+        self.servers_joined_at: list[float] = []
         self._last_sign: float | None = None
         self._down_since: float | None = None
 
@@ -107,6 +114,8 @@ class _Reader:
                 next(reversed(self.steps.values())).ended_at = step.weights_at
             step.down_since, self._down_since = self._down_since, None
             self.steps[step.step] = step
+        self.servers_lost_at += line.get("servers_lost_at", [])
+        self.servers_joined_at += line.get("servers_joined_at", [])
         step.generated += times
         step.restored += _versions_without_times(line)
         self.weights.add((step.weights_at, step.version))

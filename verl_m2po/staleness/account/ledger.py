@@ -24,10 +24,10 @@ class TrainedRowsLedger:
     the timeline, "weights_at": the rollout has held `version` since, "sampled_at": the batch was handed out,
     "generated": [[began, ended] of each group, or null if that was before a restart]}; with dynamic sampling also
     "set_aside": [[prompt_index, uid, place, value that all its trajectories share], ...], the groups without advantage
-    since the line before. One line per start:
-    {"resumed_from": trainer step of the checkpoint, 0 without one}. Steps after it that stand above that line were
-    trained with weights that are gone; `surviving` drops them. A masked trajectory has the weight versions of the one
-    that it copies, with 0 tokens each.
+    since the line before; where rollout servers died or replaced others in the trainer step before, "servers_lost_at"
+    and "servers_joined_at": when. One line per start: {"resumed_from": trainer step of the checkpoint, 0 without one}.
+    Steps after it that stand above that line were trained with weights that are gone; `surviving` drops them. A masked
+    trajectory has the weight versions of the one that it copies, with 0 tokens each.
 
     Args:
         path: the file; parents are created. An existing one is continued, as a resumed run does.
@@ -50,6 +50,7 @@ class TrainedRowsLedger:
             ) from error
         _end_torn_line(self._path)
         self._set_aside: list[list[Any]] = []
+        self._servers: dict[str, list[float]] = {}
         self._generated: dict[str, tuple[float, float]] = {}
         self._weights_at = time.time()
 
@@ -64,6 +65,8 @@ class TrainedRowsLedger:
                 self.finished(report)
             case events.SetAside(ticket, report):
                 self._set_aside.append([ticket.prompt_index, ticket.uid, ticket.place, report.shared_metric])
+            case events.ServersChanged(lost_at, joined_at):
+                self.servers_changed(lost_at, joined_at)
             case events.Evicted(groups):
                 self.evicted(groups)
             case events.Trained(step, version, selection):
@@ -73,6 +76,12 @@ class TrainedRowsLedger:
     def advanced(self) -> None:
         """The rollout holds new weights from now on."""
         self._weights_at = time.time()
+
+    def servers_changed(self, lost_at: tuple[float, ...], joined_at: tuple[float, ...]) -> None:
+        """Rollout servers died and joined at these moments; they are written with the next batch."""
+        for name, moments in (("servers_lost_at", lost_at), ("servers_joined_at", joined_at)):
+            if moments:
+                self._servers.setdefault(name, []).extend(round(moment, 3) for moment in moments)
 
     def finished(self, report: GroupReport) -> None:
         """A group came to its end; it is written when it is trained."""
@@ -111,9 +120,10 @@ class TrainedRowsLedger:
                 "sampled_at": round(time.time(), 3),
                 "generated": [self._times(group) for group in groups],
                 **({"set_aside": self._set_aside} if self._set_aside else {}),
+                **self._servers,
             }
         )
-        self._set_aside = []
+        self._set_aside, self._servers = [], {}
 
     def _updates_made(self, step: int, version: int) -> dict[str, int]:
         if self._updates is None:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 def behind(reported: Mapping[str, int | None], version: int) -> dict[str, str]:
@@ -29,10 +29,10 @@ class Vacancy:
 
 @dataclass
 class Changes:
-    """What has happened to a fleet since it was asked last: numbers of servers."""
+    """What has happened since the last question: when servers died and joined, in seconds since the epoch."""
 
-    lost: int = 0
-    joined: int = 0
+    lost_at: list[float] = field(default_factory=list)
+    joined_at: list[float] = field(default_factory=list)
 
 
 class Fleet:
@@ -88,7 +88,7 @@ class Fleet:
             if server in self._serving:
                 vacancy = Vacancy(self._clock())
                 self._serving.remove(server)
-                self._changes.lost += 1
+                self._changes.lost_at.append(time.time())
             elif server in self._joining:
                 # It never served: its place has been empty since the one before was lost.
                 vacancy = self._joining.pop(server)
@@ -112,7 +112,7 @@ class Fleet:
             if self._joining.pop(server, None) is None:
                 return False
             self._serving.add(server)
-            self._changes.joined += 1
+            self._changes.joined_at.append(time.time())
             return True
 
     def awaits(self, vacancy: Vacancy) -> bool:

@@ -23,6 +23,7 @@ from verl_m2po.staleness.heal import replicas
 from verl_m2po.staleness.heal.fleet import Fleet, Vacancy
 from verl_m2po.staleness.heal.held import HeldWeights
 from verl_m2po.staleness.heal.pushing import GatedCheckpointManager
+from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.watch.liveness import FIND_CAUSE_S, Watch, WorkerDied
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Healing:
         self._manager, self._watch = manager, watch
         self._replicas = {replica.server_address: replica for replica in manager.get_replicas()}
         self._children = {name: replicas.children_of(replica) for name, replica in self._replicas.items()}
-        self._owners = {each: name for name, replica in self._replicas.items() for each in _keys(replica)}
+        self._owners = {key: replica for replica in self._replicas.values() for key in _keys(replica)}
         # Never one that was used: Ray's names and sockets carry it, and those of the dead may still be there.
         self._ranks = itertools.count(max(replica.replica_rank for replica in self._replicas.values()) + 1)
         self.fleet = Fleet(self._replicas, replica_timeout_s)
@@ -81,10 +82,10 @@ class Healing:
 
     def take_care(self, key: Any, reason: str) -> bool:
         """The actor, or the engine at the address, `key` is dead. Whether that is one of ours, and the run goes on."""
-        name = self._owners.get(key if isinstance(key, str) else key._actor_id.hex())
-        if name is None or not self.heals:
+        replica = self._owners.get(key if isinstance(key, str) else key._actor_id.hex())
+        if replica is None or not self.heals:
             return False
-        self._lose(name, reason)
+        self._lose(replica, reason)
         return True
 
     def lose(self, replica: Any, reason: str) -> None:
@@ -95,17 +96,21 @@ class Healing:
         """
         if not self.heals:
             raise WorkerDied(f"rollout server {replica.server_address} cannot be given work: {reason}")
-        self._lose(replica.server_address, reason)
+        self._lose(replica, reason)
 
     def takes_part(self, replica: Any) -> bool:
         """See `pushing.Attendance`."""
-        return self.fleet.has(replica.server_address)
+        return self.fleet.has(replica.server_address) and not self._has_successor(replica)
 
-    def _lose(self, name: str, reason: str) -> None:
-        vacancy = self.fleet.lose(name)
+    def _has_successor(self, replica: Any) -> bool:
+        """Whether a later one has got its port."""
+        return self._replicas[replica.server_address] is not replica
+
+    def _lose(self, replica: Any, reason: str) -> None:
+        name = replica.server_address
+        vacancy = None if self._has_successor(replica) else self.fleet.lose(name)
         if vacancy is None:
             return
-        replica = self._replicas[name]
         logger.warning(
             "rollout server %s is lost (%s): its work moves to the %d that are left, another one is started in its "
             "place",
@@ -147,7 +152,7 @@ class Healing:
         name = replica.server_address
         self._replicas[name] = replica
         self._children[name] = replicas.children_of(replica)
-        self._owners |= dict.fromkeys(_keys(replica), name)
+        self._owners |= dict.fromkeys(_keys(replica), replica)
         if not self.fleet.arrive(name, vacancy):
             replicas.end(replica, self._children[name])
             return
@@ -218,14 +223,15 @@ class Healing:
             alone.update_weights(version)
         self.pushes.add_replicas(alone.replicas)
 
-    def take_metrics(self) -> dict[str, float]:
-        """The servers at the end of a trainer step, and what has happened to them in it."""
+    def take_changes(self) -> tuple[events.ServersChanged, dict[str, float]]:
+        """What has happened to the servers since the last call, as an event and as metrics of the trainer step."""
         changes = self.fleet.take_changes()
-        return {
+        metrics = {
             "staleness/replicas": len(self.fleet.serving),
-            "staleness/replicas_lost": changes.lost,
-            "staleness/replicas_joined": changes.joined,
+            "staleness/replicas_lost": len(changes.lost_at),
+            "staleness/replicas_joined": len(changes.joined_at),
         }
+        return events.ServersChanged(tuple(changes.lost_at), tuple(changes.joined_at)), metrics
 
 
 def _keys(replica: Any) -> set[str]:

@@ -126,7 +126,9 @@ async def served_versions(replicas: Sequence[Any]) -> dict[str, int | None]:
 
 def silent_engines(replicas: Sequence[Any]) -> list[Any]:
     """Those whose engine does not answer: a push that ended in the middle leaves a receiver that waits for ever."""
-    asked = {each.servers[0].collective_rpc.remote("check_health"): each for each in replicas}
+    # Of vLLM's servers; others cannot be asked, and the push that is made again will tell.
+    askable = [each for each in replicas if hasattr(each.servers[0], "collective_rpc")]
+    asked = {each.servers[0].collective_rpc.remote("check_health"): each for each in askable}
     answered, unanswered = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S) if asked else ([], [])
     silent = [asked[one] for one in unanswered]
     for one in answered:

@@ -111,6 +111,14 @@ class GeneratorIdle:
     since: float
 
 
+@dataclass(frozen=True, slots=True)
+class ServersChanged:
+    """Rollout servers died, or took the place of others, at these moments: seconds since the epoch."""
+
+    lost_at: tuple[float, ...]
+    joined_at: tuple[float, ...]
+
+
 Event = (
     Resumed
     | Began
@@ -125,6 +133,7 @@ Event = (
     | Advanced
     | TrainerWaited
     | GeneratorIdle
+    | ServersChanged
 )
 
 
