@@ -17,6 +17,8 @@ SEED ?= 1
 
 # Faults: which, and where their logs go
 SEEDS ?= 1-36
+# Above 0: instead of these faults, so many kills in one run of each separate mode
+KILLS ?= 0
 FAULTS_OUT ?= outputs/faults
 
 # Study: only that many runs, the most telling ones first; empty: all
@@ -84,8 +86,8 @@ gpu-check: ## What needs a GPU: decision, losses, speed, then runs (at most eigh
 recipes: $(STAMP) ## Two real steps of every recipe on the CPU (about ten minutes)
 	$(BIN)/python -m pytest -m recipe tests/e2e/test_recipes.py
 
-faults: $(STAMP) ## Kill processes of real runs, restart, check what was trained on (SEEDS, FAULTS_OUT; about an hour)
-	PYTHONPATH=tests/support $(BIN)/python -m fault_campaign --seeds $(SEEDS) --out $(FAULTS_OUT)
+faults: $(STAMP) ## Kill processes of real runs, restart, check what was trained on (SEEDS, KILLS, FAULTS_OUT; about an hour)
+	PYTHONPATH=tests/support $(BIN)/python -m fault_campaign --seeds $(SEEDS) --kills $(KILLS) --out $(FAULTS_OUT)
 
 lint: $(STAMP) ## ruff, and what each room may import (the contracts in pyproject.toml)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache

@@ -5,10 +5,8 @@ from pathlib import Path
 import cpu_run
 import fault_campaign
 import pytest
-import torch
 from mode_runs import paced
-from torchdata.stateful_dataloader.sampler import RandomSampler
-from trained_rows import Promise, broken
+from trained_rows import broken
 
 from benchmarks.paced import SECONDS_PER_TOKEN
 from benchmarks.paced.agent_loop import Lengths
@@ -17,12 +15,6 @@ from verl_m2po.staleness.account.ledger import read_ledger
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 STEPS, STALE_STEPS, LONGEST = 8, 1, 32
-
-
-def in_order() -> list[int]:
-    """Prompts in the order of the data loader."""
-    generator = torch.Generator().manual_seed(fault_campaign.DATA_SEED)
-    return list(RandomSampler(range(fault_campaign.PROMPTS), generator=generator))
 
 
 def test_engines_die_in_the_midst_of_generation_until_none_is_left_and_others_take_their_place(
@@ -54,8 +46,7 @@ def test_engines_die_in_the_midst_of_generation_until_none_is_left_and_others_ta
     output = attempt.log.read_text(errors="replace")
     assert status == 0, output[-4000:]
     ledger = [line for line in read_ledger(run.ledger) if "step" in line]
-    batch, responses = fault_campaign.BATCH, fault_campaign.RESPONSES
-    assert not broken([ledger], Promise(kind.mode, STALE_STEPS, STEPS, batch, responses, in_order()))
+    assert not broken([ledger], run.promise())
     steps = [step["data"] for step in cpu_run.read_steps(attempt.metrics)]
     assert sum(step["staleness/replicas_lost"] for step in steps) == 2
     assert sum(step["staleness/replicas_joined"] for step in steps) >= 1

@@ -1,4 +1,4 @@
-"""Three faults on a real run: one process, all processes, SIGTERM. `make faults` tries more, on all kinds of run."""
+"""Faults on a real run: a rollout server, which is replaced, and SIGTERM. `make faults` tries more, on all kinds of run."""
 
 from pathlib import Path
 
@@ -26,6 +26,13 @@ def test_48_seeds_try_every_target_at_every_moment():
     assert len(pairs) == len(fault_campaign.TARGETS) * len(fault_campaign.MOMENTS)
 
 
+def test_a_chain_kills_only_what_its_mode_replaces():
+    faults = fault_campaign.chain("bounded_async", 30, seed=1)
+    assert len(faults) == 30 and faults == fault_campaign.chain("bounded_async", 30, seed=1)
+    assert {fault.target for fault in faults} == {"rollout engine", "rollout server", "agent loop worker"}
+    assert "start" not in {fault.moment for fault in faults}
+
+
 @pytest.mark.e2e
 @pytest.mark.timeout(1500)
 @pytest.mark.feature("resuming from a checkpoint", mode="stale_k_separate")
@@ -33,4 +40,5 @@ def test_nothing_is_lost_whatever_happens(tmp_path: Path):
     faults = fault_campaign.run_all([4, 6], tmp_path)
     assert {fault.kind for fault in faults} == {"stale_k_separate"}
     assert [fault.problems for fault in faults] == [[], []]
+    assert [fault.has_healed for fault in faults] == [True, False]
     assert faults[-1].recovered_after_s, "the last restart trained on"

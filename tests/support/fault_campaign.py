@@ -177,6 +177,18 @@ class Fault:
         )
 
 
+def chain(kind: str, kills: int, seed: int) -> list[Fault]:
+    """Faults from which a run of `kind` heals, one after the other: processes, moments and delays are chance."""
+    rng = random.Random(seed)
+    mode = next(row[kind].mode for row in KINDS if kind in row)
+    targets = [name for name, target in TARGETS.items() if mode in target.heals_in]
+    moments = [moment for moment in MOMENTS if moment != "start"]
+    return [
+        Fault(seed, kind, rng.choice(targets), rng.choice(moments), 1, round(rng.uniform(0.0, 0.5), 3))
+        for _ in range(kills)
+    ]
+
+
 class Attempt:
     """One start of the run's command."""
 
@@ -287,6 +299,7 @@ class Campaign:
         )
         enough += 4
         self.steps = enough if steps is None else steps
+        self.prompts = max(PROMPTS, (self.steps + 2 * STALENESS_STEPS) * BATCH)
         self.ledger = folder / "ledger.jsonl"
         self._journal = folder / "journal"
         self._attempts: list[list[dict]] = []
@@ -327,7 +340,7 @@ class Campaign:
     def command(self) -> list[str]:
         """That of every attempt."""
         data = self.folder / "data"
-        arithmetic.write_parquet(data, train_rows=PROMPTS, validation_rows=8)
+        arithmetic.write_parquet(data, train_rows=self.prompts, validation_rows=8)
         mode = f"trainer.v1.{self.kind.mode}"
         return [
             sys.executable,
@@ -461,14 +474,18 @@ class Campaign:
         self._generated_again += sorted(before & set[str]().union(*new.values()))
         self._journaled |= new
 
+    def promise(self) -> Promise:
+        """What it trains on when nothing happens to it."""
+        order = list(RandomSampler(range(self.prompts), generator=torch.Generator().manual_seed(DATA_SEED)))
+        masked = frozenset(filter(failing_rewards.fails_once, order)) if self.kind.masks else frozenset()
+        return Promise(self.kind.mode, self.kind.staleness_steps, self.steps, BATCH, RESPONSES, order, masked)
+
     def _judge(self, status: int | None, last: Attempt) -> None:
         problems = []
         if status != 0:
             tail = "\n".join(last.log.read_text(errors="replace").splitlines()[-40:])
             problems.append(f"the last attempt ended with {status}:\n{tail}")
-        order = list(RandomSampler(range(PROMPTS), generator=torch.Generator().manual_seed(DATA_SEED)))
-        masked = frozenset(filter(failing_rewards.fails_once, order)) if self.kind.masks else frozenset()
-        promise = Promise(self.kind.mode, self.kind.staleness_steps, self.steps, BATCH, RESPONSES, order, masked)
+        promise = self.promise()
         problems += broken(self._attempts, promise)
         if self.kind.has_journal and not self._journaled:
             problems.append("there is no journal")
@@ -521,6 +538,16 @@ def run_all(seeds: list[int], out: Path, say: Callable[[str], None] = print) -> 
     return faults
 
 
+def run_chains(seed: int, kills: int, out: Path) -> list[Fault]:
+    """A chain of `kills` in one run of each separate mode."""
+    faults = []
+    for kind in _SEPARATE:
+        faults += (drawn := chain(kind, kills, seed))
+        Campaign(out / kind, drawn).run()
+        _write(faults, out / "faults.json")
+    return faults
+
+
 def _write(faults: list[Fault], path: Path) -> None:
     path.write_text(json.dumps([asdict(fault) for fault in faults], indent=2) + "\n")
 
@@ -541,13 +568,16 @@ def table_of(faults: list[Fault]) -> Table:
 def main(
     seeds: Annotated[str, typer.Option(help="Faults: 1-12, or 1,4,9")] = "1-12",
     out: Annotated[Path, typer.Option(help="Folder for logs, checkpoints and faults.json")] = Path("outputs/faults"),
+    kills: Annotated[
+        int, typer.Option(help="Instead: so many kills in one run, which heals, of each separate mode")
+    ] = 0,
 ) -> None:
     """Kill processes of real training runs, restart them, and check that nothing was lost or trained twice."""
     out = out.resolve()
     if out.exists() and any(out.iterdir()):
         raise SystemExit(f"{out} is not empty: a run in it would be resumed. Name another folder or remove it")
     out.mkdir(parents=True, exist_ok=True)
-    faults = run_all(parse_seeds(seeds), out)
+    faults = run_chains(parse_seeds(seeds)[0], kills, out) if kills else run_all(parse_seeds(seeds), out)
     Console(width=200).print(table_of(faults))
     print(f"{out / 'faults.json'}")
     raise SystemExit(any(fault.problems for fault in faults))
