@@ -1,4 +1,4 @@
-"""Faults on a real run: a rollout server, which is replaced, and SIGTERM. `make faults` tries more, on all kinds of run."""
+"""Faults on a real run: a rollout server, which is replaced, and SIGTERM. `make faults` tries more kinds of both."""
 
 from pathlib import Path
 
