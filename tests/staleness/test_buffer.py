@@ -25,7 +25,7 @@ from verl_m2po.staleness.restart.journal import Journal
 from verl_m2po.staleness.rule.bounded import BoundedAsync
 from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import TooManyFailures
-from verl_m2po.staleness.rule.records import Selection
+from verl_m2po.staleness.rule.records import GroupReport, Selection
 from verl_m2po.staleness.rule.replay import Replay
 from verl_m2po.staleness.rule.reuse import Reuse
 from verl_m2po.staleness.rule.rules import StalenessViolation
