@@ -14,15 +14,15 @@ from verl_m2po.staleness.account.ledger import read_ledger
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-STEPS, STALE_STEPS, LONGEST = 8, 1, 32
+STEPS, STALE_STEPS, LONGEST = 9, 1, 32
 
 
-def test_engines_die_in_the_midst_of_generation_until_none_is_left_and_others_take_their_place(
+def test_engines_die_until_none_is_left_and_an_agent_loop_worker_and_others_take_their_places(
     tmp_path: Path, monkeypatch
 ):
-    """The first death leaves one server, which takes over; the second one none, so that all wait for a new one.
+    """In the midst of generation. The first death leaves one server, which takes over; the second one none.
 
-    That one joins while a trainer step is being made, with the weights that the step still needs rollouts of.
+    So all wait for a new server, which joins with the weights that the trainer step still needs rollouts of.
     """
     monkeypatch.setenv(SECONDS_PER_TOKEN, "0.06")
     overrides = (
@@ -36,15 +36,16 @@ def test_engines_die_in_the_midst_of_generation_until_none_is_left_and_others_ta
     run = fault_campaign.Campaign(tmp_path, [], kind=kind, steps=STEPS)
     attempt = fault_campaign.Attempt(tmp_path, 1, run.command())
     try:
-        for steps in (2, 4):
-            assert attempt.wait_for_steps(steps, fault_campaign.START_WITHIN_S)
-            engines = sorted(attempt.find(("VLLM::EngineCore",)), key=lambda process: process.create_time())
-            engines[0].kill()
+        for steps, target in ((2, "rollout engine"), (4, "rollout engine"), (6, "agent loop worker")):
+            assert attempt.wait_for_steps(steps, fault_campaign.START_WITHIN_S), attempt.log.read_text()[-4000:]
+            processes = attempt.find(fault_campaign.TARGETS[target].titles)
+            min(processes, key=lambda process: process.create_time()).kill()
         status = attempt.end(within_s=600)
     finally:
         attempt.close()
     output = attempt.log.read_text(errors="replace")
     assert status == 0, output[-4000:]
+    assert "agent loop worker 0 died: another one generates its" in output
     ledger = [line for line in read_ledger(run.ledger) if "step" in line]
     assert not broken([ledger], run.promise())
     steps = [step["data"] for step in cpu_run.read_steps(attempt.metrics)]

@@ -82,6 +82,34 @@ def test_each_contradiction_is_named(changes, key):
     assert problems[0].remedy
 
 
+@pytest.mark.parametrize("mode", SEPARATE_MODES)
+@pytest.mark.parametrize("seconds", [0, -1, "soon"])
+def test_a_time_for_replacements_that_is_none_is_refused(mode, seconds):
+    key = f"trainer.v1.{mode}.replica_timeout_s"
+    (problem,) = checks.check(config(mode, **{key.replace(".", "__"): seconds}))
+    assert problem.key == key and problem.value == seconds and problem.is_fatal
+    assert checks.check(config(mode, **{key.replace(".", "__"): None})) == [], "null tries for ever"
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in SEPARATE_MODES])
+@pytest.mark.parametrize(("key", "value"), [("heal", True), ("replica_timeout_s", 60), ("keep_pushed_weights", True)])
+def test_a_shared_mode_that_is_to_heal_its_servers_is_refused_with_the_reason(mode, key, value):
+    (problem,) = checks.check(config(mode, **{f"trainer__v1__{mode}__{key}": value}))
+    assert problem.key == f"trainer.v1.{mode}.{key}" and problem.is_fatal
+    assert "cannot be replaced alone" in problem.why and f"trainer.v1.{mode}.restarts" in problem.remedy
+
+
+@pytest.mark.parametrize("mode", SEPARATE_MODES)
+@pytest.mark.parametrize(
+    ("key", "value"), [("checkpoint_engine__backend", "delta_sharded"), ("disaggregation__enabled", True)]
+)
+def test_servers_that_cannot_be_replaced_are_a_warning(mode, key, value):
+    impossible = {f"actor_rollout_ref__rollout__{key}": value}
+    (problem,) = checks.check(config(mode, **impossible))
+    assert problem.key == f"trainer.v1.{mode}.heal" and not problem.is_fatal and "restarts" in problem.remedy
+    assert checks.check(config(mode, **impossible, **{f"trainer__v1__{mode}__heal": False})) == []
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_dynamic_sampling_goes_with_every_mode(mode):
     assert checks.check(config(mode, **FILTER)) == []
