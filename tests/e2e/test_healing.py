@@ -45,7 +45,6 @@ def test_engines_die_until_none_is_left_and_an_agent_loop_worker_and_others_take
         attempt.close()
     output = attempt.log.read_text(errors="replace")
     assert status == 0, output[-4000:]
-    assert "agent loop worker 0 died: another one generates its" in output
     ledger = [line for line in read_ledger(run.ledger) if "step" in line]
     assert not broken([ledger], run.promise())
     steps = [step["data"] for step in cpu_run.read_steps(attempt.metrics)]

@@ -1,5 +1,7 @@
 """A resumed run does not erase the log of the attempt before."""
 
+import logging
+
 import pytest
 from omegaconf import OmegaConf
 from verl.utils.tracking import FileLogger
@@ -39,3 +41,14 @@ def test_nothing_is_moved_where_nothing_is_lost(environment, tmp_path):
     assert logs.keep_earlier(path) is None
     without = OmegaConf.create({"trainer": {"logger": "console"}})
     assert logs.path_of(without) is None and logs.keep_earlier(None) is None
+
+
+def test_messages_go_where_verls_go_once_verl_has_set_that_up(monkeypatch):
+    verls, ours = logging.Logger("verl"), logging.Logger("verl_m2po")
+    monkeypatch.setattr(logging, "getLogger", {"verl": verls, "verl_m2po": ours}.get)
+    logs.follow_verl()
+    assert ours.propagate and not ours.handlers, "nothing is set up here"
+    verls.handlers, verls.propagate = [logging.NullHandler()], False
+    verls.setLevel(logging.WARNING)
+    logs.follow_verl()
+    assert ours.handlers == verls.handlers and not ours.propagate and ours.level == logging.WARNING

@@ -39,3 +39,15 @@ def keep_earlier(path: Path | None) -> Path | None:
     os.rename(path, aside)
     logger.info("the log of the attempt before this one is now %s", aside)
     return aside
+
+
+def follow_verl() -> None:
+    """Send this package's messages where verl's go, in the process in which verl has set that up.
+
+    Libraries raise the level of the root logger there; verl keeps its own logger from that, and of ours the warnings
+    would be lost.
+    """
+    verls, ours = logging.getLogger("verl"), logging.getLogger("verl_m2po")
+    if verls.handlers:
+        ours.handlers, ours.propagate = list(verls.handlers), verls.propagate
+        ours.setLevel(verls.level)

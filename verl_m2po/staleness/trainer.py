@@ -73,6 +73,7 @@ class _StalenessTrainer(PPOTrainer):
     replay_buffer: "buffer.StalenessReplayBuffer"
 
     def __init__(self, config: DictConfig) -> None:
+        logs.follow_verl()
         checks.require_sound(checks.check(config, available_memory_bytes=psutil.virtual_memory().total))
         self._persistence = Persistence.open(config)
         checks.require_sound(self._persistence.problems(resume.ranks_of(config)))
