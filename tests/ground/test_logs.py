@@ -1,6 +1,7 @@
 """A resumed run does not erase the log of the attempt before."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -45,7 +46,8 @@ def test_nothing_is_moved_where_nothing_is_lost(environment, tmp_path):
 
 def test_messages_go_where_verls_go_once_verl_has_set_that_up(monkeypatch):
     verls, ours = logging.Logger("verl"), logging.Logger("verl_m2po")
-    monkeypatch.setattr(logging, "getLogger", {"verl": verls, "verl_m2po": ours}.get)
+    loggers = SimpleNamespace(getLogger={"verl": verls, "verl_m2po": ours}.get)
+    monkeypatch.setattr(logs, "logging", loggers)
     logs.follow_verl()
     assert ours.propagate and not ours.handlers, "nothing is set up here"
     verls.handlers, verls.propagate = [logging.NullHandler()], False
