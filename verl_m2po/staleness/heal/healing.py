@@ -226,7 +226,7 @@ class Healing:
     def take_changes(self) -> tuple[events.ServersChanged, dict[str, float]]:
         """What has happened to the servers since the last call, as an event and as metrics of the trainer step."""
         changes = self.fleet.take_changes()
-        metrics = {
+        metrics: dict[str, float] = {
             "staleness/replicas": len(self.fleet.serving),
             "staleness/replicas_lost": len(changes.lost_at),
             "staleness/replicas_joined": len(changes.joined_at),
