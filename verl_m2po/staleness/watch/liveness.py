@@ -130,7 +130,6 @@ class Watch:
         self._death: str | None = None
         self._standstill: Callable[[], str | None] = lambda: None
         self._healers: list[Callable[[Any, str], bool]] = []
-        self._some_unavailable = False
 
     def add(self, name: str, actors: Sequence[Any]) -> None:
         """Watch `actors`, too. The first name of an actor counts.
@@ -176,11 +175,15 @@ class Watch:
             Who died, with Ray's reason; None if nobody is known to be dead after `timeout_s` seconds, or all that are
             have been taken care of.
         """
+        return self._look(timeout_s)[0]
+
+    def _look(self, timeout_s: float) -> tuple[str | None, bool]:
+        """See `find_dead`; and whether some are unavailable, dead or not: the next question will tell."""
         with self._lock:
             for actor in self._names.keys() - self._questions.values():
                 self._questions[actor.__ray_ready__.remote()] = actor
             questions, engines = dict(self._questions), dict(self._engines)
-        self._some_unavailable = False
+        some_unavailable = False
         for question in (
             ray.wait(list(questions), num_returns=len(questions), timeout=timeout_s)[0] if questions else ()
         ):
@@ -190,12 +193,12 @@ class Watch:
                 ray.get(question)
             except ActorDiedError as error:
                 if (death := self._death_of(self._names, questions[question], f" {error}")) is not None:
-                    return death
+                    return death, some_unavailable
             except ActorUnavailableError:
-                self._some_unavailable = True  # dead or not, the next question will tell
+                some_unavailable = True
         dead = [address for address in engines if _is_engine_dead(address)]
         deaths = [self._death_of(self._engines, address) for address in dead]
-        return next(filter(None, deaths), None)
+        return next(filter(None, deaths), None), some_unavailable
 
     def _death_of(self, watched: dict[Any, str], key: Any, why: str = "") -> str | None:
         """What is said of the death of `key`, one of those `watched`; None if somebody takes care of it."""
@@ -227,8 +230,9 @@ class Watch:
         """`find_dead`, as often as it takes actors that are unavailable to turn out dead or alive."""
         deadline = time.monotonic() + FIND_CAUSE_S
         while (left_s := deadline - time.monotonic()) > 0:
-            if (death := self.find_dead(timeout_s=left_s)) or not self._some_unavailable:
-                return death
+            death, some_unavailable = self._look(left_s)
+            if death or self._death or not some_unavailable:
+                return death or self._death
             time.sleep(0.1)
         return None
 
