@@ -20,6 +20,7 @@ from verl.trainer.ppo.v1.replay_buffer import DAPO_FILTERED_REWARD_COUNTS_KEY
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger, read_ledger
+from verl_m2po.staleness.heal.poisoned import PoisonedPrompts
 from verl_m2po.staleness.restart.frames import JournalError
 from verl_m2po.staleness.restart.journal import Journal
 from verl_m2po.staleness.rule.bounded import BoundedAsync
@@ -479,9 +480,9 @@ def test_groups_that_deaths_have_lost_are_generated_again_in_their_places(transf
     assert run.buffer.step_metrics()["staleness/poisoned"] == 0
 
 
-def test_a_prompt_that_kills_what_generates_it_is_set_aside_and_replaced(transfer_queue, caplog):
-    rule = ExactStale(1, BATCH)
-    run = Run(transfer_queue, rule, "killed")
+def test_a_prompt_that_kills_what_generates_it_is_set_aside_and_replaced(transfer_queue, caplog, tmp_path):
+    rule, path = ExactStale(1, BATCH), tmp_path / "saved" / "poisoned.jsonl"
+    run = Run(transfer_queue, rule, "killed", poisoned=PoisonedPrompts(path))
     rule.limit(3)
     kill = run.workers._generate
 
@@ -501,3 +502,12 @@ def test_a_prompt_that_kills_what_generates_it_is_set_aside_and_replaced(transfe
     assert "prompt 3 kills what generates it" in caplog.text
     metrics = run.buffer.step_metrics()
     assert metrics["staleness/poisoned"] == metrics["staleness/evicted_failed"] == 1
+    # Another start of the same run does not try it, a new run does.
+    path.open("a").write("12")  # cut off by a crash
+    again = Run(transfer_queue, ExactStale(1, BATCH), "again", poisoned=PoisonedPrompts(path))
+    again.buffer.rule.limit(3)
+    again.buffer.begin(0)
+    trained = trained_groups([batch for step in range(1, 4) for batch in again.step(step)])
+    assert len(trained) == 3 * BATCH and "again-3" not in trained and "again-3" not in again.workers.generated
+    assert again.buffer.step_metrics()["staleness/evicted_failed"] == 1
+    assert not PoisonedPrompts(path, goes_on=False).has(3) and not path.exists()

@@ -173,6 +173,7 @@ class Run:
         uninformative_share: float = 0.0,
         prefetch: bool = True,
         workers=Workers,
+        poisoned=None,
     ) -> None:
         self.tq, self.name, self.dispatched = tq, name, 0
         self.workers = workers(tq, fail_share, mask_share=mask_share)
@@ -182,8 +183,9 @@ class Run:
             rule=rule,
             metrics=StalenessMetrics(UpdateClock(BATCH, BATCH // 2)),
             failures=FailureWindow(max_failed_fraction, window=10),
-            listeners=[listener for listener in (ledger, journal) if listener is not None],
+            listeners=[listener for listener in (poisoned, ledger, journal) if listener is not None],
             dispatch=self.dispatch,
+            poisoned=poisoned,
             stop=StopRequest(wait_s=0.0, look=lambda: self.is_asked_to_end),
             trainer_mode="stale_k",
             trainer_config={},
@@ -217,7 +219,8 @@ class Run:
         indices, prompts = self.draw(groups)
         uids = as_list(prompts["uid"])
         self.workers.version = self.buffer.version
-        self.workers.start(self.buffer.open_groups(uids, indices, prompts))
+        tickets, _ = self.buffer.without_poisoned(self.buffer.open_groups(uids, indices, prompts), prompts)
+        self.workers.start(tickets)
 
     def step(self, step: int, parts: int = 1, check=None) -> list:
         batches = []

@@ -8,8 +8,10 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import DAPO_FILTERED_REWARD_COUNTS_KEY, ReplayBufferAsync
+from verl.utils import tensordict_utils as tu
 
 from verl_m2po.staleness.account.metrics import StalenessMetrics
+from verl_m2po.staleness.heal.poisoned import PoisonedPrompts
 from verl_m2po.staleness.intake import Intake
 from verl_m2po.staleness.prefetch import Prefetch
 from verl_m2po.staleness.restart.backlog import Backlog
@@ -81,6 +83,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         dispatch: starts that many new groups; it must call `open_groups` for them.
         stop: ends a wait of a run that was asked to end.
         tend: called while the trainer waits, with the weight version that the rollout holds: servers may join.
+        poisoned: prompts that are not generated.
         trainer_mode, trainer_config: for verl.
         prefetch: unpack the next batch while the present one trains.
     """
@@ -95,6 +98,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         dispatch: Callable[[int], Any],
         stop: StopRequest,
         tend: Callable[[int], None] | None = None,
+        poisoned: PoisonedPrompts | None = None,
         trainer_mode: str,
         trainer_config: Any,
         prefetch: bool = True,
@@ -111,7 +115,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         self._intake = Intake(rule, self._store, self.tell, stop)
         self.backlog = Backlog(rule, self._store)
         self._regenerate: Callable[[list[Ticket], TensorDict], None] | None = None
-        self._tend = tend
+        self._tend, self._poisoned = tend, poisoned
 
     def _sync_metadata_from_transfer_queue(self) -> None:
         self._tend_servers()
@@ -153,6 +157,16 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         self._store.put_prompts(tickets, prompts)
         self.tell(events.Dispatched(tuple(tickets)))
         return tickets
+
+    def without_poisoned(self, tickets: list[Ticket], prompts: TensorDict) -> tuple[list[Ticket], TensorDict | None]:
+        """Of groups that are about to be generated those whose prompt was not set aside before; None for no prompts."""
+        if self._poisoned is None or not any(self._poisoned.has(ticket.prompt_index) for ticket in tickets):
+            return tickets, prompts
+        kept = [place for place, ticket in enumerate(tickets) if not self._poisoned.has(ticket.prompt_index)]
+        for ticket in tickets:
+            if self._poisoned.has(ticket.prompt_index):
+                self._intake.refuse(ticket)
+        return [tickets[place] for place in kept], tu.index_select_tensor_dict(prompts, kept) if kept else None
 
     def reopen_groups(self) -> tuple[list[Ticket], TensorDict | None]:
         """Groups to be generated again with the present weights: a restart has lost them, or deaths of their servers.

@@ -87,6 +87,12 @@ class Intake:
         self._store.delete_rows(ticket)
         self._tell(Lost(ticket, report))
 
+    def refuse(self, ticket: Ticket) -> None:
+        """The prompt of a group that was just admitted is poisoned: it fails before it starts."""
+        self._fail(
+            GroupReport(ticket.uid, (), f"prompt {ticket.prompt_index} was set aside as poisoned before"), Failed
+        )
+
     def _fail(self, report: GroupReport, event: type[Failed] | type[SetAside]) -> Ticket:
         ticket = self._rule.fail(report.uid)
         self._store.delete([(ticket, report.rows)])

@@ -13,6 +13,7 @@ Importing this module registers them. verl's hooks decide when the rule is asked
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -40,6 +41,7 @@ from verl_m2po.staleness.account.summary import print_summary
 from verl_m2po.staleness.build_rule import build_rule
 from verl_m2po.staleness.config import StaleKConfig, load_mode_config, make_clock
 from verl_m2po.staleness.dynamic_sampling import DynamicSampling, informative_window
+from verl_m2po.staleness.heal.poisoned import PoisonedPrompts
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.outcomes import judge
 from verl_m2po.staleness.prompts import indices, require_a_batch
@@ -124,7 +126,9 @@ class _StalenessTrainer(PPOTrainer):
         settings = load_mode_config(self.config, self.trainer_mode)
         clock, path = self._updates.clock, settings.ledger_path
         ledger = None if path is None else TrainedRowsLedger(path, self._updates)
-        listeners = (ledger, self._persistence.journal, self._informative, self._progress)
+        folder, goes_on = Path(self.config.trainer.default_local_dir), self.config.trainer.resume_mode != "disable"
+        poisoned = PoisonedPrompts(folder / "poisoned.jsonl", goes_on)
+        listeners = (poisoned, ledger, self._persistence.journal, self._informative, self._progress)
         return buffer.StalenessReplayBuffer(
             rule=self._make_rule(settings),
             metrics=StalenessMetrics(clock, self._updates),
@@ -133,6 +137,7 @@ class _StalenessTrainer(PPOTrainer):
             dispatch=self._add_prompts_to_generate,
             stop=self._stopping.request,
             tend=self._tend_servers,
+            poisoned=poisoned,
             trainer_mode=self.trainer_mode,
             trainer_config=self.config.trainer.v1[self.trainer_mode],
             prefetch=settings.prefetch,
@@ -172,7 +177,10 @@ class _StalenessTrainer(PPOTrainer):
         batch = self._next_train_batch(count)
         return indices(batch), batch
 
-    def _generate(self, tickets: list[Ticket], prompts: TensorDict) -> None:
+    def _generate(self, tickets: list[Ticket], drawn: TensorDict) -> None:
+        tickets, prompts = self.replay_buffer.without_poisoned(tickets, drawn)
+        if prompts is None:
+            return
         # The step that starts from the present weights. It may be one ahead of verl's counter at the end of a step.
         tu.assign_non_tensor_data(prompts, "global_steps", self.replay_buffer.version + 1)
         prompts[LOT_FIELD] = NonTensorStack(*[lot_partition(ticket.lot) for ticket in tickets])
