@@ -61,7 +61,7 @@ def test_it_is_asked_once_about_the_first_push_after_an_update(monkeypatch, tole
     asked = []
     monkeypatch.setattr(scoring, "take_probe", lambda batch, ranks: (batch, ranks))
     monkeypatch.setattr(scoring, "score", lambda probe, *_: asked.append(probe) or scores([-1.0], a=[-1.0]))
-    check = ServedCheck(KEY, tolerance, SimpleNamespace(world_size=4), dict)
+    check = ServedCheck(KEY, tolerance, SimpleNamespace(world_size=4), lambda: {"a": None})
     check.after_push()  # a push before any update, after the start
     for step in range(3):
         for mini_batch in range(2):
@@ -82,12 +82,29 @@ def test_the_trainer_does_not_wait_for_servers_with_a_long_queue(monkeypatch, ca
 
     monkeypatch.setattr(scoring, "take_probe", lambda batch, ranks: batch)
     monkeypatch.setattr(scoring, "score", score)
-    check = ServedCheck(KEY, 0.3, SimpleNamespace(world_size=1), dict)
+    check = ServedCheck(KEY, 0.3, SimpleNamespace(world_size=1), lambda: {"a": None})
     for _ in range(3):
         check.before_update(None)
         check.after_push()
         assert check.take_metrics() == {}
     assert not answers and caplog.text.count("is not compared") == 1 and f"{KEY}=0.3" in caplog.text
+
+
+def test_servers_that_are_all_dead_are_compared_when_others_have_joined(monkeypatch):
+    alive = {"a": None}
+    monkeypatch.setattr(scoring, "take_probe", lambda batch, ranks: batch)
+    monkeypatch.setattr(
+        scoring, "score", lambda _probe, _actor, servers: scores([-1.0], **dict.fromkeys(servers, [-1.0]))
+    )
+    check = ServedCheck(KEY, 0.3, SimpleNamespace(world_size=1), lambda: alive)
+    check.before_update(None)
+    alive = {}
+    check.after_push()
+    assert check.take_metrics() == {}
+    alive = {"b": None}
+    check.before_update(None)
+    check.after_push()
+    assert check.take_metrics() == {"staleness/served_difference_nats": 0.0}
 
 
 def test_a_server_that_cannot_score_names_the_key(monkeypatch):
@@ -99,7 +116,7 @@ def test_a_server_that_cannot_score_names_the_key(monkeypatch):
     with pytest.raises(
         RuntimeError, match=rf"{KEY}=0\.3: the tokens cannot be scored \(ValueError: prompt_logprobs .* Set it to null"
     ):
-        ServedCheck(KEY, 0.3, SimpleNamespace(world_size=1), dict).before_update(None)
+        ServedCheck(KEY, 0.3, SimpleNamespace(world_size=1), lambda: {"a": None}).before_update(None)
 
 
 @pytest.mark.parametrize("mode", ["stale_k", "stale_k_separate", "bounded_async"])

@@ -158,9 +158,12 @@ class ServedCheck:
             self._before = None if before is None else (probe, before)
 
     def _score(self, probe: Probe) -> Scores | None:
-        """What both sides say; None, and never asked again, where the servers are too busy to say it in time."""
+        """What both sides say; None where no server lives, or where they are too busy: then they are asked no more."""
+        servers = self._servers()
+        if not servers:
+            return None
         try:
-            return score(probe, self._actor, self._servers())
+            return score(probe, self._actor, servers)
         except TimeoutError:
             self._is_due = False
             logger.warning(
@@ -185,7 +188,7 @@ class ServedCheck:
             return
         probe, before = self._before
         after = self._score(probe)
-        self._before, self._is_due = None, False
+        self._before, self._is_due = None, self._is_due and after is None
         if after is not None:
             largest = require_served(before, after, self._tolerance_nats, self._key)
             self._metrics = {"staleness/served_difference_nats": largest}
