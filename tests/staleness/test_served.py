@@ -94,7 +94,7 @@ def test_servers_that_are_all_dead_are_compared_when_others_have_joined(monkeypa
     alive = {"a": None}
     monkeypatch.setattr(scoring, "take_probe", lambda batch, ranks: batch)
     monkeypatch.setattr(
-        scoring, "score", lambda _probe, _actor, servers: scores([-1.0], **dict.fromkeys(servers, [-1.0]))
+        scoring, "score", lambda _probe, _actor, servers: scores([-1.0], **{name: [-1.0] for name in servers})
     )
     check = ServedCheck(KEY, 0.3, SimpleNamespace(world_size=1), lambda: alive)
     check.before_update(None)
