@@ -39,6 +39,7 @@ _CHECKPOINTS = "verl.checkpoint_engine.base"
 _WORKER = "verl.workers.engine_workers.TrainingWorker"
 _ALGORITHMS = "verl.trainer.ppo.core_algos"
 _MODES, _RESTARTS = "tests/e2e/test_staleness_modes.py", "tests/staleness/test_checkpoint.py"
+_REPLAY = "tests/e2e/test_replay.py"
 _BUFFER, _ACTOR = "tests/staleness/test_buffer.py", "tests/actor/test_worker.py"
 
 POINTS = (
@@ -84,6 +85,15 @@ POINTS = (
     Point(f"{_TRAINER}._build_replay_buffer", "self", "our buffer instead of verl's", _BUFFER),
     Point(f"{_TRAINER}._init_dataloader", "self", "the length of the run", _MODES),
     Point(f"{_TRAINER}._compute_advantage", "self, batch, metrics", "the age of each row", _MODES),
+    Point(f"{_TRAINER}._compute_ref_log_prob", "self, batch, metrics", "its log-probs are mixed", _REPLAY),
+    Point(f"{_TRAINER}._init_resource_pool_mgr", "self", "its `role_worker_mapping` names the worker", _REPLAY),
+    Point(f"{_TRAINER}.on_step_begin", "self", "the reference becomes the actor", _REPLAY),
+    Point(
+        "verl.workers.engine_workers.ActorRolloutRefWorker.__init__",
+        "self, config, role, distillation_config=, **kwargs",
+        "has actor and reference in one process",
+        "tests/staleness/test_reincarnation.py",
+    ),
     Point(f"{_TRAINER}._save_checkpoint", "self", "written beside, then renamed", _RESTARTS),
     Point(f"{_TRAINER}._load_checkpoint", "self", "the state of the buffer", _RESTARTS),
     Point(f"{_TRAINER}._reissue_inflight_prompts", "self, partition_id=", "ours are opened again", _RESTARTS),
