@@ -66,6 +66,18 @@ class Calendar:
         """When the next group is whole; inf: none will be."""
         return self._whole_at[self._taken]
 
+    @property
+    def all_begun_at(self) -> float:
+        """When the last of those in a server's queue begins; -inf: none is in a queue."""
+        ends, at = self._ends, -np.inf
+        queued = np.isnan(self._requests.began[ends.index])
+        for server in np.unique(ends.server[queued]):
+            here = slice(ends.first[server], ends.first[server + 1])
+            last = ends.began[here][queued[here]].max()
+            # It begins when another one ends.
+            at = max(at, float(ends.at[here][np.searchsorted(ends.progress[here], last)]))
+        return at
+
     def take(self, marks: list[ndarray], first_version: int) -> tuple[int, dict[int, int]]:
         """The next group that is whole, and its tokens by weight version.
 

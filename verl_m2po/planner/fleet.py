@@ -76,6 +76,12 @@ class Fleet:
         self.now = max(self.now, until) if until != _NEVER else self.now
         return []
 
+    @property
+    def all_begun_at(self) -> float:
+        """When no request is in a server's queue any more, if nothing else happens before; -inf: none is."""
+        self._arrive()
+        return self._planned().all_begun_at
+
     def _planned(self) -> Calendar:
         if self._calendar is None:
             self._calendar = Calendar(self._requests, self._servers, self.now)

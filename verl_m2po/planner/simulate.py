@@ -18,6 +18,8 @@ from verl_m2po.planner.workload import PlanError, Workload
 from verl_m2po.staleness.rule.records import Group, Row
 
 _NEVER = math.inf
+MOST_QUEUEING_S = 60.0
+"""`_GATE_BARRIER_TIMEOUT_S` of verl's `vllm_async_server`."""
 GATHERED_SHARE = 5e-3
 """Of the requests in flight: fewer that replace evicted groups start together, in the mode that waits for no group."""
 
@@ -73,11 +75,18 @@ class _Simulation:
         else:
             self._run_for(training_s)
             waited += self._wait_until(lambda: self.rule.settled(self.version))
+            self._empty_queues()
         self._freeze(self.workload.training.push_s)
         self._restart_if_broken(self.wall - began)
         self._new_weights()
         self._step_s.append(self.wall - began)
         self.account.step(self.wall - began, waited, training_s, self.fleet, self.rule)
+
+    def _empty_queues(self) -> None:
+        """As verl's servers do before they let weights in: what has been sent must have begun, or a minute be over."""
+        seconds = min(self.fleet.all_begun_at - self.fleet.now, MOST_QUEUEING_S)
+        if seconds > 0:
+            self._run_for(seconds)
 
     def _training_s(self, tokens: int) -> float:
         training = self.workload.training
