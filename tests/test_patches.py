@@ -1,6 +1,7 @@
 """Every patch of a host library says what it is for, and is in effect only where it says."""
 
 import ast
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,3 +109,29 @@ def test_the_separate_trainer_is_quiet_only_while_it_is_set_up():
     separate.setLevel(logging.ERROR)
     with verl.quiet_separate_setup():
         assert not separate.isEnabledFor(logging.WARNING)
+
+
+class Server:
+    """As much of verl's vLLM server as its barrier is made of."""
+
+    def __init__(self, is_closing: bool, **requests: bool) -> None:
+        self._submission_paused, self._admitting = is_closing, sum(requests.values())
+        states = {name: SimpleNamespace(is_prefilling=waits) for name, waits in requests.items()}
+        self.engine = SimpleNamespace(output_processor=SimpleNamespace(request_states=states))
+        self.aborted: list[str] = []
+
+    async def abort_request(self, request_id: str, reset_prefix_cache: bool) -> None:
+        assert not reset_prefix_cache
+        self.aborted.append(request_id)
+
+
+async def handed_back(server: object) -> None:
+    verl.hand_back_what_waits(server)
+    await asyncio.sleep(0)
+
+
+def test_a_server_that_closes_hands_back_what_has_no_token_yet_and_nothing_else():
+    closing, serving = (Server(is_closing, first=True, second=False, third=True) for is_closing in (True, False))
+    for server in (closing, serving, SimpleNamespace()):
+        asyncio.run(handed_back(server))
+    assert closing.aborted == ["first", "third"] and not serving.aborted

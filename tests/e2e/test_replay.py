@@ -44,6 +44,8 @@ def test_on_separate_devices_no_group_is_twice_in_a_batch_nor_older_than_its_win
         steps=STEPS,
         environment={SECONDS_PER_TOKEN: "0.1"},
     )
+    # 80 requests at a time to a server that decodes eight: they are handed back, and not waited for.
+    assert "Submission gate barrier timed out" not in result.output
     assert all(line["version"] - 4 <= version <= line["version"] for line in ledger for version, _ in spans_of(line))
     assert all(all(line["generated"]) for line in ledger), "when a group was generated is known at each of its uses"
     trained: set[str] = set()

@@ -105,3 +105,33 @@ def test_an_error_that_no_death_explains_stays_an_error(monkeypatch):
     run = Run(monkeypatch, Replica("a", dies_in=(3,)), explains=False)
     with pytest.raises(ConnectionError):
         run.manager.update_weights(3)
+
+
+class ClosingServer(Replica):
+    """One that closes once its queue has been handed back, as verl's does a minute later by itself."""
+
+    def __init__(self, queued: int) -> None:
+        super().__init__("closing")
+        self._submission_paused, self._admitting = False, queued
+        self.server_handle = self.servers[0]
+        states = {str(number): SimpleNamespace(is_prefilling=True) for number in range(queued)}
+        self.engine = SimpleNamespace(output_processor=SimpleNamespace(request_states=states))
+        self.server_handle.__ray_call__.remote = lambda what: what(self)
+
+    async def abort_request(self, request_id: str, reset_prefix_cache: bool) -> None:
+        if self.engine.output_processor.request_states.pop(request_id, None):
+            self._admitting -= 1
+
+    async def abort_all_requests(self, reject_request: bool) -> None:
+        self._submission_paused = True
+        while self._admitting:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("queued", [0, 40])
+def test_a_push_does_not_wait_for_what_a_server_has_in_its_queue(monkeypatch, queued):
+    server = ClosingServer(queued)
+    run = Run(monkeypatch, server)
+    run.manager.abort_replicas()
+    assert server._submission_paused and not server._admitting

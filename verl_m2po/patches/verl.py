@@ -1,5 +1,6 @@
 """Patches of verl."""
 
+import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -192,6 +193,25 @@ def fail_with_the_engine(transfer: ModuleType) -> None:
     replace(transfer.BucketedWeightSender, "_init_socket", make)
 
 
+def hand_back_what_waits(server: Any) -> None:
+    """Abort what a rollout server that is being closed has accepted and not begun. Called in its process, until it is.
+
+    Symptom: a push of weights takes up to a minute longer where servers have more requests than they decode at a time;
+    "Submission gate barrier timed out" in the server's log.
+    Cause: `abort_all_requests` (verl/workers/rollout/vllm_rollout/vllm_async_server.py, 0.9.1, l.970) aborts only when
+    every admitted request has had a first token, or after 60 s; what waits in vLLM's queue has had none.
+    Delete when: verl aborts what waits as well.
+
+    Args:
+        server: verl's vLLM server. One of another engine has no such barrier and is left alone.
+    """
+    if not getattr(server, "_submission_paused", False) or not getattr(server, "_admitting", 0):
+        return
+    for request, state in list(server.engine.output_processor.request_states.items()):
+        if state.is_prefilling:  # no token yet, so that none is lost
+            asyncio.get_running_loop().create_task(server.abort_request(request, reset_prefix_cache=False))
+
+
 @contextmanager
 def quiet_separate_setup() -> Iterator[None]:
     """Let the separate trainer be set up without replicas on the training devices, whatever the log level.
@@ -280,6 +300,11 @@ PATCHES = (
         replaces=f"{_ROLLOUT}.bucketed_weight_transfer.BucketedWeightSender._init_socket",
         scope=Scope.CPU,
         after=f"{_ROLLOUT}.bucketed_weight_transfer",
+    ),
+    Patch(
+        hand_back_what_waits,
+        replaces=f"{_ROLLOUT}.vllm_async_server.vLLMHttpServer.abort_all_requests",
+        scope=Scope.PUSH,
     ),
     Patch(
         quiet_separate_setup,

@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from verl.checkpoint_engine import CheckpointEngineManager
+from verl.utils.ray_utils import auto_await
 
+from verl_m2po.patches import verl as verl_patches
 from verl_m2po.staleness.heal import fleet, replicas
 
 logger = logging.getLogger(__name__)
+
+HAND_BACK_EVERY_S = 0.1
+"""While servers close for a push."""
 
 
 class Attendance(Protocol):
@@ -73,6 +78,15 @@ class GatedCheckpointManager(CheckpointEngineManager):
     def _drop_lost(self) -> list[Any]:
         self.replicas = [replica for replica in self.replicas if self._attendance.takes_part(replica)]
         return self.replicas
+
+    @auto_await
+    async def abort_replicas(self, reject_request: bool = False) -> None:
+        """As verl's, and without a wait for what a server has in its queue: it is handed back, and parked."""
+        closing = asyncio.ensure_future(CheckpointEngineManager.abort_replicas(self, reject_request=reject_request))
+        while not (await asyncio.wait({closing}, timeout=HAND_BACK_EVERY_S))[0]:
+            for replica in self.replicas:
+                replica.server_handle.__ray_call__.remote(verl_patches.hand_back_what_waits)
+        await closing
 
     async def resume_generation_replicas(self) -> None:
         """As verl's, for those that pass the gate: before the first request of the new weights is served."""
