@@ -100,7 +100,7 @@ def workload(measured: Measured, phase: str, is_separate: bool) -> Workload:
         PROMPTS,
         RESPONSES,
         RunsOwnLengths(length),
-        Generation(1, curve, start_s),
+        Generation(1, curve, start_s, queue_delays_push=True),  # the runs are from before the patch
         Training(seconds["Tt", phase], push_s=own_s),
     )
 

@@ -58,7 +58,8 @@ class Fit:
         requests = PROMPTS * RESPONSES
         curve = EngineCurve(((1, 1 / self.token_s), (requests, requests / self.token_s)), requests)
         training = Training(self.training_s[phase], push_s=self.besides_s)
-        return Workload(PROMPTS, RESPONSES, RunsOwnLengths(length), Generation(1, curve, self.start_s), training)
+        servers = Generation(1, curve, self.start_s, queue_delays_push=True)  # the runs are from before the patch
+        return Workload(PROMPTS, RESPONSES, RunsOwnLengths(length), servers, training)
 
 
 @dataclass(frozen=True)

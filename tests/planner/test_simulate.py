@@ -211,9 +211,11 @@ def test_failures_cost_time_and_break_no_promise(mode, heals):
     assert broken.trained_groups == 30 * 8
 
 
-def test_a_push_waits_until_all_that_was_sent_has_begun():
+def test_where_the_queue_delays_a_push_all_that_was_sent_has_begun():
     # 8 slots, 2 s a response: three batches of 32 are in flight, and a batch is trained in no time.
-    outcome = simulate(Setting("bounded_async", 2), workload(step_s=0.0, servers=4, max_requests=2), steps=10)
+    run = workload(step_s=0.0, servers=4, max_requests=2)
+    run = dataclasses.replace(run, generation=dataclasses.replace(run.generation, queue_delays_push=True))
+    outcome = simulate(Setting("bounded_async", 2), run, steps=10)
     assert outcome.mean_step_s == pytest.approx(8.0)
     # Whatever was admitted has begun with the weights of its time: nothing is younger than the bound.
     assert outcome.mean_age > 1.5

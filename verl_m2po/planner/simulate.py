@@ -75,7 +75,8 @@ class _Simulation:
         else:
             self._run_for(training_s)
             waited += self._wait_until(lambda: self.rule.settled(self.version))
-            self._empty_queues()
+            if self.workload.generation.queue_delays_push:
+                self._empty_queues()
         self._freeze(self.workload.training.push_s)
         self._restart_if_broken(self.wall - began)
         self._new_weights()
@@ -83,7 +84,7 @@ class _Simulation:
         self.account.step(self.wall - began, waited, training_s, self.fleet, self.rule)
 
     def _empty_queues(self) -> None:
-        """As verl's servers do before they let weights in: what has been sent must have begun, or a minute be over."""
+        """As verl's servers without our patch: what has been sent must have begun, or a minute be over."""
         seconds = min(self.fleet.all_begun_at - self.fleet.now, MOST_QUEUEING_S)
         if seconds > 0:
             self._run_for(seconds)

@@ -137,6 +137,8 @@ class Generation:
         start_s: from a request's arrival to its first token.
         prefill_tokens_per_s: of one server, when interrupted requests are read in again after a push; inf: at once.
         speed_spread: standard deviation of the logarithm of the servers' speeds; 0: all alike.
+        queue_delays_push: a push waits until all that was sent has begun, or a minute: verl 0.9.1 without the patch
+            `hand_back_what_waits`.
     """
 
     servers: int
@@ -144,6 +146,7 @@ class Generation:
     start_s: float = 0.0
     prefill_tokens_per_s: float = math.inf
     speed_spread: float = 0.0
+    queue_delays_push: bool = False
 
 
 @dataclass(frozen=True)
