@@ -1,7 +1,6 @@
 """Every patch of a host library says what it is for, and is in effect only where it says."""
 
 import ast
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,20 +117,9 @@ class Server:
         self._submission_paused, self._admitting = is_closing, sum(requests.values())
         states = {name: SimpleNamespace(is_prefilling=waits) for name, waits in requests.items()}
         self.engine = SimpleNamespace(output_processor=SimpleNamespace(request_states=states))
-        self.aborted: list[str] = []
-
-    async def abort_request(self, request_id: str, reset_prefix_cache: bool) -> None:
-        assert not reset_prefix_cache
-        self.aborted.append(request_id)
 
 
-async def handed_back(server: object) -> None:
-    verl.hand_back_what_waits(server)
-    await asyncio.sleep(0)
-
-
-def test_a_server_that_closes_hands_back_what_has_no_token_yet_and_nothing_else():
+def test_what_a_server_that_closes_hands_back_has_no_token_yet():
     closing, serving = (Server(is_closing, first=True, second=False, third=True) for is_closing in (True, False))
-    for server in (closing, serving, SimpleNamespace()):
-        asyncio.run(handed_back(server))
-    assert closing.aborted == ["first", "third"] and not serving.aborted
+    assert verl.waiting_requests(closing) == ["first", "third"]
+    assert verl.waiting_requests(serving) == verl.waiting_requests(SimpleNamespace()) == []

@@ -114,11 +114,12 @@ class ClosingServer(Replica):
         super().__init__("closing")
         self._submission_paused, self._admitting = False, queued
         self.server_handle = self.servers[0]
+        self.server_handle.abort_request = SimpleNamespace(remote=self.abort_request)
         states = {str(number): SimpleNamespace(is_prefilling=True) for number in range(queued)}
         self.engine = SimpleNamespace(output_processor=SimpleNamespace(request_states=states))
-        self.server_handle.__ray_call__.remote = lambda what: what(self)
 
-    async def abort_request(self, request_id: str, reset_prefix_cache: bool) -> None:
+    def abort_request(self, request_id: str, reset_prefix_cache: bool) -> None:
+        assert not reset_prefix_cache
         if self.engine.output_processor.request_states.pop(request_id, None):
             self._admitting -= 1
 

@@ -1,6 +1,5 @@
 """Patches of verl."""
 
-import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -193,8 +192,8 @@ def fail_with_the_engine(transfer: ModuleType) -> None:
     replace(transfer.BucketedWeightSender, "_init_socket", make)
 
 
-def hand_back_what_waits(server: Any) -> None:
-    """Abort what a rollout server that is being closed has accepted and not begun. Called in its process, until it is.
+def waiting_requests(server: Any) -> list[str]:
+    """What a rollout server that is being closed has accepted and not begun, to be aborted. Called in its process.
 
     Symptom: a push of weights takes up to a minute longer where servers have more requests than they decode at a time;
     "Submission gate barrier timed out" in the server's log.
@@ -206,10 +205,9 @@ def hand_back_what_waits(server: Any) -> None:
         server: verl's vLLM server. One of another engine has no such barrier and is left alone.
     """
     if not getattr(server, "_submission_paused", False) or not getattr(server, "_admitting", 0):
-        return
-    for request, state in list(server.engine.output_processor.request_states.items()):
-        if state.is_prefilling:  # no token yet, so that none is lost
-            asyncio.get_running_loop().create_task(server.abort_request(request, reset_prefix_cache=False))
+        return []
+    states = list(server.engine.output_processor.request_states.items())
+    return [request for request, state in states if state.is_prefilling]  # no token yet, so that none is lost
 
 
 @contextmanager
@@ -302,7 +300,7 @@ PATCHES = (
         after=f"{_ROLLOUT}.bucketed_weight_transfer",
     ),
     Patch(
-        hand_back_what_waits,
+        waiting_requests,
         replaces=f"{_ROLLOUT}.vllm_async_server.vLLMHttpServer.abort_all_requests",
         scope=Scope.PUSH,
     ),

@@ -15,7 +15,7 @@ from verl_m2po.staleness.heal.poisoned import PoisonedPrompts
 from verl_m2po.staleness.intake import Intake
 from verl_m2po.staleness.prefetch import Prefetch
 from verl_m2po.staleness.restart.backlog import Backlog
-from verl_m2po.staleness.restart.resume import STATE_FORMATS
+from verl_m2po.staleness.restart.buffer_state import BufferState
 from verl_m2po.staleness.rollout.reports import Reports
 from verl_m2po.staleness.rows.store import LotStore
 from verl_m2po.staleness.rule import events
@@ -25,19 +25,17 @@ from verl_m2po.staleness.rule.rules import StalenessRule, StalenessViolation, re
 from verl_m2po.staleness.rule.units import version_at_step
 from verl_m2po.staleness.watch.stop import StopRequest
 
-STATE_VERSION = STATE_FORMATS[-1]
-"""Format of `StalenessReplayBuffer.state_dict`."""
-
 
 class _ListsValidationOnly(ReplayBufferAsync):
     """verl's buffer, whose listing of all rows is one of validation rows: the others are never listed.
 
     Args:
         stop: ends a validation of a run that was asked to end.
+        tend: called while the trainer waits, with the weight version that the rollout holds: servers may join.
         of_verl: further arguments of verl's. It judges no age: the rule does.
     """
 
-    def __init__(self, stop: StopRequest, **of_verl: Any) -> None:
+    def __init__(self, stop: StopRequest, tend: Callable[[int], None] | None, **of_verl: Any) -> None:
         super().__init__(
             max_off_policy_threshold=None,
             max_off_policy_strategy="drop",
@@ -45,9 +43,16 @@ class _ListsValidationOnly(ReplayBufferAsync):
             poll_interval=0.02,
             **of_verl,
         )
-        self._stop = stop
+        self._stop, self._tend = stop, tend
+        self.version = 0
+        """Weight version that the rollout holds."""
+
+    def _tend_servers(self) -> None:
+        if self._tend is not None:
+            self._tend(self.version)
 
     def _sync_metadata_from_transfer_queue(self) -> None:
+        self._tend_servers()
         self._stop.give_up_waiting_for("the responses for validation are not there yet")
         by_status = {
             "pending": self.pending_keys,
@@ -82,7 +87,7 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         listeners: told of every event before those two: the ledger, the journal.
         dispatch: starts that many new groups; it must call `open_groups` for them.
         stop: ends a wait of a run that was asked to end.
-        tend: called while the trainer waits, with the weight version that the rollout holds: servers may join.
+        tend: see `_ListsValidationOnly`.
         poisoned: prompts that are not generated.
         trainer_mode, trainer_config: for verl.
         prefetch: unpack the next batch while the present one trains.
@@ -103,27 +108,18 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         trainer_config: Any,
         prefetch: bool = True,
     ) -> None:
-        super().__init__(stop, trainer_mode=trainer_mode, trainer_config=trainer_config, refill_fn=dispatch)
-        self.rule = rule
-        self.version = 0  # weight version that the rollout holds
+        super().__init__(stop, tend, trainer_mode=trainer_mode, trainer_config=trainer_config, refill_fn=dispatch)
+        self.rule, self.metrics = rule, metrics
         self.replayed: frozenset[str] = frozenset()
         """Groups of the batch that was handed out last that were trained before."""
-        self._metrics, self._failures = metrics, failures
         self._listeners = (*listeners, metrics, failures)
         self._dispatch, self._store = dispatch, LotStore()
         self.prefetch = Prefetch(rule, self._store, prefetch)
         self._intake = Intake(rule, self._store, self.tell, stop)
         self.backlog = Backlog(rule, self._store)
+        self._parts = BufferState(rule, self.backlog, failures, metrics)
         self._regenerate: Callable[[list[Ticket], TensorDict], None] | None = None
-        self._tend, self._poisoned = tend, poisoned
-
-    def _sync_metadata_from_transfer_queue(self) -> None:
-        self._tend_servers()
-        super()._sync_metadata_from_transfer_queue()
-
-    def _tend_servers(self) -> None:
-        if self._tend is not None:
-            self._tend(self.version)
+        self._poisoned = poisoned
 
     def tell(self, event: events.Event) -> None:
         """Tell every listener of `event`."""
@@ -253,15 +249,10 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         self.prefetch.forget(groups)
         self._store.delete([(group.ticket, group.rows) for group in groups])
 
-    @property
-    def waiting_share(self) -> float:
-        """Share of the present trainer step, so far, in which the trainer waited for rollouts."""
-        return self._metrics.waiting_share
-
     def step_metrics(self) -> dict[str, Any]:
         """The metrics of the trainer step that ends now; of groups without advantage verl's trainer draws a table."""
-        counts = {DAPO_FILTERED_REWARD_COUNTS_KEY: self._metrics.set_aside_by_value}
-        return counts | self.prefetch.step_metrics() | self._metrics.take(self.rule.in_flight, self.rule.ready)
+        counts = {DAPO_FILTERED_REWARD_COUNTS_KEY: self.metrics.set_aside_by_value}
+        return counts | self.prefetch.step_metrics() | self.metrics.take(self.rule.in_flight, self.rule.ready)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything besides TransferQueue's own checkpoint that is needed to go on, as plain JSON.
@@ -270,32 +261,8 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         """
         self._intake.take(timeout_s=0.0)
         self.prefetch.give_back()
-        return {
-            "state_version": STATE_VERSION,
-            "version": self.version,
-            "rule": self.rule.state_dict(),
-            "arrivals": self.backlog.state(),
-            "failures": self._failures.state_dict(),
-            "metrics": self._metrics.state_dict(),
-        }
+        return self._parts.to_json(self.version)
 
     def load_state_dict(self, state: dict[str, Any], version: int) -> None:
-        """Go on from `state`, before `begin` and after TransferQueue has loaded its checkpoint.
-
-        Args:
-            state: what `state_dict` returned.
-            version: weights of the checkpoint, which the rollout will hold.
-
-        Raises:
-            ValueError: it was written by another version of this package or under another schedule.
-            StalenessViolation: it ends a run, and cannot be made longer at the same staleness.
-            RuntimeError: TransferQueue lacks rows that the state waits for.
-        """
-        if state.get("state_version") not in STATE_FORMATS:
-            raise ValueError(f"staleness state of format {state.get('state_version')!r}, readable are {STATE_FORMATS}")
-        if "failures" in state:  # format 1 has none
-            self._failures.load_state_dict(state["failures"])
-            self._metrics.load_state_dict(state["metrics"])
-        self.rule.load_state_dict(state["rule"])
-        self.rule.check_resumable(version)
-        self.backlog.restore(state.get("arrivals", []))
+        """Go on from `state`; see `BufferState.load`. Before `begin`, and after TransferQueue has its checkpoint."""
+        self._parts.load(state, version)

@@ -52,6 +52,15 @@ class DynamicSampling:
         return cls(METRIC.of(config), most if most > 0 else None, MOST_IN_FLIGHT.of(config))
 
 
+def most_in_flight(sampling: DynamicSampling | None, batch_size: int) -> int | None:
+    """Most prompt groups that are generated at a time; None for no limit.
+
+    Args:
+        batch_size: prompt groups per trainer step.
+    """
+    return None if sampling is None else sampling.most_in_flight_batches * batch_size
+
+
 def informative_window(sampling: DynamicSampling | None, batch_size: int) -> InformativeWindow | None:
     """What ends a run whose prompts teach it too little; None where nothing does.
 

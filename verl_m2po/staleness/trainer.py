@@ -13,13 +13,10 @@ Importing this module registers them. verl's hooks decide when the rule is asked
 """
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
-import torch
-import transfer_queue as tq
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
@@ -32,15 +29,15 @@ from verl.utils import tensordict_utils as tu
 from verl_m2po.ground import logs
 
 # As a module: where the buffer is imported first, verl imports this file before the buffer has its class.
-from verl_m2po.ground.fields import AGE_FIELD
 from verl_m2po.staleness import buffer, checks
 from verl_m2po.staleness.account.bound import move_bound
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.account.summary import print_summary
+from verl_m2po.staleness.ages import with_ages
 from verl_m2po.staleness.build_rule import build_rule
 from verl_m2po.staleness.config import StaleKConfig, load_mode_config, make_clock
-from verl_m2po.staleness.dynamic_sampling import DynamicSampling, informative_window
+from verl_m2po.staleness.dynamic_sampling import DynamicSampling, informative_window, most_in_flight
 from verl_m2po.staleness.heal.poisoned import PoisonedPrompts
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.outcomes import judge
@@ -48,6 +45,7 @@ from verl_m2po.staleness.prompts import indices, require_a_batch
 from verl_m2po.staleness.reference import MovingReference
 from verl_m2po.staleness.restart import resume
 from verl_m2po.staleness.restart.persistence import Persistence
+from verl_m2po.staleness.restart.trainer_state import TrainerState
 from verl_m2po.staleness.rollout.client import SpanRecordingClient
 from verl_m2po.staleness.rollout.reports import WorkerReports
 from verl_m2po.staleness.rows.store import LOT_FIELD, lot_partition
@@ -57,7 +55,7 @@ from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow
 from verl_m2po.staleness.rule.records import Ticket
 from verl_m2po.staleness.rule.rules import StalenessRule
-from verl_m2po.staleness.rule.units import UpdateCount, version_at_step
+from verl_m2po.staleness.rule.units import UpdateCount
 from verl_m2po.staleness.separate import OnOwnDevices
 from verl_m2po.staleness.watch.deadline import TimeLimits
 from verl_m2po.staleness.watch.liveness import Watch
@@ -89,6 +87,7 @@ class _StalenessTrainer(PPOTrainer):
         self._updates = UpdateCount(make_clock(config))
         self._sampling = DynamicSampling.of(config)
         self._informative = informative_window(self._sampling, self._updates.clock.train_batch_size)
+        self._state = TrainerState(self._updates, self._informative, lambda: getattr(self, "kl_ctrl_in_reward", None))
         super().__init__(config)
 
     def init(self) -> None:
@@ -118,16 +117,14 @@ class _StalenessTrainer(PPOTrainer):
                 self._leave_step(stop)
 
     def _make_rule(self, settings: StaleKConfig) -> StalenessRule:
-        clock, sampling = self._updates.clock, self._sampling
-        most = None if sampling is None else sampling.most_in_flight_batches * clock.train_batch_size
-        return build_rule(settings, clock, self.config.data.get("seed"), self._updates, most)
+        clock, seed = self._updates.clock, self.config.data.get("seed")
+        return build_rule(settings, clock, seed, self._updates, most_in_flight(self._sampling, clock.train_batch_size))
 
     def _build_replay_buffer(self) -> "buffer.StalenessReplayBuffer":
         settings = load_mode_config(self.config, self.trainer_mode)
         clock, path = self._updates.clock, settings.ledger_path
         ledger = None if path is None else TrainedRowsLedger(path, self._updates)
-        folder, goes_on = Path(self.config.trainer.default_local_dir), self.config.trainer.resume_mode != "disable"
-        poisoned = PoisonedPrompts(folder / "poisoned.jsonl", goes_on)
+        poisoned = PoisonedPrompts.of(self.config)
         listeners = (poisoned, ledger, self._persistence.journal, self._informative, self._progress)
         return buffer.StalenessReplayBuffer(
             rule=self._make_rule(settings),
@@ -208,13 +205,9 @@ class _StalenessTrainer(PPOTrainer):
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """As verl's, and the age of each row for the actor worker, which measures the mismatch floor at age zero."""
         batch = super()._compute_advantage(batch, metrics)
-        step, version = self.global_steps, version_at_step(self.global_steps)
-        self._updates.add(step, 0)  # none so far; trainer.critic_warmup leaves it there
-        before = self._updates.in_step(step)
-        ages = [self._updates.between(tag["min_global_steps"], version) + before for tag in batch.tags]
-        batch = tq.kv_batch_put(batch.keys, batch.partition_id, TensorDict({AGE_FIELD: torch.tensor(ages)}, len(ages)))
+        batch = with_ages(batch, self._updates, self.global_steps)
         # What the batch shows of its groups may decide which of them are trained again.
-        return judge(batch, self.replay_buffer.rule, self.replay_buffer.replayed, step)
+        return judge(batch, self.replay_buffer.rule, self.replay_buffer.replayed, self.global_steps)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """As verl's; counts the updates, and refuses those that would make an exact age another one."""
@@ -265,23 +258,14 @@ class _StalenessTrainer(PPOTrainer):
         # those of the checkpoint.
         if isinstance(self.replay_buffer.rule, ExactStale) and self.replay_buffer.version < self.global_steps:
             self.replay_buffer.settle()
-        state = self.replay_buffer.state_dict() | {"updates": self._updates.state_dict()}
-        if self._informative is not None:
-            state["informative"] = self._informative.state_dict()
-        if self.config.algorithm.use_kl_in_reward:
-            state["kl_coefficient"] = self.kl_ctrl_in_reward.value
+        state = self.replay_buffer.state_dict() | self._state.state_dict()
         with self._progress.paused():
             self._persistence.save(self, state, super()._save_checkpoint)
 
     def _load_checkpoint(self) -> None:
         watch_workers(self._watch, self)  # verl has just started them, and takes as long again to start the rest
         super()._load_checkpoint()
-        state = self._persistence.state
-        self._updates.load_state_dict(state.get("updates", []))  # a version before this one counted none
-        if self._informative is not None:
-            self._informative.load_state_dict(state.get("informative", []))
-        if "kl_coefficient" in state and self.config.algorithm.use_kl_in_reward:
-            self.kl_ctrl_in_reward.value = state["kl_coefficient"]
+        self._state.load_state_dict(self._persistence.state)
         self._persistence.restore(self.replay_buffer, self.config, self.global_steps, self._draw_prompts)
 
 
@@ -332,5 +316,5 @@ class PPOTrainerBoundedAsync(OnOwnDevices, _StalenessTrainer, PPOTrainerSeparate
         """As verl's; what the step has shown then moves an adaptive bound, before a checkpoint of the step is saved."""
         batch = super().step(metrics, timing_raw)
         if isinstance(rule := self.replay_buffer.rule, AdaptiveAsync):
-            metrics |= move_bound(rule, self._updates.clock, metrics, self.replay_buffer.waiting_share)
+            metrics |= move_bound(rule, self._updates.clock, metrics, self.replay_buffer.metrics.waiting_share)
         return batch

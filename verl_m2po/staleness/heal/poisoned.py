@@ -4,9 +4,14 @@ import json
 import logging
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from verl_m2po.staleness.rule import events
 
 logger = logging.getLogger(__name__)
+
+FILE = "poisoned.jsonl"
+"""In `trainer.default_local_dir`."""
 
 UNKNOWN = -1
 """The index of a prompt whose data set has none."""
@@ -27,6 +32,11 @@ class PoisonedPrompts:
         self._indices = set(_read(path))
         if self._indices:
             logger.warning("%d prompts stay set aside as poisoned: %s", len(self._indices), path)
+
+    @classmethod
+    def of(cls, config: DictConfig) -> "PoisonedPrompts":
+        """Beside the checkpoints of a run with `config`, which goes on with them or begins anew."""
+        return cls(Path(config.trainer.default_local_dir) / FILE, config.trainer.resume_mode != "disable")
 
     def has(self, index: int | str) -> bool:
         """Whether the prompt was set aside."""

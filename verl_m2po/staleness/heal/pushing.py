@@ -19,6 +19,11 @@ HAND_BACK_EVERY_S = 0.1
 """While servers close for a push."""
 
 
+async def _hand_back(server: Any) -> None:
+    for request in await server.__ray_call__.remote(verl_patches.waiting_requests):
+        server.abort_request.remote(request, reset_prefix_cache=False)
+
+
 class Attendance(Protocol):
     """Who takes part in a push, as `healing.Healing` knows it."""
 
@@ -84,8 +89,9 @@ class GatedCheckpointManager(CheckpointEngineManager):
         """As verl's, and without a wait for what a server has in its queue: it is handed back, and parked."""
         closing = asyncio.ensure_future(CheckpointEngineManager.abort_replicas(self, reject_request=reject_request))
         while not (await asyncio.wait({closing}, timeout=HAND_BACK_EVERY_S))[0]:
-            for replica in self.replicas:
-                replica.server_handle.__ray_call__.remote(verl_patches.hand_back_what_waits)
+            # A server that is gone says so to `closing`.
+            handed_back = [_hand_back(replica.server_handle) for replica in self.replicas]
+            await asyncio.gather(*handed_back, return_exceptions=True)
         await closing
 
     async def resume_generation_replicas(self) -> None:

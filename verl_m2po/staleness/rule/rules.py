@@ -198,13 +198,7 @@ class StalenessRule(ABC):
         Raises:
             ValueError: it was written by another rule, another staleness or another batch size.
         """
-        present = {"rule": self.name, "staleness_steps": self.staleness_steps, "batch_size": self.batch_size}
-        for key, mine in present.items():
-            if state.get(key) != mine:
-                raise ValueError(
-                    f"the checkpoint was written with {key}={state.get(key)!r}, this run has {key}={mine!r}; its "
-                    "buffered rollouts have the ages of the old schedule. Resume with the old value, or start a new run"
-                )
+        _require_schedule(state, rule=self.name, staleness_steps=self.staleness_steps, batch_size=self.batch_size)
         self._next_place = state["next_place"]
         self._in_flight = {ticket.uid: ticket for ticket in map(Ticket.from_json, state["in_flight"])}
 
@@ -227,6 +221,15 @@ class StalenessRule(ABC):
         ticket = replace(self._in_flight[uid], dispatch_version=version)
         self._in_flight[uid] = ticket
         return ticket
+
+
+def _require_schedule(state: Mapping[str, Any], **present: Any) -> None:
+    for key, mine in present.items():
+        if state.get(key) != mine:
+            raise ValueError(
+                f"the checkpoint was written with {key}={state.get(key)!r}, this run has {key}={mine!r}; its "
+                "buffered rollouts have the ages of the old schedule. Resume with the old value, or start a new run"
+            )
 
 
 def require_within(rule: StalenessRule, selection: Selection, version: int) -> None:
