@@ -87,7 +87,7 @@ class _StalenessTrainer(PPOTrainer):
         self._updates = UpdateCount(make_clock(config))
         self._sampling = DynamicSampling.of(config)
         self._informative = informative_window(self._sampling, self._updates.clock.train_batch_size)
-        self._state = TrainerState(self._updates, self._informative, lambda: getattr(self, "kl_ctrl_in_reward", None))
+        self._state = TrainerState(self, self._updates, self._informative)
         super().__init__(config)
 
     def init(self) -> None:
