@@ -169,6 +169,20 @@ def test_a_restart_continues_where_the_checkpoint_was(transfer_queue, tmp_path):
             transfer_queue.kv_clear(keys=list(rows), partition_id=partition)
 
 
+def go_on(again: Run, journal: Journal, position: dict, state: dict | None, saved: int) -> None:
+    """As the trainer does after a crash: from checkpoint `saved` (0 for none), and what the journal has since."""
+    if state is not None:
+        again.buffer.load_state_dict(state, version=saved)
+    in_flight = [ticket.uid for ticket in again.buffer.rule.in_flight_tickets()]
+    again.buffer.backlog.replay(journal.read(position["segment"], saved, in_flight, ["some"]), again.draw)
+    journal.start(position["run"])
+    again.buffer.begin(saved)
+    tickets, prompts = again.buffer.reopen_groups()
+    if tickets:
+        again.regenerate(tickets, prompts)
+    again.buffer.pump()
+
+
 @pytest.mark.parametrize(("saved", "stopped", "left"), [(0, 0, 5), (2, 2, 1), (2, 4, 0), (2, 5, 3), (6, 7, 2)])
 @pytest.mark.parametrize("make_rule", [lambda: ExactStale(2, BATCH), lambda: BoundedAsync(2, BATCH)])
 def test_with_a_journal_a_crash_loses_only_what_was_being_generated(
@@ -216,15 +230,7 @@ def test_with_a_journal_a_crash_loses_only_what_was_being_generated(
     again.dispatched = drawn
     if state is not None:
         transfer_queue.load_checkpoint(tmp_path / "tq")
-        again.buffer.load_state_dict(state, version=saved)
-    in_flight = [ticket.uid for ticket in again.buffer.rule.in_flight_tickets()]
-    again.buffer.backlog.replay(journal.read(position["segment"], saved, in_flight, ["some"]), again.draw)
-    journal.start(position["run"])
-    again.buffer.begin(saved)
-    tickets, prompts = again.buffer.reopen_groups()
-    if tickets:
-        again.regenerate(tickets, prompts)
-    again.buffer.pump()
+    go_on(again, journal, position, state, saved)
     check = lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch, 0.3)  # noqa: E731
     uids = [uid for step in range(1, saved + 1) for uid in trained[step]]
     for step in range(saved + 1, steps + 1):
@@ -273,15 +279,7 @@ def test_with_a_journal_a_crash_of_the_mode_replay_is_made_up_for(transfer_queue
     again.dispatched = drawn
     if state is not None:
         transfer_queue.load_checkpoint(tmp_path / "tq")
-        again.buffer.load_state_dict(state, version=saved)
-    in_flight = [ticket.uid for ticket in again.buffer.rule.in_flight_tickets()]
-    again.buffer.backlog.replay(journal.read(position["segment"], saved, in_flight, ["some"]), again.draw)
-    journal.start(position["run"])
-    again.buffer.begin(saved)
-    tickets, prompts = again.buffer.reopen_groups()
-    if tickets:
-        again.regenerate(tickets, prompts)
-    again.buffer.pump()
+    go_on(again, journal, position, state, saved)
     check = lambda batch: assert_rows_are_those_that_were_generated(transfer_queue, batch, 0.3)  # noqa: E731
     uses = Counter(uid for step in range(1, saved + 1) for uid in trained[step])
     for step in range(saved + 1, steps + 1):
