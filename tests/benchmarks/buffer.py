@@ -30,7 +30,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.buffer import StalenessReplayBuffer
-from verl_m2po.staleness.rows import codec
+from verl_m2po.staleness.rows import codec, media
 from verl_m2po.staleness.rows.store import lot_partition, training_partition
 from verl_m2po.staleness.rule.exact import ExactStale
 from verl_m2po.staleness.rule.failures import FailureWindow
@@ -41,6 +41,7 @@ from verl_m2po.staleness.watch.stop import StopRequest
 SECTION = "buffer"
 PROMPTS, RESPONSES, PROMPT_TOKENS = 256, 8, 32
 ROWS = PROMPTS * RESPONSES
+PATCH = 14
 
 
 def main(
@@ -48,13 +49,17 @@ def main(
     depths: Annotated[list[int] | None, typer.Option(help="Batches that wait. Repeat for several.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each response.", min=1)] = 1000,
     rounds: Annotated[int, typer.Option(help="Batches to take at each depth.", min=1)] = 3,
+    side: Annotated[int, typer.Option(help="Pixels of a side of an image in each prompt; 0: none.", min=0)] = 0,
 ) -> None:
     """Milliseconds to take one batch of 2,048 trajectories out, and bytes of each that waits."""
     torch.set_num_threads(1)
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1")
+    ray.init(
+        "local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1"
+    )
     lines = [
-        f"`python -m benchmarks.buffer --tokens {tokens} --rounds {rounds}`, {date.today()}, {processor()}: "
-        f"batches of {ROWS:,} trajectories of {PROMPT_TOKENS} + {tokens} tokens. Median of {rounds}, in milliseconds "
+        f"`python -m benchmarks.buffer --tokens {tokens} --rounds {rounds}{f' --side {side}' if side else ''}`, "
+        f"{date.today()}, {processor()}: batches of {ROWS:,} trajectories of {PROMPT_TOKENS} + {tokens} tokens"
+        f"{f' and an image of {side} x {side} pixels a prompt' if side else ''}. Median of {rounds}, in milliseconds "
         "of processor time over all processes; a step waits when its batch was unpacked ahead; bytes of the storage "
         "process per trajectory that waits.",
         "",
@@ -63,11 +68,12 @@ def main(
     ]
     try:
         for depth in depths or [1, 16, 65]:
-            verls, verls_bytes = _rounds(depth, rounds, lambda d: _fill_verls(d, tokens))
-            ours, our_bytes = _rounds(depth, rounds, lambda d: _fill_ours(d, tokens, prefetch=False))
+            verls, verls_bytes = _rounds(depth, rounds, lambda d: _fill_verls(d, tokens, side))
+            ours, our_bytes = _rounds(depth, rounds, lambda d: _fill_ours(d, tokens, side, prefetch=False))
             decision, sample = (statistics.median(values) * 1e3 for values in zip(*ours, strict=True))
             # The first batch of a store is not unpacked ahead.
-            ahead = _rounds(max(depth, rounds + 1), rounds + 1, lambda d: _fill_ours(d, tokens, prefetch=True))[0][1:]
+            deep = max(depth, rounds + 1)
+            ahead = _rounds(deep, rounds + 1, lambda d: _fill_ours(d, tokens, side, prefetch=True))[0][1:]
             waits = statistics.median(taken for _, taken in ahead) * 1e3
             lines.append(
                 f"| {depth * ROWS:,} | {statistics.median(taken for (taken,) in verls) * 1e3:.0f} | {decision:.1f} | "
@@ -135,6 +141,25 @@ def _row(tokens: int, session: int) -> dict[str, Any]:
     }
 
 
+def _rows(tokens: int, side: int) -> list[dict[str, Any]]:
+    """Those of a batch, group after group, with the patches that Qwen2-VL's processor makes of an image."""
+    rows = []
+    for i in range(ROWS):
+        rows.append(_row(tokens, i % RESPONSES))
+        if side and i % RESPONSES == 0:
+            grid = torch.tensor([[1, side // PATCH, side // PATCH]])
+            seen = {"pixel_values": torch.rand(int(grid.prod()), 6 * PATCH**2), "image_grid_thw": grid}
+        if side:
+            rows[-1] |= {"multi_modal_inputs": dict(seen), "position_ids": rows[-1]["position_ids"].expand(4, -1)}
+    return rows
+
+
+def _packed(keys: list[str], rows: list[dict[str, Any]], side: int) -> TensorDict:
+    pools = [media.Pool() if side else None for _ in range(PROMPTS)]
+    packed = [codec.pack(row, key, pools[i // RESPONSES]) for i, (key, row) in enumerate(zip(keys, rows, strict=True))]
+    return list_of_dict_to_tensordict(packed)
+
+
 def _prompt(uid: str) -> dict[str, Any]:
     return {
         "uid": uid,
@@ -144,7 +169,7 @@ def _prompt(uid: str) -> dict[str, Any]:
     }
 
 
-def _fill_verls(depth: int, tokens: int) -> Take:
+def _fill_verls(depth: int, tokens: int, side: int) -> Take:
     buffer = ReplayBufferAsync(
         trainer_mode="separate_async",
         trainer_config=DictConfig({}),
@@ -154,8 +179,7 @@ def _fill_verls(depth: int, tokens: int) -> Take:
         poll_interval=0.02,
         refill_fn=lambda _: None,
     )
-    rows = [_row(tokens, i % RESPONSES) | _prompt("uid") for i in range(ROWS)]
-    fields = list_of_dict_to_tensordict(rows)
+    fields = list_of_dict_to_tensordict([row | _prompt("uid") for row in _rows(tokens, side)])
     for lot in range(depth):
         uids = [f"v{lot}g{i}" for i in range(PROMPTS)]
         tags = [{"is_prompt": True, "status": "finished", "global_steps": 1} for _ in uids]
@@ -185,7 +209,7 @@ class _Silence:
         return
 
 
-def _fill_ours(depth: int, tokens: int, prefetch: bool) -> Take:
+def _fill_ours(depth: int, tokens: int, side: int, prefetch: bool) -> Take:
     rule = ExactStale(depth - 1, PROMPTS)
     rule.limit(depth)
     buffer = StalenessReplayBuffer(
@@ -199,12 +223,14 @@ def _fill_ours(depth: int, tokens: int, prefetch: bool) -> Take:
         prefetch=prefetch,
     )
     buffer.connect(_Silence())
-    fields = list_of_dict_to_tensordict([codec.pack(_row(tokens, i % RESPONSES)) for i in range(ROWS)])
+    rows, fields = _rows(tokens, side), None
     for lot in range(depth):
         uids = [f"o{lot}g{i}" for i in range(PROMPTS)]
         columns = {key: NonTensorStack(*[_prompt(uid)[key] for uid in uids]) for key in _prompt("")}
         buffer.open_groups(uids, list(range(PROMPTS)), TensorDict(columns, batch_size=[PROMPTS]))
         keys = [f"{uid}_{session}_0" for uid in uids for session in range(RESPONSES)]
+        if fields is None or side:  # images name the row that they lie with
+            fields = _packed(keys, rows, side)
         tq.kv_batch_put(keys=keys, partition_id=lot_partition(lot), fields=fields)
         for i, uid in enumerate(uids):
             of_group = keys[i * RESPONSES : (i + 1) * RESPONSES]

@@ -1,5 +1,8 @@
 """End-to-end runs: real Ray, TransferQueue, FSDP and vLLM, a handful of small steps each."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,3 +40,20 @@ def train(tmp_path: Path, tiny: Path, addition: Path) -> Callable[..., cpu_run.R
         return result
 
     return run
+
+
+@pytest.fixture(scope="session")
+def seeing() -> dict[str, str]:
+    """The environment of processes that read images: torchvision is apart, for the others would import it as well."""
+    packages = Path(sys.prefix) / "vision"
+    assert packages.is_dir(), f"{packages} is missing: `make env` makes it"
+    shim = Path(__file__).parents[1] / "vision"
+    return {"PYTHONPATH": os.pathsep.join([str(shim), str(packages), os.environ["PYTHONPATH"]])}
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory, seeing: dict[str, str]) -> Path:
+    """A tiny vision-language model, which half knows the colours, and under `data` pictures and videos of squares."""
+    folder = tmp_path_factory.mktemp("colours")
+    subprocess.run([sys.executable, "-m", "tiny_vision", str(folder)], env={**os.environ, **seeing}, check=True)
+    return folder

@@ -1,6 +1,7 @@
 """What verl's trainer would not act on is said before the start, by the key."""
 
 import functools
+import json
 import subprocess
 import sys
 import types
@@ -12,14 +13,17 @@ from hydra import compose
 
 from verl_m2po.ground.check import ask_all
 from verl_m2po.ground.problem import Problem
+from verl_m2po.ground.verl_config import read
 from verl_m2po.launch import callback, registry
-from verl_m2po.launch.checks import data, effects, entry_point, inactive, losses, models, tools
+from verl_m2po.launch.checks import data, effects, entry_point, images, inactive, losses, models, tools
 from verl_m2po.staleness import checks
+from verl_m2po.staleness.checks import memory
 
 M2PO = "algorithm.policy_loss=m2po"
 STALE = ("trainer.v1.trainer_mode=stale_k", "trainer.v1.stale_k.staleness_updates=8")
 SIZES = ("data.train_batch_size=16", "actor_rollout_ref.actor.ppo_mini_batch_size=4")
 BYPASS = "algorithm.rollout_correction.bypass_mode"
+SEES = '{"vision_config": {}}'
 
 
 @functools.cache
@@ -102,37 +106,68 @@ class TestInactiveModes:
         assert not list(inactive.problems(verls(*STALE, "trainer.v1.separate_async.parameter_sync_step=2")))
 
 
+class TestImages:
+    """What verl would find out in its workers, or when it reads the first image."""
+
+    @staticmethod
+    def run_with(tmp_path, own: str, *overrides: str, image="images"):
+        """Of a model whose config.json is `own`, on data with a column of images."""
+        (tmp_path / "config.json").write_text(own)
+        pd.DataFrame({"prompt": ["a"], image: ["b"]}).to_parquet(tmp_path / "a.parquet")
+        files = (f"actor_rollout_ref.model.path={tmp_path}", f"data.train_files={tmp_path / 'a.parquet'}")
+        return verls(*STALE, *files, *overrides)
+
+    def test_images_for_a_model_of_text(self, tmp_path):
+        problem = one(images.blind(self.run_with(tmp_path, "{}")))
+        assert problem.key == "data.image_key" and "takes text only" in problem.why
+        assert not list(images.blind(self.run_with(tmp_path, "{}", image="pictures")))
+        named = self.run_with(tmp_path, "{}", "data.image_key=pictures", image="pictures")
+        assert one(images.blind(named)).value == "pictures"
+        assert not list(images.blind(self.run_with(tmp_path, SEES)))
+        assert not list(images.blind(verls(*STALE, "data.image_key=images"))), "what is not here is not judged"
+
+    @pytest.mark.parametrize("name", images.PROCESSORS)
+    def test_a_processor_that_is_missing(self, tmp_path, name):
+        config = self.run_with(tmp_path, SEES)
+        problem = one(images.processor(config))
+        assert problem.key == "actor_rollout_ref.model.path" and name in problem.why
+        (tmp_path / name).write_text("{}")
+        assert not list(images.processor(config))
+        assert not list(images.processor(self.run_with(tmp_path, "{}")))
+
+    def test_packages_that_are_missing(self, tmp_path, monkeypatch):
+        config = self.run_with(tmp_path, SEES)
+        monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None if name == "qwen_vl_utils" else name)
+        problem = one(images.packages(config))
+        assert "qwen_vl_utils cannot be imported" in problem.why and "pip install qwen-vl-utils)" in problem.remedy
+        assert not list(images.packages(self.run_with(tmp_path, SEES, "data.custom_cls.path=a.py")))
+        assert not list(images.packages(self.run_with(tmp_path, SEES, image="pictures")))
+        monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: name)
+        assert not list(images.packages(config))
+
+    @pytest.mark.parametrize("found", [14, None, "wide", 0])
+    def test_what_a_token_of_an_image_costs(self, tmp_path, found):
+        """Qwen2-VL's: 28 x 28 pixels, two frames, as float32 and as a picture."""
+        own = json.dumps({"vision_config": {} if found is None else {"patch_size": found}})
+        assert images.bytes_per_prompt_token(self.run_with(tmp_path, own)) == 28 * 28 * 2 * (3 * 4 + 3)
+        assert images.bytes_per_prompt_token(self.run_with(tmp_path, own, image="pictures")) == 0
+        assert images.bytes_per_prompt_token(self.run_with(tmp_path, "{}")) == 0
+
+    def test_images_are_counted_in_the_memory_that_waits(self, tmp_path):
+        """Once for a group of those that wait, and for every row of the batch that is unpacked ahead."""
+        config = self.run_with(tmp_path, SEES, "trainer.v1.stale_k.buffer_memory_limit_gib=1e-9")
+        (text,) = memory.fits(config, None, lambda _: 0)
+        (seen,) = memory.fits(config, None, images.bytes_per_prompt_token)
+        assert "if all of a prompt is image" in seen.why and "image" not in text.why
+        names = ("data.train_batch_size", "actor_rollout_ref.rollout.n", "data.max_prompt_length")
+        batch, responses, prompt = (read(config, name) for name in names)
+        steps = 3
+        more = memory.estimate_buffer_bytes(config, steps, 100) - memory.estimate_buffer_bytes(config, steps)
+        assert more == 100 * prompt * batch * (steps + 1 + responses)
+
+
 class TestModels:
     """What a mode cannot keep or push; verl's own can."""
-
-    @pytest.mark.parametrize("on", [(), ("data.image_key=images",)])
-    def test_images_named_on_the_command_line(self, on):
-        found = list(models.more_than_text(verls(*STALE, *on)))
-        assert [problem.key for problem in found] == ["data.image_key"] * len(on)
-        assert not list(models.more_than_text(verls(*on)))
-
-    def test_a_model_with_a_vision_tower(self, tmp_path):
-        (tmp_path / "config.json").write_text('{"vision_config": {}}')
-        problem = one(models.more_than_text(verls(*STALE, f"actor_rollout_ref.model.path={tmp_path}")))
-        assert problem.key == "actor_rollout_ref.model.path" and "text only" in problem.why
-
-    @pytest.mark.parametrize(
-        ("path", "sees"),
-        [
-            ("Qwen/Qwen2.5-VL-3B-Instruct", True),
-            ("zai-org/GLM-4.1V-9B-Thinking", True),
-            ("meta-llama/Llama-3.2-11B-Vision-Instruct", True),
-            ("deepseek-ai/DeepSeek-V3", False),
-            ("/models/vision/Qwen3-8B", False),
-        ],
-    )
-    def test_a_model_that_is_not_here_says_it_by_its_name(self, path, sees):
-        assert bool(list(models.more_than_text(verls(*STALE, f"actor_rollout_ref.model.path={path}")))) == sees
-
-    def test_data_with_images(self, tmp_path):
-        pd.DataFrame({"prompt": ["a"], "images": ["b"]}).to_parquet(tmp_path / "a.parquet")
-        problem = one(models.more_than_text(verls(*STALE, f"data.train_files={tmp_path / 'a.parquet'}")))
-        assert problem.key == "data.image_key"
 
     @pytest.mark.parametrize(
         ("targets", "missing"), [("[q_proj,nope]", "nope"), ("no.*", "no.*"), ("all-linear", ""), ("[q_proj]", "")]

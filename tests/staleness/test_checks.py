@@ -66,8 +66,15 @@ def test_a_sound_configuration_has_no_problem(mode):
         ({**FILTER, "algorithm__filter_groups__max_inflight_gen_batches": 0}, f"{FILTER_KEY}.max_inflight_gen_batches"),
         ({"skip__rollout_tq__enable": True}, "skip.rollout_tq.enable"),
         (
-            {"actor_rollout_ref__actor__checkpoint__async_save": True},
+            {
+                "actor_rollout_ref__actor__checkpoint__async_save": True,
+                "actor_rollout_ref__actor__strategy": "megatron",
+            },
             "actor_rollout_ref.actor.checkpoint.async_save",
+        ),
+        (
+            {"critic__checkpoint__async_save": True, "critic__strategy": "megatron"},
+            "critic.checkpoint.async_save",
         ),
         ({"trainer__v1__sampler__custom_sampler__path": "x.py"}, "trainer.v1.sampler.custom_sampler.path"),
         (
@@ -80,6 +87,12 @@ def test_each_contradiction_is_named(changes, key):
     problems = checks.check(config(**changes))
     assert [problem.key for problem in problems if problem.is_fatal] == [key]
     assert problems[0].remedy
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_engines_that_save_at_once_may_be_asked_to_save_asynchronously(mode):
+    asked = {"actor_rollout_ref__actor__checkpoint__async_save": True, "actor_rollout_ref__actor__strategy": "fsdp2"}
+    assert checks.check(config(mode, **asked)) == []
 
 
 @pytest.mark.parametrize("mode", SEPARATE_MODES)

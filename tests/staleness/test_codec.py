@@ -140,13 +140,6 @@ def test_spans_of_other_tokens_are_refused():
         restored([verl_row([1], [2, 3], [1, 1])], codec.OverAge([((0, 3),)], oldest_version=1))
 
 
-def test_what_is_not_text_is_recognised():
-    row = verl_row([1], [2], [1])
-    assert codec.is_packable(row)
-    assert not codec.is_packable(row | {"position_ids": torch.zeros(3, 2)})
-    assert not codec.is_packable(row | {"multi_modal_inputs": {"pixel_values": torch.zeros(1)}})
-
-
 def test_a_row_without_rewards_or_log_probs_stays_without():
     row = verl_row([1], [2, 3], [1, 1])
     del row["rm_scores"], row["rollout_log_probs"]

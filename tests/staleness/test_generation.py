@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import math
+from collections.abc import Collection
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from verl_m2po.staleness.restart.frames import JournalError, RowsWriter, decode,
 from verl_m2po.staleness.rollout.agent_loop import StalenessAgentLoopWorker
 from verl_m2po.staleness.rollout.client import GenerationAborted, Session, SpanRecordingClient, current_session
 from verl_m2po.staleness.rollout.outputs import check_output, spans_of
+from verl_m2po.staleness.rows import media
 from verl_m2po.staleness.rows.store import LOT_FIELD
 from verl_m2po.staleness.watch.liveness import RunActors, ServerDied
 
@@ -206,6 +208,7 @@ class Worker(StalenessAgentLoopWorker):
         self.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout), trainer=trainer)
         self._generation_timeout_s, self._masks_failures = timeout_s, masks
         self._running, self._reports, self._has_report = {}, [], asyncio.Event()
+        self.processor = None
         self._run_actors = RunActors()
         self._journal = self._fatal = self._sampling = None
         self.reward_loop_worker_handles = None
@@ -426,6 +429,43 @@ def test_the_journal_has_a_group_as_it_is_trained(tmp_path):
     (finished,) = map(decode, read_frames(tmp_path / "rows"))
     assert finished.rows == report.rows and finished.newest_version == 5
     assert [packed["packed_mask"].any().item() for packed in finished.packed] == [True, False, True]
+
+
+class Seeing(Worker):
+    """One whose prompt has an image, and in which some sessions cannot be stored."""
+
+    def __init__(self, sessions: int, unstorable: Collection[int]) -> None:
+        super().__init__(sessions, masks=True, failing=())
+        self.processor, self.unstorable = "a processor", unstorable
+
+    def _compute_multi_modal_inputs(self, *_):
+        return {"pixel_values": torch.ones(4, 6), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+
+    def _compute_position_ids(self, input_ids, *_):
+        return torch.arange(input_ids.shape[1]).expand(1, 4, -1)
+
+    async def _put(self, group, rows):
+        await asyncio.sleep(0)
+        if rows[0].packed["packed_mask"].any() and int(rows[0].row.key.split("_")[1]) in self.unstorable:
+            raise OSError("no room")
+        await super()._put(group, rows)
+
+
+@pytest.mark.parametrize("unstorable", [(), (0,), (1,), (0, 1)])
+def test_an_image_of_the_prompt_lies_with_one_row_that_is_stored(unstorable):
+    worker = Seeing(3, unstorable)
+    report = worker.run("answers")
+    assert report.error is None and len(report.masked_errors) == len(unstorable)
+    assert [row.key for row in report.rows] == sorted(worker.stored) == ["u_0_0", "u_1_0", "u_2_0"]
+    holding = [key for key, packed in worker.stored.items() if len(packed["media"])]
+    assert len(holding) == 1 and int(holding[0].split("_")[1]) not in unstorable
+    keys = list(worker.stored)
+    rows = media.unpack(
+        keys,
+        [worker.stored[key]["media"] for key in keys],
+        [worker.stored[key]["rest"]["made_of"] for key in keys],
+    )
+    assert all(torch.equal(row["pixel_values"], torch.ones(4, 6)) for row in rows)
 
 
 def test_a_group_that_raises_as_a_whole_is_not_kept_for_what_it_had_stored():

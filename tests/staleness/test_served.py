@@ -84,10 +84,20 @@ def test_the_trainer_does_not_wait_for_servers_with_a_long_queue(monkeypatch, ca
     monkeypatch.setattr(scoring, "score", score)
     check = ServedCheck(KEY, 0.3, SimpleNamespace(world_size=1), lambda: {"a": None})
     for _ in range(3):
-        check.before_update(None)
+        check.before_update("batch")
         check.after_push()
         assert check.take_metrics() == {}
     assert not answers and caplog.text.count("is not compared") == 1 and f"{KEY}=0.3" in caplog.text
+
+
+def test_rows_with_images_are_not_compared_and_it_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(scoring, "take_probe", lambda batch, ranks: None)
+    check = ServedCheck(KEY, 0.3, SimpleNamespace(world_size=1), lambda: {"a": None})
+    for _ in range(3):
+        check.before_update("batch")
+        check.after_push()
+        assert check.take_metrics() == {}
+    assert caplog.text.count("is not compared") == 1 and "the rows have images" in caplog.text
 
 
 def test_servers_that_are_all_dead_are_compared_when_others_have_joined(monkeypatch):
@@ -97,12 +107,12 @@ def test_servers_that_are_all_dead_are_compared_when_others_have_joined(monkeypa
         scoring, "score", lambda _probe, _actor, servers: scores([-1.0], **{name: [-1.0] for name in servers})
     )
     check = ServedCheck(KEY, 0.3, SimpleNamespace(world_size=1), lambda: alive)
-    check.before_update(None)
+    check.before_update("batch")
     alive = {}
     check.after_push()
     assert check.take_metrics() == {}
     alive = {"b": None}
-    check.before_update(None)
+    check.before_update("batch")
     check.after_push()
     assert check.take_metrics() == {"staleness/served_difference_nats": 0.0}
 

@@ -21,3 +21,11 @@ def verl_row(prompt: list[int], response: list[int], mask: list[int], reward: fl
         "num_turns": 2,
         "extra_fields": {"reward_extra_info": {"acc": 1.0}},
     }
+
+
+def seeing(row: dict, inputs: dict[str, torch.Tensor], jumps_at: int = 1) -> dict:
+    """`row` as the agent loop of a model with images writes it: positions of four axes, which jump after an image."""
+    tokens = len(row["input_ids"])
+    text = torch.arange(tokens)
+    seen = torch.stack([text, *(torch.where(text < jumps_at, text // step, text - jumps_at) for step in (1, 2, 3))])
+    return row | {"multi_modal_inputs": inputs, "position_ids": seen}

@@ -15,6 +15,7 @@ from verl_m2po.launch.checks import (
     devices,
     effects,
     entry_point,
+    images,
     inactive,
     keys,
     losses,
@@ -53,10 +54,10 @@ def of_the_config(memory_bytes: int, main: Callable[..., Any] | None = None) -> 
     yield Check("bypass mode", effects.bypassed, requirements.BYPASS)
     yield Check("the KL in the reward", effects.kl_in_reward, effects.KL_IN_REWARD)
     yield Check("the clip range", effects.clip, effects.CLIP)
-    yield Check("images and video", models.more_than_text, model.PATH.key)
+    yield Check("images for a model of text", images.blind, model.PATH.key)
     yield Check("LoRA", models.lora, models.TARGETS)
     yield Check("LoRA beside a critic", models.adapters_beside_a_critic, models.ESTIMATOR)
-    yield from checks.checks(memory_bytes, prompts)
+    yield from checks.checks(memory_bytes, prompts, images.bytes_per_prompt_token)
 
 
 def of_the_machine() -> Iterator[Check]:
@@ -69,6 +70,8 @@ def of_the_machine() -> Iterator[Check]:
     yield Check("the checkpoint to resume from", outputs.resumed, "trainer.resume_mode")
     yield Check("the model", model.exists, model.PATH.key)
     yield Check("the positions of the model", model.positions, model.PATH.key)
+    yield Check("the processor of the model", images.processor, model.PATH.key)
+    yield Check("the packages for images", images.packages, images.KEYS[0])
     for key in (data.TRAIN, data.VALIDATION):
         yield Check(f"the files of {key}", partial(data.exist, key=key), key)
         yield Check(f"the columns of {key}", partial(data.columns, key=key), key)

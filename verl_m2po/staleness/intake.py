@@ -71,7 +71,9 @@ class Intake:
         if report.error is None and report.shared_metric is None:
             self._tell(Finished(self._rule.finish(report.uid, report.rows), report))
             return
-        self._fail(report, Failed if report.error is not None else SetAside)
+        ticket = self._fail(report, Failed if report.error is not None else SetAside)
+        if report.error is not None and not report.was_aborted:
+            logger.warning("the group of prompt %s failed: %s", ticket.prompt_index, report.error)
 
     def _take_lost(self, report: GroupReport) -> None:
         if not report.deaths:

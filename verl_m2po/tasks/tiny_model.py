@@ -236,14 +236,15 @@ def supervised(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, on_progress: Callable[[int, float], None] | None = None
 ) -> tuple[Qwen2ForCausalLM, dict[str, Any]]:
     """The model that `recipe` makes on this machine, and what ``recipe.json`` says of it."""
-    with _one_deterministic_thread(recipe.seed):
+    with one_deterministic_thread(recipe.seed):
         model = make_model(recipe, tokenizer)
         accuracy = supervise(model, tokenizer, recipe, on_progress)
     return model, {"format": FORMAT, "sampled_accuracy": accuracy, **dataclasses.asdict(recipe)}
 
 
 @contextmanager
-def _one_deterministic_thread(seed: int) -> Iterator[None]:
+def one_deterministic_thread(seed: int) -> Iterator[None]:
+    """Compute on one thread, from `seed`, and leave torch's own as it was."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Can the trainer mode keep what this kind of model needs, and the model have what is asked of it?"""
+"""Has the model what is asked of it?"""
 
 import json
 import re
@@ -9,44 +9,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from verl_m2po.ground.problem import Problem
-from verl_m2po.ground.verl_config import TRAINER_MODE, overridden_keys, read, trains_an_adapter
-from verl_m2po.launch.checks import data, model
-from verl_m2po.staleness.config import is_chosen
+from verl_m2po.ground.verl_config import read, trains_an_adapter
+from verl_m2po.launch.checks import model
 
-TOWERS = ("vision_config", "audio_config", "thinker_config")
-"""Sections of a model's config.json that say it takes more than text."""
-
-NAMED_FOR_IMAGES = re.compile(r"(?i)(?:^|[-_.])(?:VL\d*|[\d.]+V|omni|vision|llava|pixtral|internvl\d*)(?=[-_.]|$)")
-"""Names of models that say it: what is not on this machine has no config.json to ask."""
-
-IMAGE_KEYS = ("data.image_key", "data.video_key", "data.audio_key")
 ESTIMATOR = "algorithm.adv_estimator"
 KL = ("actor_rollout_ref.actor.use_kl_loss", "algorithm.use_kl_in_reward")
 TARGETS = "actor_rollout_ref.model.target_modules"
-
-
-def more_than_text(config: DictConfig) -> Iterator[Problem]:
-    """Yield a model or data with images, video or sound in a mode that keeps text only."""
-    if not is_chosen(config):
-        return
-    mode = read(config, TRAINER_MODE)
-    why = f"the mode {mode} keeps text only, and the first response with images or multi-axis positions ends the run"
-    remedy = f"Take a model and data of text, or one of verl's modes ({TRAINER_MODE}=sync or colocate_async)"
-    if _sees(config):
-        yield Problem(model.PATH.key, read(config, model.PATH.key), why, remedy)
-        return
-    for key in IMAGE_KEYS:
-        if key in overridden_keys(config) or data.has_column(config, read(config, key)):
-            yield Problem(key, read(config, key), why, remedy)
-            return
-
-
-def _sees(config: DictConfig) -> bool:
-    """Whether the model takes more than text, by its config.json, or by its name where that is not here."""
-    path, own = read(config, model.PATH.key), model.own_config(config)
-    if own is None:
-        return isinstance(path, str) and NAMED_FOR_IMAGES.search(path.rpartition("/")[2]) is not None
-    return any(tower in own for tower in TOWERS)
 
 
 def lora(config: DictConfig) -> Iterator[Problem]:

@@ -34,6 +34,7 @@ __all__ = ["PreflightError", "Problem", "check", "check_run_length", "checks", "
 logger = logging.getLogger(__name__)
 
 Prompts = Callable[[DictConfig], int | None]
+Images = Callable[[DictConfig], int]
 
 
 class PreflightError(ValueError):
@@ -57,12 +58,19 @@ def _unknown(_config: DictConfig) -> None:
     return None
 
 
-def checks(available_memory_bytes: int | None = None, prompts: Prompts = _unknown) -> Iterator[Check]:
+def _none(_config: DictConfig) -> int:
+    return 0
+
+
+def checks(
+    available_memory_bytes: int | None = None, prompts: Prompts = _unknown, images: Images = _none
+) -> Iterator[Check]:
     """Every question about a run in one of our trainer modes.
 
     Args:
         available_memory_bytes: memory of the machine; None leaves the memory unchecked where no limit is configured.
         prompts: how many the training set has at most, None where only the trainer will know.
+        images: bytes of a prompt's token, beside its id, if it is one of an image; 0 where there are none.
     """
     questions = (
         Check("the numbers of the mode", numbers.problems, "trainer.v1"),
@@ -77,11 +85,12 @@ def checks(available_memory_bytes: int | None = None, prompts: Prompts = _unknow
         Check("top_k", sampling.top_k, sampling.TOP_K.key),
         Check("the temperature", sampling.temperature, sampling.TEMPERATURE.key),
         Check("what the mode replaces", setup.replaced, "trainer"),
+        Check("asynchronous saving", setup.asynchronous_saving, "actor_rollout_ref.actor.checkpoint.async_save"),
         Check("the replacement of servers", healing.problems, "trainer.v1"),
         Check("the devices of the rollout", setup.devices, "actor_rollout_ref.rollout"),
         Check(
             "the memory for rollouts that wait",
-            partial(memory.fits, available_memory_bytes=available_memory_bytes),
+            partial(memory.fits, available_memory_bytes=available_memory_bytes, images=images),
             "trainer.v1",
         ),
         Check("the entries of TransferQueue", memory.has_entries, memory.CAPACITY.key),

@@ -1,7 +1,7 @@
 """Is there room for the rollouts that wait: memory, and entries of TransferQueue?"""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -64,31 +64,33 @@ def _kept_batches(config: DictConfig, staleness_steps: int) -> int:
     return staleness_steps + 1 if is_reusing else 0
 
 
-def _unpacked_bytes(config: DictConfig) -> int:
-    """Of a batch that is unpacked while the one before trains."""
+def _unpacked_bytes(config: DictConfig, image_bytes: int) -> int:
+    """Of a batch that is unpacked while the one before trains: there each row has its images."""
     if not mode_and_settings(config)[1].prefetch:
         return 0
     response_bytes = RESPONSE_LENGTH.of(config) * UNPACKED_BYTES_PER_RESPONSE_TOKEN
-    prompt_bytes = PROMPT_LENGTH.of(config) * UNPACKED_BYTES_PER_PROMPT_TOKEN
+    prompt_bytes = PROMPT_LENGTH.of(config) * (UNPACKED_BYTES_PER_PROMPT_TOKEN + image_bytes)
     return TRAIN_BATCH_SIZE.of(config) * RESPONSES.of(config) * (response_bytes + prompt_bytes + ROW_OVERHEAD_BYTES)
 
 
-def estimate_buffer_bytes(config: DictConfig, staleness_steps: int) -> int:
+def estimate_buffer_bytes(config: DictConfig, staleness_steps: int, image_bytes: int = 0) -> int:
     """Memory for the waiting rollouts if every response has its full length, in bytes.
 
     staleness_steps + 1 batches wait at most, the next one unpacked beside them, and with a journal as many more as
     there are steps from one checkpoint to the next; see codec.py for the price of a token. Without checkpoints a long
     run would need more than any machine has, for a crash that may never come: that is not counted.
+
+    Args:
+        staleness_steps: the age of the oldest batch in trainer steps.
+        image_bytes: of a prompt's token if it is one of an image, which is stored once for all responses; 0 without.
     """
     replayed = _steps_between_checkpoints(config) if mode_and_settings(config)[1].journal else 0
-    rows = (
-        (staleness_steps + 1 + _kept_batches(config, staleness_steps) + replayed)
-        * TRAIN_BATCH_SIZE.of(config)
-        * RESPONSES.of(config)
-    )
+    batches = staleness_steps + 1 + _kept_batches(config, staleness_steps) + replayed
     response_bytes = RESPONSE_LENGTH.of(config) * BYTES_PER_RESPONSE_TOKEN
     prompt_bytes = PROMPT_LENGTH.of(config) * BYTES_PER_PROMPT_TOKEN
-    return rows * (response_bytes + prompt_bytes + ROW_OVERHEAD_BYTES) + _unpacked_bytes(config)
+    of_group = RESPONSES.of(config) * (response_bytes + prompt_bytes + ROW_OVERHEAD_BYTES)
+    of_group += PROMPT_LENGTH.of(config) * image_bytes
+    return batches * TRAIN_BATCH_SIZE.of(config) * of_group + _unpacked_bytes(config, image_bytes)
 
 
 def buffer_rows(config: DictConfig, staleness_steps: int) -> int:
@@ -107,11 +109,14 @@ def _waiting(staleness_steps: int, replayed: int) -> str:
     return f"{waiting} and after a crash up to {replayed} more from the journal" if replayed else waiting
 
 
-def fits(config: DictConfig, available_memory_bytes: int | None) -> Iterator[Problem]:
+def fits(
+    config: DictConfig, available_memory_bytes: int | None, images: Callable[[DictConfig], int]
+) -> Iterator[Problem]:
     """Yield a staleness whose waiting rollouts could need more memory than there is.
 
     Args:
         available_memory_bytes: of the machine, half of which the rollouts may take; None: unknown.
+        images: bytes of a prompt's token if it is one of an image.
     """
     mode, settings = mode_and_settings(config)
     limit_gib = settings.buffer_memory_limit_gib
@@ -120,14 +125,16 @@ def fits(config: DictConfig, available_memory_bytes: int | None) -> Iterator[Pro
     if limit_gib is None or read(config, "transfer_queue.backend.SimpleStorage.ssd_offload.enabled"):
         return
     _, steps = staleness_steps(config)
-    need_gib = estimate_buffer_bytes(config, steps) / 2**30
+    image_bytes = images(config)
+    need_gib = estimate_buffer_bytes(config, steps, image_bytes) / 2**30
     if need_gib <= limit_gib:
         return
     replayed = _steps_between_checkpoints(config) if settings.journal else 0
+    seen = ", if all of a prompt is image" if image_bytes else ""
     yield Problem(
         f"trainer.v1.{mode}.staleness_updates",
         settings.staleness_updates,
-        f"{_waiting(steps, replayed)}, which needs up to {need_gib:.1f} GiB at full length; the limit is "
+        f"{_waiting(steps, replayed)}, which needs up to {need_gib:.1f} GiB at full length{seen}; the limit is "
         f"{limit_gib:.1f} GiB",
         "Let TransferQueue keep them on disk "
         "(+transfer_queue.backend.SimpleStorage.ssd_offload.enabled=true, +<the same>.path=<folder>, "

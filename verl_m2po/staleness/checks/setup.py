@@ -13,12 +13,7 @@ _ROLLOUT = "actor_rollout_ref.rollout"
 _SWITCH = "trainer.v1.separate_async.hybrid_rollout.enable_switch"
 _SAMPLER = "trainer.v1.sampler.custom_sampler.path"
 _MANAGER = f"{_ROLLOUT}.agent.agent_loop_manager_class"
-_RULED_OUT = {
-    "skip.rollout_tq.enable": "skipped rollouts have no weight version",
-    "actor_rollout_ref.actor.checkpoint.async_save": "verl would still be writing when the checkpoint is declared "
-    "whole",
-}
-"""What no mode can have switched on, and why."""
+_SKIP = "skip.rollout_tq.enable"
 
 _OPTION = "Add staleness=bounded_async or staleness=s64_separate, with hardware=eight_gpu_separate or cpu"
 
@@ -29,9 +24,8 @@ def replaced(config: DictConfig) -> Iterator[Problem]:
     if not read(config, "trainer.use_v1", True):
         why = f"the trainer mode {mode} exists in verl's v1 trainer only"
         yield Problem("trainer.use_v1", False, why, "Set it to true")
-    for key, why in _RULED_OUT.items():
-        if read(config, key):
-            yield Problem(key, True, why, "Set it to false")
+    if read(config, _SKIP):
+        yield Problem(_SKIP, True, "skipped rollouts have no weight version", "Set it to false")
     if read(config, _SWITCH) and mode in SEPARATE_MODES:
         why = "lending the training devices to the rollout is driven by verl's own buffer"
         yield Problem(_SWITCH, True, why, "Set it to false")
@@ -43,6 +37,17 @@ def replaced(config: DictConfig) -> Iterator[Problem]:
     if manager is not None and not str(manager).startswith("verl_m2po."):
         why = f"the mode {mode} needs verl_m2po.staleness.rollout.manager.StalenessAgentLoopManager"
         yield Problem(_MANAGER, manager, why, "Remove it; custom agent loops are not affected")
+
+
+def asynchronous_saving(config: DictConfig) -> Iterator[Problem]:
+    """Yield a save that never ends. Only Megatron writes in the background; every other engine of verl at once."""
+    for role in ("actor_rollout_ref.actor", "critic"):
+        if read(config, f"{role}.checkpoint.async_save") and read(config, f"{role}.strategy") == "megatron":
+            why = (
+                "Megatron then writes in the background, and nothing in verl's v1 trainer asks for the end of it "
+                "(async_calls_finalize_fn_exec), so that no checkpoint ever becomes whole"
+            )
+            yield Problem(f"{role}.checkpoint.async_save", True, why, "Set it to false")
 
 
 def devices(config: DictConfig) -> Iterator[Problem]:

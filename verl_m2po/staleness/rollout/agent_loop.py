@@ -10,7 +10,8 @@ trainer, which waits for it without polling. Validation is verl's own, untouched
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from verl_m2po.staleness.rollout.informative import UnknownMetric, shared_metric
 from verl_m2po.staleness.rollout.masking import StoredRow, row_key, stand_in
 from verl_m2po.staleness.rollout.outputs import check_output, first_line, spans_of
 from verl_m2po.staleness.rows import codec
+from verl_m2po.staleness.rows.media import Pool
 from verl_m2po.staleness.rows.store import LOT_FIELD
 from verl_m2po.staleness.rule.records import GroupReport, Row
 from verl_m2po.staleness.watch.liveness import RunActors, ServerDied
@@ -49,6 +51,22 @@ class _RunningGroup:
     stored: dict[int, list[StoredRow]] = field(default_factory=dict)
     failed: dict[int, BaseException] = field(default_factory=dict)
     began_at: float = field(default_factory=time.time)
+    _pool: Pool = field(default_factory=Pool)
+    _is_storing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @asynccontextmanager
+    async def sharing(self, has_images: bool) -> AsyncIterator[Pool | None]:
+        """What its rows have in common, for one session at a time to add to; None where the model takes no images.
+
+        What a session adds counts once that session is stored.
+        """
+        if not has_images:
+            yield None
+            return
+        async with self._is_storing:
+            pool = self._pool.copy()
+            yield pool
+            self._pool = pool
 
     def stored_rows(self) -> list[StoredRow]:
         """What there is of all sessions, in the order of the keys."""
@@ -257,13 +275,15 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
     async def _store(self, group: _RunningGroup, session_id: int, outputs: list[AgentLoopOutput]) -> None:
         rows = []
-        for index, output in enumerate(outputs):
-            spans = spans_of(group.sessions[session_id], output)
-            row = Row(row_key(group.uid, session_id, index), len(output.prompt_ids), len(output.response_ids), spans)
-            # The client resumes below verl's, which so sees the last version only.
-            output.extra_fields |= {"min_global_steps": row.min_version, "max_global_steps": row.max_version}
-            rows.append(StoredRow(row, codec.pack(self._fields(output, session_id))))
-        await self._put(group, rows)
+        async with group.sharing(self.processor is not None) as pool:
+            for index, output in enumerate(outputs):
+                spans = spans_of(group.sessions[session_id], output)
+                key = row_key(group.uid, session_id, index)
+                row = Row(key, len(output.prompt_ids), len(output.response_ids), spans)
+                # The client resumes below verl's, which so sees the last version only.
+                output.extra_fields |= {"min_global_steps": row.min_version, "max_global_steps": row.max_version}
+                rows.append(StoredRow(row, codec.pack(self._fields(output, session_id), key, pool)))
+            await self._put(group, rows)
         group.stored[session_id] = rows
 
     @staticmethod
@@ -284,10 +304,8 @@ class StalenessAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class
         ).squeeze(0)
         fields["multi_modal_inputs"] = multi_modal_inputs
         fields["session_id"] = session_id
-        if not codec.is_packable(fields):
-            raise NotImplementedError(
-                "the staleness modes keep text only: a response with images, video or multi-axis positions came back"
-            )
+        if fields.get("mm_processor_output") is not None:
+            fields["mm_processor_output"] = None  # of a teacher, who has answered by now
         return fields
 
 

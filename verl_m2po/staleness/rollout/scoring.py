@@ -46,12 +46,15 @@ class Probe(NamedTuple):
     prompt_tokens: list[int]
 
 
-def take_probe(batch: KVBatchMeta, ranks: int) -> Probe:
-    """The first rows of `batch`, as many as there are `ranks`."""
+def take_probe(batch: KVBatchMeta, ranks: int) -> Probe | None:
+    """The first rows of `batch`, as many as there are `ranks`; None if they have images, which no row keeps as such."""
     rows = slice(0, ranks)
     keys, tags = batch.keys[rows], batch.tags[rows]
     few = KVBatchMeta(partition_id=batch.partition_id, keys=keys, tags=tags)
-    data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["prompts", "responses"])
+    fields = ["prompts", "responses", "multi_modal_inputs"]
+    data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
+    if any(data["multi_modal_inputs"].tolist()):
+        return None
     prompts = [row.tolist() for row in data["prompts"].unbind()[:SERVER_ROWS]]
     responses = [row.tolist()[:TOKENS_PER_ROW] for row in data["responses"].unbind()[:SERVER_ROWS]]
     # Without the last token: a server refuses a prompt that leaves no room for a token.
@@ -154,6 +157,10 @@ class ServedCheck:
         """Score some rows of `batch`, whose update follows, with the weights of before."""
         if self._is_due and self._before is None:
             probe = take_probe(batch, self._actor.world_size)
+            if probe is None:
+                self._is_due = False
+                self._say_nothing_was_compared("the rows have images")
+                return
             before = self._score(probe)
             self._before = None if before is None else (probe, before)
 
@@ -166,10 +173,8 @@ class ServedCheck:
             return score(probe, self._actor, servers)
         except TimeoutError:
             self._is_due = False
-            logger.warning(
-                "what the rollout serves is not compared with what is trained (%s=%g): the servers did not score "
-                "within %g s, all that they generate comes first",
-                *(self._key, self._tolerance_nats, ANSWER_WITHIN_S),
+            self._say_nothing_was_compared(
+                f"the servers did not score within {ANSWER_WITHIN_S:g} s, all that they generate comes first"
             )
             return None
         except ray.exceptions.RayTaskError as error:
@@ -177,6 +182,10 @@ class ServedCheck:
                 f"{self._key}={self._tolerance_nats:g}: the tokens cannot be scored ({first_line(error.cause)}). Set "
                 "it to null to do without the comparison"
             ) from error
+
+    def _say_nothing_was_compared(self, why: str) -> None:
+        setting = (self._key, self._tolerance_nats)
+        logger.warning("what the rollout serves is not compared with what is trained (%s=%g): %s", *setting, why)
 
     def after_push(self) -> None:
         """Score them again, and compare.

@@ -2,8 +2,8 @@
 
 verl stores 48 bytes per response token (token ids twice, two masks and positions as int64; log-probs and rewards) and
 24 per prompt token. Packed it is 9 and 4: ids as int32, behaviour log-probs as float32, the mask as uint8. What the
-data set gave (messages, ground truth, ...) is stored once per group, with the prompt. `unpack` restores verl's rows
-exactly, a whole batch at a time, when it is selected.
+data set gave (messages, ground truth, ...) is stored once per group, with the prompt; so are images (media.py).
+`unpack` restores verl's rows exactly, a whole batch at a time, when it is selected.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from verl_m2po.staleness.rows import media
 from verl_m2po.staleness.rows.ragged import Ragged
 
 BYTES_PER_RESPONSE_TOKEN = 9
@@ -18,21 +19,18 @@ BYTES_PER_PROMPT_TOKEN = 4
 UNPACKED_BYTES_PER_RESPONSE_TOKEN = 48
 UNPACKED_BYTES_PER_PROMPT_TOKEN = 24
 
-_PACKED_TENSORS = ("packed_prompt", "packed_response", "packed_mask", "rollout_log_probs")
+_UNPACKED = ("packed_prompt", "packed_response", "packed_mask", "media")
 _DERIVED = ("prompts", "responses", "response_mask", "loss_mask", "input_ids", "position_ids", "rm_scores")
 
 
-def is_packable(row: dict[str, Any]) -> bool:
-    """Whether the row is plain text, whose positions and whole sequence follow from prompt and response."""
-    position_ids = row["position_ids"]
-    return position_ids.dim() == 1 and not row.get("multi_modal_inputs")
-
-
-def pack(row: dict[str, Any]) -> dict[str, Any]:
+def pack(row: dict[str, Any], key: str = "", pool: media.Pool | None = None) -> dict[str, Any]:
     """The fields of `row` that must be stored.
 
     Args:
-        row: fields of one trajectory as verl's agent loop writes them: 1-d tensors and Python objects.
+        row: fields of one trajectory as verl's agent loop writes them: tensors of its tokens and Python objects.
+        key: of the row.
+        pool: of its group, where the model has a processor of images; None for plain text, whose positions follow from
+            its length.
 
     Returns:
         Packed tensors, and under "rest" every field that is neither a tensor of the token sequence nor derived from it.
@@ -44,19 +42,27 @@ def pack(row: dict[str, Any]) -> dict[str, Any]:
     }
     if "rollout_log_probs" in row:
         packed["rollout_log_probs"] = row["rollout_log_probs"].to(torch.float32)
-    rest = {key: value for key, value in row.items() if key not in _DERIVED and key not in packed}
-    packed |= {key: rest.pop(key) for key in [k for k, v in rest.items() if isinstance(v, torch.Tensor) and v.dim()]}
+    rest = {name: value for name, value in row.items() if name not in _DERIVED and name not in packed}
+    packed |= {name: rest.pop(name) for name in [k for k, v in rest.items() if isinstance(v, torch.Tensor) and v.dim()]}
     if "rm_scores" in row:
         rest["last_token_reward"] = float(row["rm_scores"][-1])
+    if pool is not None:
+        tensors, rest["multi_modal_inputs"] = media.split_inputs(rest["multi_modal_inputs"])
+        if row["position_ids"].dim() > 1:
+            tensors[media.POSITIONS] = media.cut_positions(row["position_ids"])
+        packed["media"], rest["made_of"] = pool.pack(key, tensors)
     return packed | {"rest": rest}
 
 
-def unpack(packed: Mapping[str, Ragged | list], older_than: "OverAge | None" = None) -> dict[str, torch.Tensor | list]:
+def unpack(
+    packed: Mapping[str, Ragged | list], older_than: "OverAge | None" = None, keys: Sequence[str] = ()
+) -> dict[str, torch.Tensor | list]:
     """verl's fields of a batch, without those that the data set gave.
 
     Args:
         packed: what `pack` returned, a column for each field.
         older_than: tokens to take out of the masks; None takes none.
+        keys: of the rows, whole groups; needed where there are images.
 
     Returns:
         Jagged tensors, and a list for each field that is not a tensor. A field that some rows lack is left out.
@@ -75,13 +81,32 @@ def unpack(packed: Mapping[str, Ragged | list], older_than: "OverAge | None" = N
         "input_ids": input_ids,
         "position_ids": input_ids.with_values(input_ids.places),
     }
-    columns |= {k: v for k, v in packed.items() if isinstance(v, Ragged) and k not in _PACKED_TENSORS[:3]}
+    columns |= {k: v for k, v in packed.items() if isinstance(v, Ragged) and k not in _UNPACKED}
     rest = _columns_of(packed["rest"])
     if "last_token_reward" in rest:
         rewards = torch.zeros(len(responses.values), dtype=torch.float32)
         rewards[responses.lengths.cumsum(0) - 1] = torch.tensor(rest.pop("last_token_reward"), dtype=torch.float32)
         columns["rm_scores"] = responses.with_values(rewards)
-    return {key: column.nested() for key, column in columns.items()} | rest
+    unpacked = {key: column.nested() for key, column in columns.items()} | rest
+    if "media" in packed:
+        unpacked |= _with_media(unpacked.pop("made_of"), rest["multi_modal_inputs"], packed["media"], keys, input_ids)
+    return unpacked
+
+
+def _with_media(
+    made_of: Any, values: Sequence[Mapping[str, Any]], stored: Any, keys: Sequence[str], input_ids: Ragged
+) -> dict[str, Any]:
+    """verl's `multi_modal_inputs` of each row, and the positions, where these have several axes."""
+    tensors = media.unpack(keys, stored.rows(), made_of)
+    cut = [of_row.pop(media.POSITIONS) for of_row in tensors if media.POSITIONS in of_row]
+    fields: dict[str, Any] = {
+        "multi_modal_inputs": [of_row | dict(more) for of_row, more in zip(tensors, values, strict=True)]
+    }
+    if cut:
+        lengths = input_ids.lengths.tolist()
+        whole = [media.extend_positions(*each) for each in zip(cut, lengths, strict=True)]
+        fields["position_ids"] = media.jagged_positions(whole)
+    return fields
 
 
 def masked_copy(packed: dict[str, Any], session_id: int) -> dict[str, Any]:
@@ -91,8 +116,10 @@ def masked_copy(packed: dict[str, Any], session_id: int) -> dict[str, Any]:
         packed: what `pack` returned; it is left as it is.
         session_id: of the other session.
     """
-    rest = packed["rest"] | {"session_id": session_id}
-    return packed | {"packed_mask": torch.zeros_like(packed["packed_mask"]), "rest": rest}
+    copy = packed | {"packed_mask": torch.zeros_like(packed["packed_mask"])}
+    if "media" in packed:
+        copy["media"] = media.nothing()  # it lies with the other session
+    return copy | {"rest": packed["rest"] | {"session_id": session_id}}
 
 
 def _as_int64(column: Any) -> Ragged:

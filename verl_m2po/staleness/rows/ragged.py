@@ -41,6 +41,10 @@ class Ragged(NamedTuple):
         """Position of each value within its row; shape (total length,)."""
         return torch.arange(len(self.values)) - self.starts.repeat_interleave(self.lengths)
 
+    def rows(self) -> Sequence[torch.Tensor]:
+        """Each by itself."""
+        return self.values.split(self.lengths.tolist())
+
     def take(self, rows: torch.Tensor) -> "Ragged":
         """Those rows, in that order."""
         lengths = self.lengths[rows]

@@ -163,7 +163,7 @@ class LotStore:
             over_age = codec.OverAge([row.spans for row in rows], oldest_version)
         columns = self._shared_columns(groups) | {
             key: column if isinstance(column, torch.Tensor) else NonTensorStack(*column)
-            for key, column in codec.unpack(self._packed_columns(groups), over_age).items()
+            for key, column in codec.unpack(self._packed_columns(groups), over_age, [row.key for row in rows]).items()
         }
         batch = batch_of(groups, partition)
         fields = TensorDict(columns, batch_size=[len(rows)])
