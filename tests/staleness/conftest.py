@@ -11,7 +11,9 @@ def transfer_queue():
     from omegaconf import OmegaConf
 
     # Logical CPUs: the controller takes one, each storage unit another.
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1")
+    ray.init(
+        "local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1"
+    )
     backend = {"SimpleStorage": {"num_data_storage_units": 1}}
     tq.init(OmegaConf.create({"backend": backend}))
     yield tq

@@ -126,7 +126,7 @@ def test_a_server_that_cannot_score_names_the_key(monkeypatch):
     with pytest.raises(
         RuntimeError, match=rf"{KEY}=0\.3: the tokens cannot be scored \(ValueError: prompt_logprobs .* Set it to null"
     ):
-        ServedCheck(KEY, 0.3, SimpleNamespace(world_size=1), lambda: {"a": None}).before_update(None)
+        ServedCheck(KEY, 0.3, SimpleNamespace(world_size=1), lambda: {"a": None}).before_update("batch")
 
 
 @pytest.mark.parametrize("mode", ["stale_k", "stale_k_separate", "bounded_async"])

@@ -113,13 +113,17 @@ class Workers:
             self.lost[ticket.uid] += 1
             self._reports.put(GroupReport(ticket.uid, (), "ServerDied: it died", was_lost=True, deaths=1, moves=1))
             return
-        shared = 1.0 if not fails and self._random.random() < self.uninformative_share else None
+        shared = None if fails else self._shared_metric([row for session in sessions for row in stored[session]])
         if error is None and shared is None and self.journal is not None:
             self.generated.append(ticket.uid)
             RowsWriter(self.journal.rows_path(0), fsync=False).append(FinishedGroup(ticket.uid, rows, packed))
         errors = ("TimeoutError: slow",) * len(masked)
         report = GroupReport(ticket.uid, rows, error, finished_at=time.time(), masked_errors=errors)
         self._reports.put(replace(report, shared_metric=shared))
+
+    def _shared_metric(self, rows: list[StoredRow]) -> float | None:
+        """Why a group has no advantage, if it has none."""
+        return 1.0 if self._random.random() < self.uninformative_share else None
 
     def _fields(self, ticket, session: int) -> dict:
         responses = torch.tensor(response_of(ticket.uid, session))
