@@ -106,6 +106,13 @@ class TestInactiveModes:
         assert not list(inactive.problems(verls(*STALE, "trainer.v1.separate_async.parameter_sync_step=2")))
 
 
+@pytest.mark.parametrize(("strategy", "replays"), [("fsdp", False), ("fsdp2", False), ("megatron", True)])
+def test_routes_that_no_engine_replays_are_refused(strategy, replays):
+    config = verls(M2PO, f"{effects.STRATEGY}={strategy}", f"{effects.ROUTER_REPLAY}=true")
+    assert [problem.key for problem in effects.router_replay(config)] == [effects.ROUTER_REPLAY] * (not replays)
+    assert not list(effects.router_replay(verls(M2PO, f"{effects.STRATEGY}={strategy}")))
+
+
 class TestImages:
     """What verl would find out in its workers, or when it reads the first image."""
 

@@ -15,7 +15,7 @@ from verl_m2po.ground.files import replacing
 from verl_m2po.tasks.arithmetic import SPLITS
 
 DATA_SOURCE = "pictures"
-SIZE_PIXELS = 32
+SIZE_PIXELS = 64
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 40), "blue": (40, 60, 220), "white": (250, 250, 250)}
 BACKGROUND = (90, 90, 90)
 SHADE = 30
@@ -111,7 +111,9 @@ def _row(folder: Path, index: int, split: str, seed: int) -> dict[str, Any]:
         "data_source": DATA_SOURCE,
         "prompt": [{"role": "user", "content": content}],
         "images": [] if drawn.is_video else files,
-        "videos": [files] if drawn.is_video else [],
+        "videos": [{"video": files, "min_pixels": SIZE_PIXELS**2, "max_pixels": SIZE_PIXELS**2}]
+        if drawn.is_video
+        else [],
         "ability": "vision",
         "reward_model": {"style": "rule", "ground_truth": drawn.colour},
         "extra_info": {"split": split, "index": index, "question": QUESTION, "answer": drawn.colour},

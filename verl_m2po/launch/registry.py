@@ -54,6 +54,7 @@ def of_the_config(memory_bytes: int, main: Callable[..., Any] | None = None) -> 
     yield Check("bypass mode", effects.bypassed, requirements.BYPASS)
     yield Check("the KL in the reward", effects.kl_in_reward, effects.KL_IN_REWARD)
     yield Check("the clip range", effects.clip, effects.CLIP)
+    yield Check("router replay", effects.router_replay, effects.ROUTER_REPLAY)
     yield Check("images for a model of text", images.blind, model.PATH.key)
     yield Check("LoRA", models.lora, models.TARGETS)
     yield Check("LoRA beside a critic", models.adapters_beside_a_critic, models.ESTIMATOR)

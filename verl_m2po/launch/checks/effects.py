@@ -18,6 +18,8 @@ LOSS_TYPE = "algorithm.rollout_correction.loss_type"
 VERLS_LOSS_TYPE = "ppo_clip"
 KL_IN_REWARD = "algorithm.use_kl_in_reward"
 CLIP = "actor_rollout_ref.actor.clip_ratio"
+ROUTER_REPLAY = "actor_rollout_ref.rollout.enable_rollout_routing_replay"
+STRATEGY = "actor_rollout_ref.actor.strategy"
 
 NOT_SUPPLIED = {
     "remax": "reward_baselines",
@@ -108,3 +110,11 @@ def clip(config: DictConfig) -> Iterator[Problem]:
             else "Leave it out",
             is_fatal=False,
         )
+
+
+def router_replay(config: DictConfig) -> Iterator[Problem]:
+    """Yield routes of a mixture of experts that are kept with every rollout, and that no engine replays."""
+    strategy = read(config, STRATEGY)
+    if read(config, ROUTER_REPLAY) and str(strategy).startswith("fsdp"):
+        why = f"of verl's engines Megatron and VeOmni replay the routes of a rollout, and {STRATEGY} is {strategy}"
+        yield Problem(ROUTER_REPLAY, True, why, "Set it to false, or train with one of those")
