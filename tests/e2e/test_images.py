@@ -16,7 +16,7 @@ UNREADABLE = 5
 @pytest.mark.feature("a journal", mode="stale_k")
 def test_what_is_seen_is_learnt(train, tmp_path, colours, seeing):
     """Three prompts of four have a picture, one a video; the images wait with their rollouts for a trainer step."""
-    steps, k_steps = 16, 1
+    steps, k_steps = 12, 1
     (colours / "data" / "train" / f"{UNREADABLE}-0.png").unlink()
     result, ledger = run_mode(
         train,
@@ -29,6 +29,7 @@ def test_what_is_seen_is_learnt(train, tmp_path, colours, seeing):
         f"reward.custom_reward_function.path={REWARD}",
         f"actor_rollout_ref.rollout.n={RESPONSES}",
         "actor_rollout_ref.actor.optim.lr=2e-3",
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.mm_device_do_normalize=false",
         "++trainer.v1.stale_k.journal=true",
         f"trainer.default_local_dir={tmp_path / 'saved'}",
         steps=steps,

@@ -152,6 +152,17 @@ class TestImages:
         monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: name)
         assert not list(images.packages(config))
 
+    def test_a_rollout_that_would_see_noise(self, tmp_path, monkeypatch):
+        """vLLM 0.28 is what the tests run with."""
+        here = self.run_with(tmp_path, SEES, f"{images._ROLLOUT}.name=vllm")
+        problem = one(images.normalization(here))
+        assert (problem.key, problem.value) == (images.LOAD_FORMAT, "dummy") and images.NORMALIZES in problem.remedy
+        for sound in (f"+{images.NORMALIZES}=false", f"{images.LOAD_FORMAT}=auto", f"{images._ROLLOUT}.name=sglang"):
+            assert not list(images.normalization(self.run_with(tmp_path, SEES, f"{images._ROLLOUT}.name=vllm", sound)))
+        monkeypatch.setattr(images, "_vllm_can_normalize", lambda: False)
+        assert not list(images.normalization(here))
+        assert not list(images.normalization(self.run_with(tmp_path, "{}", f"{images._ROLLOUT}.name=vllm")))
+
     @pytest.mark.parametrize("found", [14, None, "wide", 0])
     def test_what_a_token_of_an_image_costs(self, tmp_path, found):
         """Qwen2-VL's: 28 x 28 pixels, two frames, as float32 and as a picture."""

@@ -73,6 +73,7 @@ def of_the_machine() -> Iterator[Check]:
     yield Check("the positions of the model", model.positions, model.PATH.key)
     yield Check("the processor of the model", images.processor, model.PATH.key)
     yield Check("the packages for images", images.packages, images.KEYS[0])
+    yield Check("the normalization of images", images.normalization, images.LOAD_FORMAT)
     for key in (data.TRAIN, data.VALIDATION):
         yield Check(f"the files of {key}", partial(data.exist, key=key), key)
         yield Check(f"the columns of {key}", partial(data.columns, key=key), key)

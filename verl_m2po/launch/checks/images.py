@@ -20,6 +20,10 @@ PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 PACKAGES = ("qwen_vl_utils", "torchvision")
 """What verl's data set reads images and videos with."""
 
+_ROLLOUT = "actor_rollout_ref.rollout"
+LOAD_FORMAT = f"{_ROLLOUT}.load_format"
+NORMALIZES = f"{_ROLLOUT}.engine_kwargs.vllm.mm_device_do_normalize"
+
 FLOAT_BYTES = 4
 RAW_BYTES_PER_FRAME_PIXEL = 3
 """Of the picture itself, which is kept with its prompt."""
@@ -59,6 +63,31 @@ def packages(config: DictConfig) -> Iterator[Problem]:
         names = " ".join(name.replace("_", "-") for name in missing)
         yield Problem(key, read(config, key), why, f"Install them (pip install {names}), or set {data.CUSTOM_DATASET}")
         return
+
+
+def normalization(config: DictConfig) -> Iterator[Problem]:
+    """Yield a rollout that sees noise: vLLM begins with random weights, and verl sends it parameters alone.
+
+    vLLM (0.28) has the means and deviations that it normalizes pixels with in buffers of its model, and fills these by
+    random numbers as well.
+    """
+    own = model.own_config(config)
+    if own is None or not _sees(own) or read(config, f"{_ROLLOUT}.name") != "vllm":
+        return
+    load_format, normalizes = read(config, LOAD_FORMAT), read(config, NORMALIZES)
+    if str(load_format).startswith("dummy") and normalizes is not False and _vllm_can_normalize():
+        why = (
+            "vLLM then fills the constants that it normalizes images with by random numbers, which verl does not "
+            "replace: the rollout would see noise, and the trainer images"
+        )
+        yield Problem(LOAD_FORMAT, load_format, why, f"Add +{NORMALIZES}=false, or set it to auto")
+
+
+def _vllm_can_normalize() -> bool:
+    """Whether this vLLM knows the setting: from the source, as vLLM takes seconds to import."""
+    spec = importlib.util.find_spec("vllm")
+    path = None if spec is None or spec.origin is None else Path(spec.origin).parent / "config" / "multimodal.py"
+    return path is not None and path.is_file() and NORMALIZES.rpartition(".")[2] in path.read_text()
 
 
 def bytes_per_prompt_token(config: DictConfig) -> int:
