@@ -17,9 +17,11 @@ SEED ?= 1
 
 # Faults: which, and where their logs go
 SEEDS ?= 1-36
-# Above 0: instead of these faults, so many kills in one run of each separate mode
-KILLS ?= 0
+# Kills in one run of each mode that replaces what dies, after these faults, and what they follow from; 0: none
+KILLS ?= 30
+CHAIN_SEED ?= 1
 FAULTS_OUT ?= outputs/faults
+SOAK_OUT ?= outputs/soak
 
 # Study: only that many runs, the most telling ones first; empty: all
 RUNS ?=
@@ -39,7 +41,7 @@ WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/tests/support:$(CURDIR)/recipes
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes faults lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-replay-wall-clock study-results study-disturbance plan-study docs docs-tables docs-links clean
+.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes faults soak lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-replay-wall-clock study-results study-disturbance plan-study docs docs-tables docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -88,8 +90,11 @@ gpu-check: ## What needs a GPU: decision, losses, speed, then runs (at most eigh
 recipes: $(STAMP) ## Two real steps of every recipe on the CPU (about ten minutes)
 	$(BIN)/python -m pytest -m recipe tests/e2e/test_recipes.py
 
-faults: $(STAMP) ## Kill processes of real runs, restart, check what was trained on (SEEDS, KILLS, FAULTS_OUT; about an hour)
-	PYTHONPATH=tests/support $(BIN)/python -m fault_campaign --seeds $(SEEDS) --kills $(KILLS) --out $(FAULTS_OUT)
+faults: $(STAMP) ## Kill processes of real runs, check what was trained on (SEEDS=, KILLS=, CHAIN_SEED=, FAULTS_OUT=; about two hours)
+	$(WORKSHOP) -m fault_campaign --seeds "$(SEEDS)" --kills $(KILLS) --chain-seed $(CHAIN_SEED) --poisoned --out $(FAULTS_OUT)
+
+soak: $(STAMP) ## 1,500 trainer steps, a kill every 100, the memory of each process (SOAK_OUT=; about an hour and a half)
+	$(WORKSHOP) -m soak --out $(SOAK_OUT)
 
 lint: $(STAMP) ## ruff, and what each room may import (the contracts in pyproject.toml)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import cpu_run
-import fault_campaign
+import fault_runs
 import pytest
 
 from verl_m2po.staleness.account.ledger import read_ledger, surviving
@@ -15,11 +15,11 @@ STEPS, BATCH, STALE_STEPS = 6, 8, 1
 
 
 def test_the_death_of_an_actor_worker_costs_a_restart_of_the_command_and_no_more(tmp_path: Path):
-    kind = fault_campaign.Kind("stale_k", STALE_STEPS, has_journal=True, overrides=("trainer.v1.stale_k.restarts=1",))
-    run = fault_campaign.Campaign(tmp_path, [], kind=kind, steps=STEPS)
-    attempt = fault_campaign.Attempt(tmp_path, 1, run.command())
+    kind = fault_runs.Kind("stale_k", STALE_STEPS, has_journal=True, overrides=("trainer.v1.stale_k.restarts=1",))
+    run = fault_runs.TrainingRun(tmp_path, kind, STEPS)
+    attempt = fault_runs.Attempt(tmp_path, 1, run.command())
     try:
-        assert attempt.wait_for_steps(3, fault_campaign.START_WITHIN_S)
+        assert attempt.wait_for_steps(3, fault_runs.START_WITHIN_S)
         for worker in attempt.find(("ray::WorkerDict",)):
             worker.kill()
         began_at = time.monotonic()

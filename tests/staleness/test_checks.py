@@ -105,7 +105,10 @@ def test_a_time_for_replacements_that_is_none_is_refused(mode, seconds):
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in SEPARATE_MODES])
-@pytest.mark.parametrize(("key", "value"), [("heal", True), ("replica_timeout_s", 60), ("keep_pushed_weights", True)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("heal", True), ("replica_timeout_s", 60), ("max_replicas", 4), ("keep_pushed_weights", True)],
+)
 def test_a_shared_mode_that_is_to_heal_its_servers_is_refused_with_the_reason(mode, key, value):
     (problem,) = checks.check(config(mode, **{f"trainer__v1__{mode}__{key}": value}))
     assert problem.key == f"trainer.v1.{mode}.{key}" and problem.is_fatal
@@ -121,6 +124,40 @@ def test_servers_that_cannot_be_replaced_are_a_warning(mode, key, value):
     (problem,) = checks.check(config(mode, **impossible))
     assert problem.key == f"trainer.v1.{mode}.heal" and not problem.is_fatal and "restarts" in problem.remedy
     assert checks.check(config(mode, **impossible, **{f"trainer__v1__{mode}__heal": False})) == []
+
+
+STARTS_WITH_TWO = {
+    "actor_rollout_ref__rollout__nnodes": 2,
+    "actor_rollout_ref__rollout__n_gpus_per_node": 2,
+    "actor_rollout_ref__rollout__tensor_model_parallel_size": 2,
+}
+
+
+@pytest.mark.parametrize("mode", SEPARATE_MODES)
+@pytest.mark.parametrize(("most", "says"), [(1, "starts with 2"), (0, "at least 1"), (-1, "at least 1")])
+def test_fewer_servers_than_the_run_starts_with_are_refused(mode, most, says):
+    (problem,) = checks.check(config(mode, **STARTS_WITH_TWO, **{f"trainer__v1__{mode}__max_replicas": most}))
+    assert problem.key == f"trainer.v1.{mode}.max_replicas" and problem.value == most and problem.is_fatal
+    assert says in f"{problem.why} {problem.remedy}"
+
+
+@pytest.mark.parametrize("mode", SEPARATE_MODES)
+@pytest.mark.parametrize("most", [2, 3, None])
+def test_as_many_servers_as_the_run_starts_with_or_more_may_serve(mode, most):
+    assert checks.check(config(mode, **STARTS_WITH_TWO, **{f"trainer__v1__{mode}__max_replicas": most})) == []
+
+
+@pytest.mark.parametrize("mode", SEPARATE_MODES)
+@pytest.mark.parametrize(
+    "impossible",
+    [{"trainer__v1__{mode}__heal": False}, {"actor_rollout_ref__rollout__checkpoint_engine__backend": "delta_sharded"}],
+    ids=["heal=false", "delta_sharded"],
+)
+def test_no_server_can_join_where_none_can_be_replaced(mode, impossible):
+    changes = {key.format(mode=mode): value for key, value in impossible.items()}
+    problems = checks.check(config(mode, **changes, **{f"trainer__v1__{mode}__max_replicas": 8}))
+    (problem,) = [problem for problem in problems if problem.is_fatal]
+    assert problem.key == f"trainer.v1.{mode}.max_replicas" and "no server can join" in problem.why
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -27,7 +27,7 @@ class FleetMachine(RuleBasedStateMachine):
         self.now, self.names = 0.0, 0
         self.fleet = Fleet(map(str, range(SERVERS)), TIMEOUT_S, clock=lambda: self.now)
         self.awaited: list = []
-        self.given_up = self.lost = self.joined = 0
+        self.given_up = self.lost = self.joined = self.widened = 0
 
     @precondition(lambda self: self.fleet.serving)
     @rule(data=st.data())
@@ -47,6 +47,26 @@ class FleetMachine(RuleBasedStateMachine):
         assert self.fleet.arrive(f"new-{self.names}", vacancy) == was_awaited
         assert not self.fleet.awaits(vacancy) and not self.fleet.arrive("twice", vacancy)
         assert f"new-{self.names}" not in self.fleet.serving, "it has no weights yet"
+
+    @rule(most=st.integers(1, SERVERS + 2))
+    def devices_are_free(self, most):
+        places = len(self.fleet.serving) + len(self.fleet.joining) + self.fleet.vacant
+        vacancy = self.fleet.widen(most)
+        assert (vacancy is not None) == (places < most and not self.awaited_now())
+        if vacancy is not None:
+            self.awaited.append(vacancy)
+            self.widened += 1
+
+    @precondition(lambda self: self.awaited)
+    @rule(data=st.data())
+    def nobody_tries_any_more(self, data):
+        vacancy = self.awaited.pop(data.draw(st.integers(0, len(self.awaited) - 1)))
+        self.given_up += self.fleet.awaits(vacancy)
+        self.fleet.abandon(vacancy)
+        assert not self.fleet.awaits(vacancy)
+
+    def awaited_now(self):
+        return [vacancy for vacancy in self.awaited if self.fleet.awaits(vacancy)]
 
     @precondition(lambda self: self.fleet.joining)
     @rule(data=st.data())
@@ -71,7 +91,7 @@ class FleetMachine(RuleBasedStateMachine):
     @invariant()
     def every_place_is_in_one_state(self):
         fleet = self.fleet
-        assert len(fleet.serving) + len(fleet.joining) + fleet.vacant + self.given_up == SERVERS
+        assert len(fleet.serving) + len(fleet.joining) + fleet.vacant + self.given_up == SERVERS + self.widened
         assert not fleet.serving & fleet.joining
 
     def teardown(self):

@@ -48,6 +48,19 @@ class Fakes:
 
     def __init__(self, ray, monkeypatch, servers: int = 2, start_fails: bool = False) -> None:
         @ray.remote(num_cpus=0)
+        class Count:
+            def __init__(self) -> None:
+                self.all = 0
+
+            def append(self, one: int) -> None:
+                self.all += one
+
+            def get(self) -> int:
+                return self.all
+
+        self._count = handed_back = Count.remote()
+
+        @ray.remote(num_cpus=0)
         class Server:
             global_steps = None
 
@@ -57,6 +70,9 @@ class Fakes:
             async def collective_rpc(self, method: str) -> None: ...
 
             async def resume_generation(self) -> None: ...
+
+            async def abort_all_requests(self) -> None:
+                handed_back.append.remote(1)
 
             async def held(self):
                 return self.weights, self.global_steps
@@ -76,7 +92,11 @@ class Fakes:
             async def resume_generation(self) -> None:
                 await self.server_handle.resume_generation.remote()
 
+            async def abort_all_requests(self, reject_request: bool) -> None:
+                await self.server_handle.abort_all_requests.remote()
+
         monkeypatch.setattr(healing, "RETRY_S", 0.2)
+        monkeypatch.setattr(healing, "HAND_OVER_S", 0.2)
         monkeypatch.setattr(CheckpointEngineManager, "__init__", self._init)
         monkeypatch.setattr(CheckpointEngineManager, "update_weights", self._push)
         self._ray, self.actor, self.watch = ray, Actor(), Watch(ask_every_s=0.2, unwind_s=0.5, exit_s=None)
@@ -106,6 +126,10 @@ class Fakes:
         self._ray.get([server.load.remote(self.actor.weights, version) for server in servers])
         asyncio.run(manager.resume_generation_replicas())
         return {}
+
+    def handed_back(self) -> int:
+        """Servers that were asked to give back what they generate."""
+        return self._ray.get(self._count.get.remote())
 
     def heal(self, **settings) -> Healing:
         defaults = {"heals": True, "replica_timeout_s": None, "keeps_weights": True}
@@ -203,6 +227,32 @@ def test_a_server_that_dies_in_a_push_is_left_and_its_push_made_again(cluster, m
         fakes.kill(1)  # Ray fails the call of the push, the watch may not know yet
         of.push(lambda: of.pushes.update_weights(3))
         assert fakes.held() == {"127.0.0.1:1": (0, 3)}
+
+
+def test_a_machine_that_is_taken_away_is_left_while_its_servers_still_answer(cluster, monkeypatch):
+    fakes = Fakes(cluster, monkeypatch)
+    of = fakes.heal()
+    of.push(lambda: of.pushes.update_weights(4))
+    node = cluster.get_runtime_context().get_node_id()
+    with fakes.watch.guard():
+        of.leave(["another machine"], "it is drained")
+        assert len(of.fleet.serving) == 2
+        of.leave([node], "it is drained")
+        assert not of.fleet.serving and not fakes.balanced(), "no more work for them"
+        wait_for(lambda: fakes.handed_back() == 2)
+        wait_for(lambda: len(of.fleet.serving) == 2, tend(of, 4))
+    assert fakes.balanced() == {"127.0.0.1:3", "127.0.0.1:4"} and set(fakes.held().values()) == {(0, 4)}
+
+
+def test_one_more_server_joins_and_where_it_cannot_start_it_is_not_tried_for_ever(cluster, monkeypatch):
+    for start_fails, served in ((False, 2), (True, 1)):
+        fakes = Fakes(cluster, monkeypatch, servers=1, start_fails=start_fails)
+        of = fakes.heal()
+        of.push(lambda of=of: of.pushes.update_weights(4))
+        with fakes.watch.guard():
+            of.add_one(of.fleet.widen(2))
+            wait_for(lambda of=of: not of.fleet.vacant and not of.fleet.joining, tend(of, 4))
+        assert len(of.fleet.serving) == len(fakes.balanced()) == served
 
 
 def test_where_nothing_heals_a_death_ends_the_run(cluster, monkeypatch):

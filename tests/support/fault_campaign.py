@@ -15,62 +15,41 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import cpu_run
-import failing_rewards
-import psutil
-import torch
+import kill_chain
 import typer
+from fault_runs import (
+    HEAL_WITHIN_S,
+    SAVE_EVERY,
+    SEPARATE,
+    SEPARATE_MODES,
+    STALENESS_STEPS,
+    START_WITHIN_S,
+    STEP_WITHIN_S,
+    TARGETS,
+    Attempt,
+    Kind,
+    TrainingRun,
+    title_of,
+)
+from kill_chain import Chain
 from rich.console import Console
 from rich.table import Table
-from torchdata.stateful_dataloader.sampler import RandomSampler
-from trained_rows import Promise, broken, redone_steps
+from trained_rows import broken, redone_steps
 
 from verl_m2po.launch.signals import _segments
 from verl_m2po.staleness.restart.frames import decode, read_frames
-from verl_m2po.tasks import arithmetic, tiny_model
-
-BATCH, MINI_BATCH, RESPONSES, STALENESS_STEPS, SAVE_EVERY = 8, 4, 4, 2, 2
-PROMPTS, DATA_SEED = 512, 1
 
 END_WITHIN_S = 120.0
 """A run that lost a process must have ended by itself after that."""
 
 ASKED_END_WITHIN_S = 30.0
-
-START_WITHIN_S, STEP_WITHIN_S = 600.0, 120.0
-
-HEAL_WITHIN_S = 300.0
-"""A run that heals must have trained on new rollouts after that."""
-
-SEPARATE = ("actor_rollout_ref.hybrid_engine=false", "actor_rollout_ref.rollout.nnodes=1")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of training run.
-
-    Args:
-        mode: trainer mode.
-        staleness_steps: trainer steps; exact, or the bound.
-        has_journal: whether what was generated outlives a crash.
-        masks: whether a trajectory of every tenth prompt fails, and is masked.
-        overrides: further ones.
-    """
-
-    mode: str
-    staleness_steps: int = STALENESS_STEPS
-    has_journal: bool = False
-    masks: bool = False
-    overrides: tuple[str, ...] = ()
-
 
 # Twelve seeds go to the kinds of one row, the next twelve to those of the next.
 KINDS = (
@@ -92,54 +71,11 @@ KINDS = (
 )
 
 
-@dataclass(frozen=True)
-class Target:
-    """What is hit.
+DRAWN = tuple(TARGETS)[:12]
+"""Seeds go round in this order."""
 
-    Args:
-        titles: how Ray and vLLM title its process; "" is every process of the run.
-        words: one of them must stand in an error; none where nobody is left to say anything.
-        send: other than SIGKILL, it goes to the driver's process group, as terminals and batch systems send it.
-        heals_in: trainer modes that go on without a restart once they train.
-    """
-
-    titles: tuple[str, ...]
-    words: tuple[str, ...] = ()
-    send: signal.Signals = signal.SIGKILL
-    heals_in: tuple[str, ...] = ()
-
-    @property
-    def asks(self) -> bool:
-        """Whether the run is asked to end, and may save a checkpoint first."""
-        return self.send != signal.SIGKILL
-
-
-_SEPARATE = ("stale_k_separate", "bounded_async")
-
-# Seeds go round in this order.
-TARGETS = {
-    "rollout engine": Target(("VLLM::EngineCore",), ("EngineCore", "EngineDead", "rollout server"), heals_in=_SEPARATE),
-    "actor worker": Target(("ray::WorkerDict",), ("actor worker", "WorkerDict")),
-    "agent loop worker": Target(
-        ("ray::StalenessAgent", "ray::AgentLoop"),
-        ("agent loop worker", "AgentLoopWorker"),
-        heals_in=("stale_k", *_SEPARATE),
-    ),
-    "TransferQueue storage": Target(("ray::SimpleStorageUnit",), ("TransferQueue storage", "SimpleStorageUnit")),
-    "rollout server": Target(("ray::vLLMHttpServer",), ("rollout server", "vLLMHttpServer"), heals_in=_SEPARATE),
-    "all processes": Target(("",)),
-    "SIGTERM": Target(("main_ppo",), send=signal.SIGTERM),
-    "reward worker": Target(("ray::RewardLoopWorker",), ("reward worker", "RewardLoopWorker")),
-    "TransferQueue controller": Target(
-        ("ray::TransferQueueController",), ("TransferQueue controller", "QueueController")
-    ),
-    "trainer": Target(("ray::TaskRunner",), ("TaskRunner",)),
-    "Ctrl-C": Target(("main_ppo",), send=signal.SIGINT),
-    "driver": Target(("main_ppo",)),
-}
-
-# In the midst of what, by the method that the actor worker's title shows; "" is none, so that generation is waited for.
-MOMENTS = {"start": None, "generation": "", "training": "update_actor", "saving": "save_checkpoint"}
+MOMENTS = ("start", "generation", "training", "saving")
+"""In the midst of what; the last three as in `fault_runs.METHODS`."""
 
 
 @dataclass
@@ -166,110 +102,15 @@ class Fault:
     def draw(cls, seed: int) -> "Fault":
         """The fault of `seed`. Targets, kinds and moments go round at different periods, the rest is chance."""
         rng = random.Random(seed)
-        kinds = list(KINDS[(seed - 1) // len(TARGETS) % len(KINDS)])
+        kinds = list(KINDS[(seed - 1) // len(DRAWN) % len(KINDS)])
         return cls(
             seed=seed,
             kind=kinds[seed // 4 % len(kinds)],
-            target=list(TARGETS)[seed % len(TARGETS)],
-            moment=list(MOMENTS)[(seed + seed // 4) % len(MOMENTS)],
+            target=DRAWN[seed % len(DRAWN)],
+            moment=MOMENTS[(seed + seed // 4) % len(MOMENTS)],
             after_steps=rng.choice([1, 2, 3]),
             delay_s=round(rng.uniform(0.0, 0.5), 3),
         )
-
-
-def chain(kind: str, kills: int, seed: int) -> list[Fault]:
-    """Faults from which a run of `kind` heals, one after the other: processes, moments and delays are chance."""
-    rng = random.Random(seed)
-    mode = next(row[kind].mode for row in KINDS if kind in row)
-    targets = [name for name, target in TARGETS.items() if mode in target.heals_in]
-    moments = [moment for moment in MOMENTS if moment != "start"]
-    return [
-        Fault(seed, kind, rng.choice(targets), rng.choice(moments), 1, round(rng.uniform(0.0, 0.5), 3))
-        for _ in range(kills)
-    ]
-
-
-class Attempt:
-    """One start of the run's command."""
-
-    def __init__(self, folder: Path, number: int, command: list[str]) -> None:
-        _wait_for_memory()
-        self.mark = uuid.uuid4().hex
-        self.metrics = folder / f"attempt-{number}.jsonl"
-        self.log = folder / f"attempt-{number}.txt"
-        self.began_at = time.monotonic()
-        self.first_step_s: float | None = None
-        self._stream = self.log.open("w")
-        self.process = subprocess.Popen(
-            command,
-            cwd=folder,
-            stdout=self._stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={
-                **os.environ,
-                cpu_run.MARK: self.mark,
-                "VERL_FILE_LOGGER_PATH": str(self.metrics),
-                "TENSORBOARD_DIR": str(folder / "tensorboard"),
-            },
-        )
-
-    @property
-    def steps(self) -> int:
-        """Trainer steps that it has logged."""
-        return len(self.metrics.read_text().splitlines()) if self.metrics.exists() else 0
-
-    @property
-    def last_step(self) -> int:
-        """The last trainer step that it has logged, 0 for none."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        return json.loads(lines[-1])["step"] if lines else 0
-
-    def find(self, titles: tuple[str, ...]) -> list[psutil.Process]:
-        return [p for p in cpu_run.marked(self.mark) if any(title in _title(p) for title in titles)]
-
-    def wait_for(self, what: Callable[[], bool], within_s: float, every_s: float = 0.2) -> bool:
-        """Whether it happened before the time was over or the run ended."""
-        deadline = time.monotonic() + within_s
-        while time.monotonic() < deadline and self.process.poll() is None:
-            if what():
-                return True
-            time.sleep(every_s)
-        return False
-
-    def wait_for_steps(self, steps: int, within_s: float) -> bool:
-        """Wait until it has logged that many; notes when the first one came."""
-        if self.first_step_s is None and self.wait_for(lambda: self.steps > 0, within_s):
-            self.first_step_s = round(time.monotonic() - self.began_at, 1)
-        return self.wait_for(lambda: self.steps >= steps, within_s)
-
-    def end(self, within_s: float) -> int | None:
-        """Its exit status; None if it had to be killed."""
-        try:
-            return self.process.wait(within_s)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        cpu_run.kill_marked(self.mark, grace_s=20 if self.process.poll() is not None else 0)
-        self.process.wait()
-        self._stream.close()
-
-
-def _wait_for_memory() -> None:
-    """The preflight refuses a run without 8 GiB, and what was killed before may not have given its memory back."""
-    deadline = time.monotonic() + START_WITHIN_S
-    while psutil.virtual_memory().available < 9 * 2**30 and time.monotonic() < deadline:
-        time.sleep(1.0)
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 class Campaign:
@@ -279,29 +120,16 @@ class Campaign:
         folder: of everything that it writes.
         faults: in their order.
         say: told of each.
-        kind: of the run; None: that of the first fault.
-        steps: trainer steps; None: as many as the faults need.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        faults: list[Fault],
-        say: Callable[[str], None] = print,
-        kind: Kind | None = None,
-        steps: int | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, faults: list[Fault], say: Callable[[str], None] = print) -> None:
         self.folder, self.faults, self._say = folder, faults, say
-        self.kind = kind or next(row[faults[0].kind] for row in KINDS if faults[0].kind in row)
+        self.kind = next(row[faults[0].kind] for row in KINDS if faults[0].kind in row)
         # Long enough for every fault to hit before the end, and for the steps that show that one has healed.
         enough = sum(
             fault.after_steps + SAVE_EVERY + STALENESS_STEPS + 2 for fault in faults if fault.moment != "start"
         )
-        enough += 4
-        self.steps = enough if steps is None else steps
-        self.prompts = max(PROMPTS, (self.steps + 2 * STALENESS_STEPS) * BATCH)
-        self.ledger = folder / "ledger.jsonl"
-        self._journal = folder / "journal"
+        self.training = TrainingRun(folder, self.kind, enough + 4)
         self._attempts: list[list[dict]] = []
         self._running: Attempt | None = None
         self._ended: list[Fault] = []
@@ -325,7 +153,7 @@ class Campaign:
         last = self._attempt()
         try:
             last.wait_for_steps(1, START_WITHIN_S)
-            status = last.end(within_s=self.steps * STEP_WITHIN_S)
+            status = last.end(within_s=self.training.steps * STEP_WITHIN_S)
         finally:
             last.close()
         self._end_attempt(last)
@@ -334,51 +162,8 @@ class Campaign:
     def _attempt(self) -> Attempt:
         """The run that goes on, where the last fault has healed; else another start of the same command."""
         if self._running is None:
-            self._running = Attempt(self.folder, len(self._attempts) + 1, self.command())
+            self._running = Attempt(self.folder, len(self._attempts) + 1, self.training.command())
         return self._running
-
-    def command(self) -> list[str]:
-        """That of every attempt."""
-        data = self.folder / "data"
-        arithmetic.write_parquet(data, train_rows=self.prompts, validation_rows=8)
-        mode = f"trainer.v1.{self.kind.mode}"
-        return [
-            sys.executable,
-            "-m",
-            "verl.trainer.main_ppo",
-            "--config-name=arithmetic",
-            "hardware=cpu",
-            "ray_kwargs.ray_init.address=local",
-            f"actor_rollout_ref.model.path={tiny_model.build()}",
-            f"data.train_files={data / 'train.parquet'}",
-            f"data.val_files={data / 'validation.parquet'}",
-            f"data.seed={DATA_SEED}",
-            f"data.train_batch_size={BATCH}",
-            f"actor_rollout_ref.actor.ppo_mini_batch_size={MINI_BATCH}",
-            f"actor_rollout_ref.rollout.n={RESPONSES}",
-            "trainer.val_before_train=false",
-            "trainer.test_freq=-1",
-            f"trainer.total_training_steps={self.steps}",
-            f"trainer.v1.trainer_mode={self.kind.mode}",
-            f"{mode}.staleness_updates={self.kind.staleness_steps * BATCH // MINI_BATCH}",
-            f"{mode}.ledger_path={self.ledger}",
-            f"{mode}.journal={str(self.kind.has_journal).lower()}",
-            f"{mode}.journal_path={self._journal}",
-            *(self._failing_rewards(mode) if self.kind.masks else ()),
-            f"trainer.save_freq={SAVE_EVERY}",
-            "trainer.resume_mode=auto",
-            f"trainer.default_local_dir={self.folder / 'checkpoints'}",
-            *self.kind.overrides,
-        ]
-
-    @staticmethod
-    def _failing_rewards(mode: str) -> tuple[str, ...]:
-        function = failing_rewards.compute_score_failing_once
-        return (
-            f"reward.custom_reward_function.path={failing_rewards.__file__}",
-            f"reward.custom_reward_function.name={function.__name__}",
-            f"{mode}.on_failed_trajectory=mask",
-        )
 
     def _hit(self, attempt: Attempt, fault: Fault) -> None:
         target = TARGETS[fault.target]
@@ -389,7 +174,8 @@ class Campaign:
         if fault.moment == "start":
             attempt.wait_for_steps(1, fault.delay_s * 60)
         else:
-            self._wait_for_moment(attempt, fault)
+            attempt.wait_for_steps(fault.after_steps, START_WITHIN_S)
+            attempt.wait_for_moment(fault.moment, fault.delay_s)
         victims = attempt.find(target.titles)
         segments = _segments(process.pid for process in cpu_run.marked(attempt.mark))
         fault.killed_after_step = attempt.last_step
@@ -399,7 +185,7 @@ class Campaign:
         else:
             for victim in victims:
                 victim.send_signal(signal.SIGKILL)
-        if fault.moment != "start" and self.kind.mode in target.heals_in:
+        if self.kind.mode in target.heals_in and (fault.moment != "start" or target.heals_at_start):
             self._see_it_heal(attempt, fault, killed_at)
             return
         try:
@@ -422,18 +208,6 @@ class Campaign:
         if not fault.has_healed:
             fault.problems.append("the run did not go on by itself")
 
-    def _wait_for_moment(self, attempt: Attempt, fault: Fault) -> None:
-        attempt.wait_for_steps(fault.after_steps, START_WITHIN_S)
-        workers = attempt.find(("ray::WorkerDict",))
-        method = MOMENTS[fault.moment]
-
-        def is_now() -> bool:
-            titles = [_title(worker) for worker in workers]
-            return any(method in title if method else "." not in title for title in titles)
-
-        attempt.wait_for(is_now, STEP_WITHIN_S, every_s=0.005)
-        time.sleep(fault.delay_s * (0.4 if method else 1.0))
-
     @staticmethod
     def _check_end(attempt: Attempt, fault: Fault, segments: set[Path]) -> None:
         target = TARGETS[fault.target]
@@ -451,7 +225,7 @@ class Campaign:
         while (alive := cpu_run.marked(attempt.mark)) and time.monotonic() < deadline:
             time.sleep(0.2)
         if alive:
-            fault.problems.append(f"processes stay: {[_title(process)[:60] for process in alive]}")
+            fault.problems.append(f"processes stay: {[title_of(process)[:60] for process in alive]}")
         fault.left = sorted(segment.name for segment in segments if segment.exists())
         # Nobody is left to clean up if the driver is killed.
         if fault.left and fault.target not in ("driver", "all processes"):
@@ -466,26 +240,22 @@ class Campaign:
             self._ended[-1].recovered_after_s = attempt.first_step_s
         if fault is not None:
             self._ended.append(fault)
-        lines = self.ledger.read_text().splitlines() if self.ledger.exists() else []
+        lines = self.training.ledger.read_text().splitlines() if self.training.ledger.exists() else []
         known = sum(len(attempt) for attempt in self._attempts)
         self._attempts.append([_parse(line) for line in lines[known:]])
         before = set[str]().union(*self._journaled.values())
-        new = {name: uids for name, uids in _finished_groups(self._journal).items() if name not in self._journaled}
+        new = {
+            name: uids for name, uids in _finished_groups(self.training.journal).items() if name not in self._journaled
+        }
         self._generated_again += sorted(before & set[str]().union(*new.values()))
         self._journaled |= new
-
-    def promise(self) -> Promise:
-        """What it trains on when nothing happens to it."""
-        order = list(RandomSampler(range(self.prompts), generator=torch.Generator().manual_seed(DATA_SEED)))
-        masked = frozenset(filter(failing_rewards.fails_once, order)) if self.kind.masks else frozenset()
-        return Promise(self.kind.mode, self.kind.staleness_steps, self.steps, BATCH, RESPONSES, order, masked)
 
     def _judge(self, status: int | None, last: Attempt) -> None:
         problems = []
         if status != 0:
             tail = "\n".join(last.log.read_text(errors="replace").splitlines()[-40:])
             problems.append(f"the last attempt ended with {status}:\n{tail}")
-        promise = self.promise()
+        promise = self.training.promise()
         problems += broken(self._attempts, promise)
         if self.kind.has_journal and not self._journaled:
             problems.append("there is no journal")
@@ -534,22 +304,23 @@ def run_all(seeds: list[int], out: Path, say: Callable[[str], None] = print) -> 
     for kind in (kind for row in KINDS for kind in row):
         if of_kind := [fault for fault in faults if fault.kind == kind]:
             Campaign(out / kind, of_kind, say).run()
-            _write(faults, out / "faults.json")
+            _write([asdict(fault) for fault in faults], out / "faults.json")
     return faults
 
 
-def run_chains(seed: int, kills: int, out: Path) -> list[Fault]:
-    """A chain of `kills` in one run of each separate mode."""
-    faults = []
-    for kind in _SEPARATE:
-        faults += (drawn := chain(kind, kills, seed))
-        Campaign(out / kind, drawn).run()
-        _write(faults, out / "faults.json")
-    return faults
+def run_chains(seed: int, kills: int, out: Path, modes: Sequence[str], is_poisoned: bool) -> list[Chain]:
+    """`kills` in one run of each of `modes`, none of which may end before its last step, and a prompt that kills."""
+    chains = [Chain(out / f"chain_{mode}", mode, kill_chain.draw(mode, kills, seed)) for mode in modes]
+    chains += [Chain(out / "poisoned", "bounded_async", [], steps=POISONED_STEPS, poisoned=POISONED)] * is_poisoned
+    for chain in chains:
+        chain.run()
+        records = [{"mode": chain.mode, "strike": asdict(strike)} for chain in chains for strike in chain.strikes]
+        _write(records, out / "chains.json")
+    return chains
 
 
-def _write(faults: list[Fault], path: Path) -> None:
-    path.write_text(json.dumps([asdict(fault) for fault in faults], indent=2) + "\n")
+def _write(records: list, path: Path) -> None:
+    path.write_text(json.dumps(records, indent=2) + "\n")
 
 
 def table_of(faults: list[Fault]) -> Table:
@@ -565,22 +336,50 @@ def table_of(faults: list[Fault]) -> Table:
     return table
 
 
+def table_of_chain(chain: Chain) -> Table:
+    """One row per strike; seconds of generation are summed over the requests that lost them."""
+    table = Table("run", "killed", "how", "during", "after step", "servers lost", "groups moved")
+    for name in ("generation lost, s", "trainer waited, s"):
+        table.add_column(name)
+    for strike in chain.strikes:
+        cells = (chain.mode, " and ".join(strike.targets) or "nothing", strike.pattern, strike.moment)
+        counts = (strike.after_step, f"{strike.replicas_lost:.0f}", f"{strike.groups_moved:.0f}")
+        table.add_row(*map(str, (*cells, *counts, strike.lost_generation_s, strike.trainer_waited_s)))
+    return table
+
+
+POISONED, POISONED_STEPS = 20, 14
+"""Place of the prompt that kills in the data loader's order, in the third batch, and trainer steps of that run."""
+
+CHAINED = ("stale_k", *SEPARATE_MODES)
+"""Modes in which something is replaced."""
+
+
 def main(
-    seeds: Annotated[str, typer.Option(help="Faults: 1-12, or 1,4,9")] = "1-12",
+    seeds: Annotated[str, typer.Option(help="Faults: 1-12, or 1,4,9; empty: none")] = "1-12",
     out: Annotated[Path, typer.Option(help="Folder for logs, checkpoints and faults.json")] = Path("outputs/faults"),
     kills: Annotated[
-        int, typer.Option(help="Instead: so many kills in one run, which heals, of each separate mode")
+        int, typer.Option(help="So many kills in one run, which heals, of each of the modes; 0: none")
     ] = 0,
+    modes: Annotated[str, typer.Option(help="Of these runs, with commas between them")] = ",".join(CHAINED),
+    chain_seed: Annotated[int, typer.Option(help="What the kills follow from")] = 1,
+    poisoned: Annotated[bool, typer.Option(help="And one run with a prompt that kills its engines")] = False,
 ) -> None:
     """Kill processes of real training runs, restart them, and check that nothing was lost or trained twice."""
     out = out.resolve()
     if out.exists() and any(out.iterdir()):
         raise SystemExit(f"{out} is not empty: a run in it would be resumed. Name another folder or remove it")
     out.mkdir(parents=True, exist_ok=True)
-    faults = run_chains(parse_seeds(seeds)[0], kills, out) if kills else run_all(parse_seeds(seeds), out)
-    Console(width=200).print(table_of(faults))
-    print(f"{out / 'faults.json'}")
-    raise SystemExit(any(fault.problems for fault in faults))
+    console = Console(width=200)
+    faults = run_all(parse_seeds(seeds), out) if seeds else []
+    chains = run_chains(chain_seed, kills, out, modes.split(",") if kills else [], poisoned)
+    if faults:
+        console.print(table_of(faults))
+    for chain in chains:
+        console.print(table_of_chain(chain))
+        console.print(f"{chain.folder.name}, seed {chain_seed}: {chain.problems or 'nothing lost'}")
+    print(f"{out}")
+    raise SystemExit(any(each.problems for each in (*faults, *chains)))
 
 
 if __name__ == "__main__":

@@ -98,6 +98,12 @@ POINTS = (
     Point(f"{_TRAINER}._load_checkpoint", "self", "the state of the buffer", _RESTARTS),
     Point(f"{_TRAINER}._reissue_inflight_prompts", "self, partition_id=", "ours are opened again", _RESTARTS),
     Point(f"{_TRAINER}._rollout_server_managers", "self", "whom to watch", "tests/staleness/test_liveness.py"),
+    Point(
+        "verl.experimental.reward_loop.RewardLoopManager._init_reward_loop_workers",
+        "self",
+        "starts the reward workers, of a class that Ray starts again",
+        "tests/staleness/test_reward_workers.py",
+    ),
     Point(f"{_COLOCATED}.on_sample_end", "self", "puts the rollout to sleep", _MODES),
     Point(f"{_COLOCATED}.on_step_end", "self", "pushes weights", _MODES),
     Point(f"{_SEPARATE}._setup", "self", "starts the replicas", _MODES),

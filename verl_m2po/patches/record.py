@@ -18,6 +18,7 @@ class Scope(Enum):
     CPU = "every process with `VERL_PLATFORM=cpu`"
     CPU_SERVER = "vLLM's workers with `hardware=cpu`"
     STALENESS_DRIVER = "the driver of a run in a staleness mode"
+    SETUP = "the trainer of a staleness mode, while it is set up"
     SEPARATE_MODES = "the trainer of `stale_k_separate` and `bounded_async`, while it is set up"
     PUSH = "the rollout servers of `stale_k_separate` and `bounded_async`, while they close for a push"
     STEP_SCALE = "the actor's engine, during a mini-batch with `step_scale.power` set"

@@ -229,6 +229,33 @@ def quiet_separate_setup() -> Iterator[None]:
 
 
 @contextmanager
+def reward_workers_of(worker_class: Any) -> Iterator[None]:
+    """Let verl make its reward workers of `worker_class` in this block.
+
+    Symptom: none; there would be no place to say that Ray may start a reward worker again.
+    Cause: `RewardLoopManager` (verl/experimental/reward_loop/reward_loop.py, 0.9.1, l.272) names the class that it
+    makes them of, and starts them, in its constructor.
+    Delete when: verl takes the class, or the options of its actors, from the configuration.
+
+    Args:
+        worker_class: Ray's actor class of a `RewardLoopWorker`, with its options.
+    """
+    from verl.experimental.reward_loop import RewardLoopManager
+
+    start = RewardLoopManager._init_reward_loop_workers
+
+    def start_others(self: Any) -> None:
+        self.reward_loop_workers_class = worker_class
+        start(self)
+
+    RewardLoopManager._init_reward_loop_workers = start_others
+    try:
+        yield
+    finally:
+        RewardLoopManager._init_reward_loop_workers = start
+
+
+@contextmanager
 def around_optimizer_step(engine: Any, around: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """Enter `around` for every optimizer step of `engine` in this block, when all losses of its mini-batch are known.
 
@@ -308,6 +335,11 @@ PATCHES = (
         quiet_separate_setup,
         replaces="verl.trainer.ppo.v1.trainer_separate_async.logger",
         scope=Scope.SEPARATE_MODES,
+    ),
+    Patch(
+        reward_workers_of,
+        replaces="verl.experimental.reward_loop.RewardLoopManager._init_reward_loop_workers",
+        scope=Scope.SETUP,
     ),
     Patch(
         around_optimizer_step,

@@ -90,6 +90,8 @@ class SeparateConfig(StaleKConfig):
             docs/reliability.md. false ends the run with an error.
         replica_timeout_s: wall-clock seconds after which a server that died and could not be replaced is given up, and
             the run goes on with the others. null tries for ever.
+        max_replicas: where Ray reports free devices, rollout servers are added up to this number; see
+            docs/reliability.md. At least as many as the run starts with. null adds none.
         keep_pushed_weights: keep, in host memory, the weights that the rollout holds while the actor is trained, so
             that a server can join at any time. false: one can join before the first update of a trainer step and at its
             end, and a run all of whose servers die in between ends.
@@ -98,6 +100,7 @@ class SeparateConfig(StaleKConfig):
     served_within_nats: float | None = 0.3
     heal: bool = True
     replica_timeout_s: float | None = 1800.0
+    max_replicas: int | None = None
     keep_pushed_weights: bool = True
 
 
@@ -231,7 +234,7 @@ MODE_DEFAULTS: dict[str, dict[str, Any]] = {name: asdict(config()) for name, con
 SEPARATE_MODES = ("stale_k_separate", "bounded_async")
 """Modes whose rollout has devices of its own."""
 
-HEALING = ("heal", "replica_timeout_s", "keep_pushed_weights")
+HEALING = ("heal", "replica_timeout_s", "max_replicas", "keep_pushed_weights")
 """Settings of these modes alone, which another mode is refused with a reason of its own."""
 
 
@@ -263,6 +266,11 @@ def make_clock(config: DictConfig) -> UpdateClock:
 def keeps_a_journal(config: DictConfig) -> bool:
     """Whether a restart takes rollouts back from a journal."""
     return load_mode_config(config, config.trainer.v1.trainer_mode).journal
+
+
+def heals(config: DictConfig) -> bool:
+    """Whether processes that can be replaced are replaced where they die; a mode without the setting replaces them."""
+    return bool(getattr(load_mode_config(config, config.trainer.v1.trainer_mode), "heal", True))
 
 
 class SettingError(WrongValue):

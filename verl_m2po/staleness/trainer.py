@@ -36,8 +36,9 @@ from verl_m2po.staleness.account.metrics import StalenessMetrics
 from verl_m2po.staleness.account.summary import print_summary
 from verl_m2po.staleness.ages import with_ages
 from verl_m2po.staleness.build_rule import build_rule
-from verl_m2po.staleness.config import StaleKConfig, load_mode_config, make_clock
+from verl_m2po.staleness.config import StaleKConfig, heals, load_mode_config, make_clock
 from verl_m2po.staleness.dynamic_sampling import DynamicSampling, informative_window, most_in_flight
+from verl_m2po.staleness.heal import reward_workers
 from verl_m2po.staleness.heal.poisoned import PoisonedPrompts
 from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.outcomes import judge
@@ -89,6 +90,10 @@ class _StalenessTrainer(PPOTrainer):
         self._informative = informative_window(self._sampling, self._updates.clock.train_batch_size)
         self._state = TrainerState(self, self._updates, self._informative)
         super().__init__(config)
+
+    def _setup(self) -> None:
+        with reward_workers.restartable(heals(self.config)):
+            super()._setup()
 
     def init(self) -> None:
         """As verl's; ends in an error if a process of the run dies meanwhile."""

@@ -34,6 +34,7 @@ OF_A_MODE = (
     Number("push_timeout_s", 0, is_whole=False, excludes_least=True, may_be_null=True, meaning="seconds"),
     Number("no_progress_timeout_s", 0, is_whole=False, excludes_least=True, may_be_null=True, meaning="seconds"),
     Number("replica_timeout_s", 0, is_whole=False, excludes_least=True, may_be_null=True, meaning="seconds"),
+    Number("max_replicas", 1, may_be_null=True, meaning="rollout servers"),
     Number("restarts", 0, meaning="how often the command goes on after an error"),
     Number("served_within_nats", 0, is_whole=False, excludes_least=True, may_be_null=True, meaning="nats"),
     Number("stop_wait_s", 0, is_whole=False, may_be_null=True, meaning="seconds"),

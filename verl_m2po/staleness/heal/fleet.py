@@ -115,6 +115,19 @@ class Fleet:
             self._changes.joined_at.append(time.time())
             return True
 
+    def widen(self, most: int) -> Vacancy | None:
+        """A further place; None if there are `most`, or one is vacant, which is filled first."""
+        with self._lock:
+            if self._vacant or len(self._serving) + len(self._joining) >= most:
+                return None
+            self._vacant.append(vacancy := Vacancy(self._clock()))
+            return vacancy
+
+    def abandon(self, vacancy: Vacancy) -> None:
+        """Nobody tries to fill that place any more."""
+        with self._lock:
+            self._vacant = [each for each in self._vacant if each is not vacancy]
+
     def awaits(self, vacancy: Vacancy) -> bool:
         """Whether somebody should still try to fill that place."""
         with self._lock:

@@ -1,5 +1,6 @@
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
-# verl's managers and replicas carry what they are in attributes that their types do not name.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportUnusedCoroutine=false
+# verl's managers and replicas carry what they are in attributes that their types do not name, and its coroutines run
+# where nobody awaits them.
 """A rollout server dies and the run goes on: who is left, who joins, and with which weights.
 
 The watching thread learns of a death, ends what is left of the replica and lets a thread start another one. Weights are
@@ -11,17 +12,20 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
+import ray
 from omegaconf import DictConfig
 
 from verl_m2po.staleness.checks.healing import why_not
 from verl_m2po.staleness.config import SeparateConfig, load_mode_config
 from verl_m2po.staleness.heal import replicas
+from verl_m2po.staleness.heal.elastic import Elastic, Shape
 from verl_m2po.staleness.heal.fleet import Fleet, Vacancy
 from verl_m2po.staleness.heal.held import HeldWeights
+from verl_m2po.staleness.heal.members import Members
 from verl_m2po.staleness.heal.pushing import GatedCheckpointManager
 from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.watch.liveness import FIND_CAUSE_S, Watch, WorkerDied
@@ -30,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 5.0
 """Between two attempts at starting a server: Ray learns late that devices are free."""
+
+HAND_OVER_S = 1.0
+"""For what a server has handed back to arrive, before the server is ended."""
 
 
 class Healing:
@@ -56,13 +63,12 @@ class Healing:
     ) -> None:
         self.heals = heals
         self._manager, self._watch = manager, watch
-        self._replicas = {replica.server_address: replica for replica in manager.get_replicas()}
-        self._children = {name: replicas.children_of(replica) for name, replica in self._replicas.items()}
-        self._owners = {key: replica for replica in self._replicas.values() for key in _keys(replica)}
+        first = list(manager.get_replicas())
+        self._members = Members(first)
         # Never one that was used: Ray's names and sockets carry it, and those of the dead may still be there.
-        self._ranks = itertools.count(max(replica.replica_rank for replica in self._replicas.values()) + 1)
-        self.fleet = Fleet(self._replicas, replica_timeout_s)
-        self.pushes = GatedCheckpointManager(pushes, list(self._replicas.values()), self)
+        self._ranks = itertools.count(max(replica.replica_rank for replica in first) + 1)
+        self.fleet = Fleet([replica.server_address for replica in first], replica_timeout_s)
+        self.pushes = GatedCheckpointManager(pushes, first, self)
         self.held = HeldWeights(pushes.actor_wg, heals and keeps_weights)
         watch.heal_with(self.take_care)
 
@@ -71,7 +77,7 @@ class Healing:
         """Of a run in a separate mode."""
         settings = load_mode_config(config, config.trainer.v1.trainer_mode)
         assert isinstance(settings, SeparateConfig)
-        return cls(
+        healing = cls(
             manager,
             pushes,
             watch,
@@ -79,10 +85,13 @@ class Healing:
             replica_timeout_s=settings.replica_timeout_s,
             keeps_weights=settings.keep_pushed_weights,
         )
+        if healing.heals:
+            Elastic(healing, Shape.of(manager.get_replicas()[0]), settings.max_replicas).begin()
+        return healing
 
     def take_care(self, key: Any, reason: str) -> bool:
         """The actor, or the engine at the address, `key` is dead. Whether that is one of ours, and the run goes on."""
-        replica = self._owners.get(key if isinstance(key, str) else key._actor_id.hex())
+        replica = self._members.owner(key)
         if replica is None or not self.heals:
             return False
         self._lose(replica, reason)
@@ -100,17 +109,33 @@ class Healing:
 
     def takes_part(self, replica: Any) -> bool:
         """See `pushing.Attendance`."""
-        return self.fleet.has(replica.server_address) and not self._has_successor(replica)
-
-    def _has_successor(self, replica: Any) -> bool:
-        """Whether a later one has got its port."""
-        return self._replicas[replica.server_address] is not replica
+        return self.fleet.has(replica.server_address) and not self._members.has_successor(replica)
 
     def _lose(self, replica: Any, reason: str) -> None:
+        if (vacancy := self._part_with(replica, reason)) is not None:
+            self._members.end(replica)
+            _in_background(self._fill, vacancy)
+
+    def leave(self, nodes: Collection[str], reason: str) -> None:
+        """See `elastic.Replicas`."""
+        for replica in self._members.on(nodes):
+            if (vacancy := self._part_with(replica, reason)) is not None:
+                _in_background(self._empty, replica)
+                _in_background(self._fill, vacancy)
+
+    def _empty(self, replica: Any) -> None:
+        """Let what it generates go on elsewhere, with the tokens that there are, and end it."""
+        with suppress(ray.exceptions.RayError):  # it is gone already: what it had begins again
+            GatedCheckpointManager(self.pushes, [replica], self).abort_replicas()
+        time.sleep(HAND_OVER_S)
+        self._members.end(replica)
+
+    def _part_with(self, replica: Any, reason: str) -> Vacancy | None:
+        """It gets no work any more. Its place; None if it takes no part."""
         name = replica.server_address
-        vacancy = None if self._has_successor(replica) else self.fleet.lose(name)
+        vacancy = None if self._members.has_successor(replica) else self.fleet.lose(name)
         if vacancy is None:
-            return
+            return None
         logger.warning(
             "rollout server %s is lost (%s): its work moves to the %d that are left, another one is started in its "
             "place",
@@ -125,19 +150,24 @@ class Healing:
                 self._manager.server_addresses,
             ):
                 del column[place]
-        replicas.end(replica, self._children.get(name, ()))
-        threading.Thread(target=self._fill, args=(vacancy,), name="replacement", daemon=True).start()
+        return vacancy
 
-    def _fill(self, vacancy: Vacancy) -> None:
+    def add_one(self, vacancy: Vacancy) -> None:
+        """See `elastic.Replicas`."""
+        _in_background(self._fill, vacancy, once=True)
+
+    def _fill(self, vacancy: Vacancy, once: bool = False) -> None:
         """Start servers until one is up, or its place is given up."""
+        said = ""
         while self.fleet.awaits(vacancy):
             try:
-                replica = replicas.launch(self._make)
+                self._receive(replicas.launch(self._make), vacancy)
             except Exception as error:
-                logger.warning("a rollout server did not start, it is tried again: %s", error)
+                if said != (said := str(error)):
+                    logger.warning("a rollout server did not start%s: %s", "" if once else ", it is tried again", said)
+                if once:
+                    self.fleet.abandon(vacancy)
                 time.sleep(RETRY_S)
-                continue
-            self._receive(replica, vacancy)
 
     def _make(self) -> Any:
         config = self._manager.rollout_config
@@ -150,11 +180,9 @@ class Healing:
 
     def _receive(self, replica: Any, vacancy: Vacancy) -> None:
         name = replica.server_address
-        self._replicas[name] = replica
-        self._children[name] = replicas.children_of(replica)
-        self._owners |= dict.fromkeys(_keys(replica), replica)
+        self._members.add(replica)
         if not self.fleet.arrive(name, vacancy):
-            replicas.end(replica, self._children[name])
+            self._members.end(replica)
             return
         self._watch.add(f"rollout server at {name}", replica.servers)
         self._watch.add(f"rollout worker of {name}", replica.workers)
@@ -192,7 +220,7 @@ class Healing:
         return result
 
     def _joining(self) -> list[Any]:
-        return [self._replicas[name] for name in self.fleet.joining]
+        return list(map(self._members.named, self.fleet.joining))
 
     def tend(self, version: int, limit: Callable[[int], AbstractContextManager[None]]) -> None:
         """Called while the trainer waits: those that wait to join get `version`, the weights that the others hold.
@@ -234,6 +262,5 @@ class Healing:
         return events.ServersChanged(tuple(changes.lost_at), tuple(changes.joined_at)), metrics
 
 
-def _keys(replica: Any) -> set[str]:
-    """What names a replica where one of its processes is dead: its actors, and the address of its engine."""
-    return {*replicas.actor_ids(replica), replica.server_address}
+def _in_background(work: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    threading.Thread(target=work, args=args, kwargs=kwargs, name=work.__name__, daemon=True).start()

@@ -45,6 +45,25 @@ def actor_ids(replica: Any) -> set[str]:
     return {actor._actor_id.hex() for actor in actors_of(replica)}
 
 
+def _node(_actor: Any) -> str:
+    return ray.get_runtime_context().get_node_id()
+
+
+def nodes_of(replica: Any) -> frozenset[str]:
+    """Ray's ids of the machines that its actors are on, as far as they say so."""
+    return frozenset(_answers([actor.__ray_call__.remote(_node) for actor in actors_of(replica)]))
+
+
+def _answers(asked: list[Any]) -> list[Any]:
+    """Of those that answer at all."""
+    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S) if asked else ([], [])
+    found = []
+    for answer in answered:
+        with suppress(ray.exceptions.RayError):
+            found.append(ray.get(answer))
+    return found
+
+
 def _children(_server: Any) -> list[Child]:
     node = ray.get_runtime_context().get_node_id()
     found = []
@@ -56,13 +75,8 @@ def _children(_server: Any) -> list[Child]:
 
 def children_of(replica: Any) -> list[Child]:
     """The processes that the servers of a replica have started by now; they may outlive it, and keep its devices."""
-    asked = [server.__ray_call__.remote(_children) for server in replica.servers]
-    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
-    found: list[Child] = []
-    for answer in answered:
-        with suppress(ray.exceptions.RayError):
-            found += ray.get(answer)
-    return found
+    answers = _answers([server.__ray_call__.remote(_children) for server in replica.servers])
+    return [child for answer in answers for child in answer]
 
 
 def _kill(children: Sequence[Child]) -> None:

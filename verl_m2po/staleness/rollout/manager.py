@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
 
+from verl_m2po.staleness.config import heals
 from verl_m2po.staleness.rollout.agent_loop import StalenessAgentLoopWorker
 from verl_m2po.staleness.rollout.reports import answer_timeout_s, wait_for_all
 from verl_m2po.staleness.rows.store import LOT_FIELD
@@ -29,7 +30,7 @@ class StalenessAgentLoopManager(AgentLoopManagerTQ):
         self._next_worker = 0
         section = self.config.trainer.v1[self.config.trainer.v1.trainer_mode]
         self.answer_timeout_s = answer_timeout_s(section.get("generation_timeout_s"))
-        self.heals: bool = section.get("heal", True)
+        self.heals = heals(self.config)
         self._groups: dict[Any, set[str]] = {}
         self._validates = False
         self._watch: Watch | None = None

@@ -1,0 +1,83 @@
+"""A reward worker that dies is started again by Ray, and what it was scoring is scored again: in a real cluster."""
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+from ray.exceptions import ActorUnavailableError
+from verl.experimental.reward_loop import RewardLoopManager, RewardLoopWorker
+
+from verl_m2po.patches import verl as verl_patches
+from verl_m2po.staleness.heal import reward_workers
+from verl_m2po.staleness.watch.liveness import RunActors, Watch
+
+pytestmark = pytest.mark.ray
+
+ORIGINAL = RewardLoopManager._init_reward_loop_workers
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts the workers as verl does, inside `restartable`."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1")
+
+    class Worker(reward_workers.RestartableRewardLoopWorker):
+        """As verl's, with a reward function that takes a while, or kills."""
+
+        def _init_reward_fn(self) -> None: ...
+
+        async def compute_score(self, data):
+            if data == "a response that kills":
+                os._exit(1)
+            time.sleep(data)
+            return os.getpid()
+
+    def start():
+        manager = SimpleNamespace(
+            config=OmegaConf.create({"reward": {"num_workers": 1}}),
+            reward_router_address=None,
+            reward_loop_workers_class=ray.remote(RewardLoopWorker),
+        )
+        with verl_patches.reward_workers_of(ray.remote(**reward_workers.STARTED_AGAIN)(Worker)):
+            RewardLoopManager._init_reward_loop_workers(manager)
+        return ray, manager
+
+    yield start
+    ray.shutdown()
+
+
+def test_what_a_dead_worker_was_scoring_is_scored_by_the_one_in_its_place(start):
+    ray, manager = start()
+    (worker,) = manager.reward_loop_workers
+    watch = Watch()
+    watch.add("reward worker", [worker])
+    before = ray.get(worker.compute_score.remote(0))
+    score = worker.compute_score.remote(1)
+    time.sleep(0.3)
+    os.kill(before, 9)
+    after = ray.get(score)
+    assert after != before
+    assert watch.find_dead(timeout_s=10) is None
+    ray.kill(worker)
+
+
+def test_a_response_that_kills_every_worker_has_failed_and_the_next_is_scored(start):
+    ray, manager = start()
+    (worker,) = manager.reward_loop_workers
+    with pytest.raises(ActorUnavailableError) as raised:
+        ray.get(worker.compute_score.remote("a response that kills"))
+    assert not RunActors([worker]).is_death(raised.value), "the trajectory failed, the run goes on"
+    assert ray.get(worker.compute_score.remote(0))
+    ray.kill(worker)
+
+
+def test_where_nothing_heals_verls_workers_are_as_ever():
+    with reward_workers.restartable(False):
+        assert RewardLoopManager._init_reward_loop_workers is ORIGINAL
+    with reward_workers.restartable(True):
+        assert RewardLoopManager._init_reward_loop_workers is not ORIGINAL
+    assert RewardLoopManager._init_reward_loop_workers is ORIGINAL

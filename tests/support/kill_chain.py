@@ -1,0 +1,296 @@
+"""One training run and many kills, one after the other, from all of which it must go on by itself to its last step.
+
+    make faults KILLS=30 SEEDS=1
+
+Which process, in the midst of what, alone or with another one, follows from the seed. Where several processes are of
+the drawn kind, the drawn number chooses among those that live at that moment, the oldest first.
+"""
+
+import json
+import random
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cpu_run
+import lossy_push
+from fault_runs import (
+    HEAL_WITHIN_S,
+    METHODS,
+    SEPARATE,
+    SEPARATE_MODES,
+    STALENESS_STEPS,
+    START_WITHIN_S,
+    STEP_WITHIN_S,
+    TARGETS,
+    Attempt,
+    Kind,
+    TrainingRun,
+)
+from mode_runs import paced
+from trained_rows import broken
+
+from benchmarks.paced import SECONDS_PER_TOKEN
+from benchmarks.paced.agent_loop import Lengths
+from verl_m2po.tasks import arithmetic
+
+EVERY_STEPS = 3
+
+STEPS_PER_STRIKE = 6
+"""The run has as many trainer steps for each: some go by while a process starts in which another one is to be hit."""
+
+ONE, TWO, IN_PUSH, IN_REPLACEMENT, MISSED = (
+    "one",
+    "two at once",
+    "one during a push",
+    "one while another is replaced",
+    "a push that does not arrive",
+)
+ROUND = (ONE, TWO, ONE, IN_PUSH, ONE, IN_REPLACEMENT, ONE, MISSED)
+"""The order in which strikes of a chain follow each other, over and over."""
+
+SERVERS = ("rollout engine", "rollout server", "rollout worker")
+"""What a push of weights goes to in the separate modes."""
+
+START_S = 10.0
+"""How long a process that takes the place of another one may have lived when the next kill comes, at most."""
+
+LONGEST_TOKENS = 32
+
+END_WITHIN_S = 30.0
+"""A run that has not gone on may still say why."""
+
+
+QUESTION = "M2PO_TEST_POISONED_QUESTION"
+"""See poison.py, which only an engine can import."""
+
+
+@dataclass
+class Strike:
+    """One or two killed processes, or a push that is kept from one server, and what came of it. Times in seconds.
+
+    Args:
+        pattern: one of `ROUND`.
+        targets: of `fault_runs.TARGETS`.
+        moment: of `fault_runs.METHODS`.
+        delay_s: after the moment has begun.
+        choices: from 0 to 1, for each target: which of the processes.
+        start_s: age of the process in another one's place when the second kill comes.
+    """
+
+    pattern: str
+    targets: tuple[str, ...]
+    moment: str
+    delay_s: float
+    choices: tuple[float, ...]
+    start_s: float
+    after_step: int = 0
+    replicas_lost: float = 0.0
+    groups_moved: float = 0.0
+    lost_generation_s: float = 0.0
+    trainer_waited_s: float = 0.0
+
+
+def healable(mode: str) -> list[str]:
+    """What a run in `mode` replaces."""
+    return [name for name, target in TARGETS.items() if mode in target.heals_in]
+
+
+def draw(mode: str, kills: int, seed: int, patterns: tuple[str, ...] = ROUND) -> list[Strike]:
+    """Strikes in a run in `mode` until `kills` processes have been killed; all follows from `seed`."""
+    rng = random.Random(f"{mode} {seed}")
+    strikes: list[Strike] = []
+    while sum(len(strike.targets) for strike in strikes) < kills or len(strikes) < len(patterns):
+        pattern = patterns[len(strikes) % len(patterns)]
+        if pattern not in (IN_PUSH, MISSED) or mode in SEPARATE_MODES:
+            strikes.append(_draw_one(rng, mode, pattern))
+        else:
+            strikes.append(_draw_one(rng, mode, ONE))
+    return strikes
+
+
+def _draw_one(rng: random.Random, mode: str, pattern: str) -> Strike:
+    among = SERVERS if pattern == IN_PUSH else healable(mode)
+    first = rng.choice(list(among))
+    # In the place of one of its own kind: the one that starts may be the one that is hit.
+    targets = {ONE: [first], IN_PUSH: [first], MISSED: [], TWO: [first, rng.choice(list(among))]}
+    return Strike(
+        pattern,
+        tuple(targets.get(pattern, [first, first])),
+        "push" if pattern == IN_PUSH else rng.choice([moment for moment in METHODS if moment != "push"]),
+        round(rng.uniform(0.0, 0.5), 3),
+        (rng.random(), rng.random()),
+        round(rng.uniform(0.0, START_S), 1),
+    )
+
+
+@dataclass
+class Chain:
+    """One training run, and what strikes it.
+
+    Args:
+        folder: of everything that it writes.
+        mode: trainer mode.
+        strikes: in their order.
+        say: told of each.
+        steps: trainer steps; 0: as many as the strikes need.
+        staleness_steps: trainer steps; exact, or the bound.
+        every_steps: trainer steps from one strike to the next, the first one too.
+        seconds_per_token: that an engine takes at least; 0.06 makes generation take two seconds.
+        poisoned: the place in the data loader's order of a prompt that kills the engines it is given to; None: none.
+    """
+
+    folder: Path
+    mode: str
+    strikes: list[Strike]
+    say: Callable[[str], None] = print
+    steps: int = 0
+    staleness_steps: int = STALENESS_STEPS
+    every_steps: int = EVERY_STEPS
+    seconds_per_token: float = 0.06
+    poisoned: int | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kind = Kind(self.mode, self.staleness_steps, overrides=(*self._devices(), *self._pace()))
+        self.training = TrainingRun(self.folder, kind, self.steps or STEPS_PER_STRIKE * len(self.strikes) + 10)
+        self._keep_from_one = self.folder / "next-push-misses-one"
+
+    def _devices(self) -> tuple[str, ...]:
+        """Two servers, where they have devices of their own."""
+        two = "actor_rollout_ref.rollout.n_gpus_per_node=2"
+        return (*SEPARATE, two) if self.mode in SEPARATE_MODES else ()
+
+    def _pace(self) -> tuple[str, ...]:
+        processor = "poison:Poison" if self.poisoned is not None else "benchmarks.paced.token_time:TokenTime"
+        lengths = [Lengths(1, median=16, sigma=0.5, longest=LONGEST_TOKENS)]
+        processors = "+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors"
+        return (
+            *paced(self.folder, lengths=lengths),
+            f"data.max_response_length={LONGEST_TOKENS}",
+            f"{processors}={processor}",
+        )
+
+    def run(self) -> None:
+        """Start, strike, ..., and judge; fills in `strikes` and `problems`."""
+        pace = {SECONDS_PER_TOKEN: str(self.seconds_per_token)}
+        environment = {**pace, **lossy_push.environment(self._keep_from_one), **self._poison()}
+        self.attempt = Attempt(self.folder, 1, self.training.command(), environment)
+        try:
+            self._strike_all()
+            status = self._end()
+            left = [] if status is None else self._left_over()
+        finally:
+            self.attempt.close()
+        self._account()
+        self._judge(status, left)
+
+    def _end(self) -> int | None:
+        """Its exit status; None if it does not end by itself."""
+        try:
+            return self.attempt.process.wait(END_WITHIN_S if self.problems else self.training.steps * STEP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _poison(self) -> dict[str, str]:
+        if self.poisoned is None:
+            return {}
+        question, _ = arithmetic.question_and_answer(*arithmetic.problem(self._poisoned_prompt, split="train"))
+        return {QUESTION: question}
+
+    @property
+    def _poisoned_prompt(self) -> int | None:
+        return None if self.poisoned is None else self.training.promise().order[self.poisoned]
+
+    def _strike_all(self) -> None:
+        step, within_s = self.every_steps, START_WITHIN_S
+        for number, strike in enumerate(self.strikes, 1):
+            if not self.attempt.wait_for(lambda step=step: self.attempt.last_step >= step, within_s):
+                self.problems.append(f"before strike {number} the run does not come to trainer step {step}")
+                return
+            self.attempt.wait_for_moment(strike.moment, strike.delay_s)
+            strike.after_step = self.attempt.last_step
+            self._strike(strike)
+            what = f"{strike.pattern}: {' and '.join(strike.targets)}" if strike.targets else strike.pattern
+            self.say(f"{self.mode}, {number} of {len(self.strikes)}, step {strike.after_step}, {strike.moment}: {what}")
+            step, within_s = self.attempt.last_step + self.every_steps, HEAL_WITHIN_S
+
+    def _strike(self, strike: Strike) -> None:
+        if strike.pattern == MISSED:
+            self._keep_from_one.touch()
+            if not self.attempt.wait_for(lambda: not self._keep_from_one.exists(), HEAL_WITHIN_S):
+                self.problems.append("nobody missed a push")
+            return
+        if strike.pattern == IN_REPLACEMENT:
+            before = self._pids(strike.targets[0])
+            self._kill(strike.targets[0], strike.choices[0])
+            self._wait_for_another(strike.targets[0], before)
+            time.sleep(strike.start_s)
+            self._kill(strike.targets[1], strike.choices[1])
+            return
+        for target, choice in zip(strike.targets, strike.choices, strict=False):
+            self._kill(target, choice)
+
+    def _kill(self, target: str, choice: float) -> None:
+        titles = TARGETS[target].titles
+        if not self.attempt.wait_for(lambda: bool(self.attempt.find(titles)), HEAL_WITHIN_S):
+            self.problems.append(f"no {target} to kill")
+            return
+        victims = sorted(self.attempt.find(titles), key=lambda process: process.pid)
+        if victims:  # else it has ended by itself in the meantime
+            victims[int(choice * len(victims))].kill()
+
+    def _pids(self, target: str) -> set[int]:
+        return {process.pid for process in self.attempt.find(TARGETS[target].titles)}
+
+    def _wait_for_another(self, target: str, than: set[int]) -> None:
+        if not self.attempt.wait_for(lambda: bool(self._pids(target) - than), HEAL_WITHIN_S):
+            self.problems.append(f"no {target} was started in the place of another one")
+
+    def _left_over(self) -> list[str]:
+        """Processes that stay when the run has ended."""
+        deadline = time.monotonic() + 20
+        while (left := cpu_run.marked(self.attempt.mark)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return [" ".join(process.cmdline())[:60] for process in left]
+
+    @property
+    def step_metrics(self) -> list[dict]:
+        """The metrics of every trainer step."""
+        return [line["data"] | {"step": line["step"]} for line in cpu_run.read_steps(self.attempt.metrics)]
+
+    def total(self, metric: str) -> float:
+        """The sum of a metric over the run."""
+        return sum(step.get(metric, 0.0) for step in self.step_metrics)
+
+    def _account(self) -> None:
+        """What the steps after each strike say, up to the next one."""
+        ends = [strike.after_step for strike in self.strikes[1:]] + [self.training.steps]
+        for strike, end in zip(self.strikes, ends, strict=False):
+            steps = [step for step in self.step_metrics if strike.after_step < step["step"] <= end]
+            for name, metric in (
+                ("replicas_lost", "staleness/replicas_lost"),
+                ("groups_moved", "staleness/groups_moved"),
+                ("lost_generation_s", "staleness/lost_generation_s"),
+                ("trainer_waited_s", "staleness/trainer_idle_s"),
+            ):
+                setattr(strike, name, round(sum(step.get(metric, 0.0) for step in steps), 1))
+
+    def _judge(self, status: int | None, left: list[str]) -> None:
+        output = self.attempt.log.read_text(errors="replace")
+        if status != 0:
+            self.problems.append(f"the run ended with status {status}:\n" + "\n".join(output.splitlines()[-40:]))
+        if left:
+            self.problems.append(f"processes stay: {left}")
+        lines = self.training.ledger.read_text().splitlines() if self.training.ledger.exists() else []
+        self.problems += broken([[json.loads(line) for line in lines]], self.training.promise())
+        kept = self.folder / "checkpoints" / "poisoned.jsonl"
+        set_aside = list(map(json.loads, kept.read_text().splitlines())) if kept.exists() else []
+        if set_aside != ([] if self.poisoned is None else [self._poisoned_prompt]):
+            self.problems.append(f"these prompts were set aside: {set_aside}; this one kills: {self._poisoned_prompt}")
+        missed = sum(strike.pattern == MISSED for strike in self.strikes)
+        if (found := output.count("after the push of weight version")) < missed:
+            self.problems.append(f"{missed} pushes did not arrive at one server, {found} such servers were left")
