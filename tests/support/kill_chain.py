@@ -155,7 +155,7 @@ class Chain:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        kind = Kind(self.mode, self.staleness_steps, overrides=(*self._devices(), *self._pace()))
+        kind = Kind(self.mode, self.staleness_steps, overrides=(*self._devices(), *self._pace_and_size()))
         self.training = TrainingRun(self.folder, kind, self.steps or STEPS_PER_STRIKE * len(self.strikes) + 10)
         self._keep_from_one = self.folder / "next-push-misses-one"
 
@@ -164,13 +164,14 @@ class Chain:
         two = "actor_rollout_ref.rollout.n_gpus_per_node=2"
         return (*SEPARATE, two) if self.mode in SEPARATE_MODES else ()
 
-    def _pace(self) -> tuple[str, ...]:
+    def _pace_and_size(self) -> tuple[str, ...]:
         processor = "poison:Poison" if self.poisoned is not None else "benchmarks.paced.token_time:TokenTime"
         lengths = [Lengths(1, median=16, sigma=0.5, longest=LONGEST_TOKENS)]
         processors = "+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors"
         return (
             *paced(self.folder, lengths=lengths),
             f"data.max_response_length={LONGEST_TOKENS}",
+            "trainer.max_actor_ckpt_to_keep=1",
             f"{processors}={processor}",
         )
 
