@@ -91,14 +91,10 @@ class _StalenessTrainer(PPOTrainer):
         self._state = TrainerState(self, self._updates, self._informative)
         super().__init__(config)
 
-    def _setup(self) -> None:
-        with reward_workers.restartable(heals(self.config)):
-            super()._setup()
-
     def init(self) -> None:
         """As verl's; ends in an error if a process of the run dies meanwhile."""
         watch_storage(self._watch)
-        with self._watch.guard(), self._limits.start():
+        with self._watch.guard(), self._limits.start(), reward_workers.restartable(heals(self.config)):
             super().init()
 
     def on_init_end(self) -> None:

@@ -8,7 +8,6 @@ pushed from the main thread alone, where nothing else uses the actor: with the p
 while the trainer waits for rollouts; then the actor may have made updates, see `HeldWeights`.
 """
 
-import itertools
 import logging
 import threading
 import time
@@ -62,11 +61,9 @@ class Healing:
         keeps_weights: bool,
     ) -> None:
         self.heals = heals
-        self._manager, self._watch = manager, watch
+        self._watch = watch
         first = list(manager.get_replicas())
-        self._members = Members(first)
-        # Never one that was used: Ray's names and sockets carry it, and those of the dead may still be there.
-        self._ranks = itertools.count(max(replica.replica_rank for replica in first) + 1)
+        self._members, self._make = Members(manager), replicas.Maker(manager)
         self.fleet = Fleet([replica.server_address for replica in first], replica_timeout_s)
         self.pushes = GatedCheckpointManager(pushes, first, self)
         self.held = HeldWeights(pushes.actor_wg, heals and keeps_weights)
@@ -141,15 +138,7 @@ class Healing:
             "place",
             *(name, reason.strip().splitlines()[0], len(self.fleet.serving)),
         )
-        self._manager.global_load_balancer.remove_servers.remote([name])
-        if replica in self._manager.rollout_replicas:
-            place = self._manager.rollout_replicas.index(replica)
-            for column in (
-                self._manager.rollout_replicas,
-                self._manager.server_handles,
-                self._manager.server_addresses,
-            ):
-                del column[place]
+        self._members.give_no_work(replica)
         return vacancy
 
     def add_one(self, vacancy: Vacancy) -> None:
@@ -168,15 +157,6 @@ class Healing:
                 if once:
                     self.fleet.abandon(vacancy)
                 time.sleep(RETRY_S)
-
-    def _make(self) -> Any:
-        config = self._manager.rollout_config
-        return self._manager.rollout_replica_class(
-            replica_rank=next(self._ranks),
-            config=config,
-            model_config=self._manager.model_config,
-            gpus_per_node=config.n_gpus_per_node,
-        )
 
     def _receive(self, replica: Any, vacancy: Vacancy) -> None:
         name = replica.server_address
@@ -205,10 +185,7 @@ class Healing:
         for replica in those:
             name = replica.server_address
             if self.fleet.admit(name):
-                self._manager.rollout_replicas.append(replica)
-                self._manager.server_handles.append(replica.server_handle)
-                self._manager.server_addresses.append(name)
-                self._manager.global_load_balancer.add_servers.remote({name: replica.server_handle})
+                self._members.give_work(replica)
                 logger.warning("rollout server %s joins: %d serve now", name, len(self.fleet.serving))
 
     def push(self, push: Callable[[], Any]) -> Any:

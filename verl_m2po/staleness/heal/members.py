@@ -2,7 +2,7 @@
 # verl's replicas carry what they are in attributes that their type does not name.
 """The replicas of a run, those that are dead included, and what belongs to each: actors, processes, machines."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 from verl_m2po.staleness.heal import replicas
@@ -12,15 +12,16 @@ class Members:
     """Finds a replica by what is known of it. From any thread.
 
     Args:
-        those: replicas that are up.
+        manager: verl's, of the servers that are given work, and of the balancer that gives it.
     """
 
-    def __init__(self, those: Iterable[Any]) -> None:
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
         self._by_name: dict[str, Any] = {}
         self._by_key: dict[str, Any] = {}
         self._children: dict[str, list[replicas.Child]] = {}
         self._nodes: dict[str, frozenset[str]] = {}
-        for replica in those:
+        for replica in manager.get_replicas():
             self.add(replica)
 
     def add(self, replica: Any) -> None:
@@ -45,6 +46,22 @@ class Members:
     def end(self, replica: Any) -> None:
         """Kill what is left of it."""
         replicas.end(replica, self._children.get(replica.server_address, ()))
+
+    def give_work(self, replica: Any) -> None:
+        """verl's manager and its balancer know it from now on."""
+        self._manager.rollout_replicas.append(replica)
+        self._manager.server_handles.append(replica.server_handle)
+        self._manager.server_addresses.append(replica.server_address)
+        self._manager.global_load_balancer.add_servers.remote({replica.server_address: replica.server_handle})
+
+    def give_no_work(self, replica: Any) -> None:
+        """Neither knows it any more."""
+        of = self._manager
+        of.global_load_balancer.remove_servers.remote([replica.server_address])
+        if replica in of.rollout_replicas:
+            place = of.rollout_replicas.index(replica)
+            for column in (of.rollout_replicas, of.server_handles, of.server_addresses):
+                del column[place]
 
     def on(self, nodes: Collection[str]) -> list[Any]:
         """Those of which a part is on one of `nodes`, Ray's ids."""

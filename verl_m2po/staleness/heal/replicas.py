@@ -3,6 +3,7 @@
 """What is done to verl's replicas through Ray: started, asked, ended."""
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -101,6 +102,29 @@ def end(replica: Any, children: Iterable[Child]) -> None:
         ray.remote(num_cpus=0)(_kill).options(scheduling_strategy=where).remote(of_node)
     for group in (replica.resource_pool.pgs or []) if replica.resource_pool is not None else []:
         remove_placement_group(group)
+
+
+class Maker:
+    """Makes replicas like those that verl has started, none of them started yet.
+
+    Args:
+        manager: verl's, of the servers.
+    """
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        # Never one that was used: Ray's names and sockets carry it, and those of the dead may still be there.
+        self._ranks = itertools.count(max(replica.replica_rank for replica in manager.get_replicas()) + 1)
+
+    def __call__(self) -> Any:
+        """The next one."""
+        config = self._manager.rollout_config
+        return self._manager.rollout_replica_class(
+            replica_rank=next(self._ranks),
+            config=config,
+            model_config=self._manager.model_config,
+            gpus_per_node=config.n_gpus_per_node,
+        )
 
 
 def launch(make: Callable[[], Any]) -> Any:
