@@ -4,12 +4,15 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from verl_m2po.staleness.heal.elastic import Cluster, Elastic, Shape
 from verl_m2po.staleness.heal.fleet import Fleet
 from verl_m2po.staleness.heal.replicas import nodes_of
+from verl_m2po.staleness.restart import shared_folder
+from verl_m2po.staleness.restart.shared_folder import machines_that_see
 
 NAMES = st.sampled_from(["a", "b", "c"])
 
@@ -34,6 +37,7 @@ def turns(elastic: Elastic, count: int) -> None:
         elastic.look()
 
 
+@settings(deadline=None)
 @given(
     free=st.dictionaries(NAMES, st.fixed_dictionaries({"GPU": st.integers(0, 4), "CPU": st.integers(0, 4)})),
     draining=st.sets(NAMES),
@@ -68,7 +72,7 @@ def test_the_shape_is_what_a_replica_of_the_start_has():
     assert not shape.fits({"a": {"CPU": 99, "GPU": 8}}) and shape.fits({node: {"CPU": 8, "GPU": 4} for node in "ab"})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two_nodes():
     """Ray's own cluster of a head and a machine with two devices."""
     import ray
@@ -82,6 +86,32 @@ def two_nodes():
     yield ray, nodes
     ray.shutdown()
     nodes.shutdown()
+
+
+@pytest.mark.ray
+def test_every_other_machine_is_asked_whether_it_sees_the_checkpoints(two_nodes, tmp_path):
+    assert list(machines_that_see(tmp_path).values()) == [True]
+    assert list(machines_that_see(tmp_path / "elsewhere").values()) == [False]
+    assert list(shared_folder.problems(checkpoints_in(tmp_path))) == []
+
+
+def checkpoints_in(folder, save_freq: int = 1):
+    return OmegaConf.create({"trainer": {"default_local_dir": str(folder), "save_freq": save_freq}})
+
+
+def test_a_folder_for_checkpoints_that_a_machine_does_not_see_is_refused(tmp_path):
+    looked_for = []
+
+    def who_sees(path):
+        assert path.exists() and path.parent == tmp_path
+        looked_for.append(path)
+        return {"10.0.0.1": True, "10.0.0.2": False}
+
+    (problem,) = shared_folder.problems(checkpoints_in(tmp_path), who_sees)
+    assert problem.key == "trainer.default_local_dir" and problem.value == str(tmp_path) and problem.is_fatal
+    assert "10.0.0.2" in problem.why and "10.0.0.1" not in problem.why and "share" in problem.remedy
+    assert not looked_for[0].exists()
+    assert list(shared_folder.problems(checkpoints_in(tmp_path, save_freq=-1), who_sees)) == [], "none is written"
 
 
 @pytest.mark.ray

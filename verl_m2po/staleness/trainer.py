@@ -44,7 +44,7 @@ from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.outcomes import judge
 from verl_m2po.staleness.prompts import indices, require_a_batch
 from verl_m2po.staleness.reference import MovingReference
-from verl_m2po.staleness.restart import resume
+from verl_m2po.staleness.restart import resume, shared_folder
 from verl_m2po.staleness.restart.persistence import Persistence
 from verl_m2po.staleness.restart.trainer_state import TrainerState
 from verl_m2po.staleness.rollout.client import SpanRecordingClient
@@ -77,7 +77,7 @@ class _StalenessTrainer(PPOTrainer):
         logs.follow_verl()
         checks.require_sound(checks.check(config, available_memory_bytes=psutil.virtual_memory().total))
         self._persistence = Persistence.open(config)
-        checks.require_sound(self._persistence.problems(resume.ranks_of(config)))
+        checks.require_sound([*self._persistence.problems(resume.ranks_of(config)), *shared_folder.problems(config)])
         set_what_the_mode_needs(config)
         mode = config.trainer.v1.trainer_mode
         settings = load_mode_config(config, mode)
