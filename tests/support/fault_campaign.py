@@ -311,7 +311,8 @@ def run_all(seeds: list[int], out: Path, say: Callable[[str], None] = print) -> 
 def run_chains(seed: int, kills: int, out: Path, modes: Sequence[str], is_poisoned: bool) -> list[Chain]:
     """`kills` in one run of each of `modes`, none of which may end before its last step, and a prompt that kills."""
     chains = [Chain(out / f"chain_{mode}", mode, kill_chain.draw(mode, kills, seed)) for mode in modes]
-    chains += [Chain(out / "poisoned", "bounded_async", [], steps=POISONED_STEPS, poisoned=POISONED)] * is_poisoned
+    if is_poisoned:
+        chains.append(Chain(out / "poisoned", "bounded_async", [], steps=POISONED_STEPS, poisoned=POISONED))
     for chain in chains:
         chain.run()
         records = [{"mode": chain.mode, "strike": asdict(strike)} for chain in chains for strike in chain.strikes]
