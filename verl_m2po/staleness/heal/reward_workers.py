@@ -29,6 +29,33 @@ class RestartableRewardLoopWorker(RewardLoopWorker):
             logger.warning("a reward worker died: this one takes its place, and scores again what it was scoring")
 
 
+def actor_class(of: type) -> Any:
+    """What verl makes its reward workers of, so that Ray starts them again."""
+    return _ActorClass(ray.remote(**STARTED_AGAIN)(of))
+
+
+class _ActorClass:
+    """Ray's actor class, as verl calls it, whose constructor's arguments are there for as long as this object.
+
+    Those that Ray puts into its store by itself may be gone when it starts an actor again (Ray issue 53727).
+    """
+
+    def __init__(self, of: Any) -> None:
+        self._of, self._kept = of, list[Any]()
+
+    def options(self, **options: Any) -> "_ActorClass":
+        """As Ray's; verl starts each actor with its own."""
+        started = _ActorClass(self._of.options(**options))
+        started._kept = self._kept
+        return started
+
+    def remote(self, *arguments: Any) -> Any:
+        """Start one."""
+        references = list(map(ray.put, arguments))
+        self._kept += references
+        return self._of.remote(*references)
+
+
 def restartable(heals: bool) -> AbstractContextManager[None]:
     """In this block verl makes its reward workers so that Ray starts them again; as ever where the run does not heal.
 
@@ -36,5 +63,4 @@ def restartable(heals: bool) -> AbstractContextManager[None]:
     """
     if not heals:
         return nullcontext()
-    worker_class = ray.remote(**STARTED_AGAIN)(RestartableRewardLoopWorker)
-    return verl_patches.reward_workers_of(worker_class)
+    return verl_patches.reward_workers_of(actor_class(RestartableRewardLoopWorker))
