@@ -38,12 +38,11 @@ def start():
 
     def start():
         manager = SimpleNamespace(
-            # As large as verl's, which Ray does not send with the call.
-            config=OmegaConf.create({"reward": {"num_workers": 1}, "rest": "x" * 200_000}),
+            config=OmegaConf.create({"reward": {"num_workers": 1}}),
             reward_router_address=None,
             reward_loop_workers_class=ray.remote(RewardLoopWorker),
         )
-        with verl_patches.reward_workers_of(reward_workers.actor_class(Worker)):
+        with verl_patches.reward_workers_of(reward_workers.ActorClass(Worker)):
             RewardLoopManager._init_reward_loop_workers(manager)
         return ray, manager
 

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import ray
+from omegaconf import DictConfig, OmegaConf
 from verl.experimental.reward_loop import RewardLoopWorker
 
 from verl_m2po.ground import logs
@@ -18,10 +19,18 @@ STARTED_AGAIN: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 1}
 
 
 class RestartableRewardLoopWorker(RewardLoopWorker):
-    """verl's, which says when it takes the place of one that died."""
+    """verl's, which says when it takes the place of one that died.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    Args:
+        config: verl's, as YAML; so short that Ray keeps it with the actor. What is in Ray's store may be gone when it
+            is needed again (Ray issue 53727).
+        others: verl's other arguments.
+    """
+
+    def __init__(self, config: str, *others: Any) -> None:
+        whole = OmegaConf.create(config)
+        OmegaConf.set_struct(whole, True)  # as Hydra's
+        super().__init__(whole, *others)
         logs.follow_verl()
         with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):  # Ray's, of Ray's own code
             takes_a_place = ray.get_runtime_context().was_current_actor_reconstructed
@@ -29,31 +38,24 @@ class RestartableRewardLoopWorker(RewardLoopWorker):
             logger.warning("a reward worker died: this one takes its place, and scores again what it was scoring")
 
 
-def actor_class(of: type) -> Any:
-    """What verl makes its reward workers of, so that Ray starts them again."""
-    return _ActorClass(ray.remote(**STARTED_AGAIN)(of))
+class ActorClass:
+    """What verl makes its reward workers of, so that Ray starts them again; as an actor class of Ray's.
 
-
-class _ActorClass:
-    """Ray's actor class, as verl calls it, whose constructor's arguments are there for as long as this object.
-
-    Those that Ray puts into its store by itself may be gone when it starts an actor again (Ray issue 53727).
+    Args:
+        of: a `RestartableRewardLoopWorker`.
+        options: Ray's, of an actor.
     """
 
-    def __init__(self, of: Any) -> None:
-        self._of, self._kept = of, list[Any]()
+    def __init__(self, of: type, options: dict[str, Any] | None = None) -> None:
+        self._of, self._options = of, options or {}
 
-    def options(self, **options: Any) -> "_ActorClass":
+    def options(self, **options: Any) -> "ActorClass":
         """As Ray's; verl starts each actor with its own."""
-        started = _ActorClass(self._of.options(**options))
-        started._kept = self._kept
-        return started
+        return ActorClass(self._of, options)
 
-    def remote(self, *arguments: Any) -> Any:
+    def remote(self, config: DictConfig, *others: Any) -> Any:
         """Start one."""
-        references = list(map(ray.put, arguments))
-        self._kept += references
-        return self._of.remote(*references)
+        return ray.remote(**STARTED_AGAIN)(self._of).options(**self._options).remote(OmegaConf.to_yaml(config), *others)
 
 
 def restartable(heals: bool) -> AbstractContextManager[None]:
@@ -63,4 +65,4 @@ def restartable(heals: bool) -> AbstractContextManager[None]:
     """
     if not heals:
         return nullcontext()
-    return verl_patches.reward_workers_of(actor_class(RestartableRewardLoopWorker))
+    return verl_patches.reward_workers_of(ActorClass(RestartableRewardLoopWorker))
