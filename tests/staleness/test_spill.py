@@ -10,6 +10,7 @@ from tensordict.tensorclass import NonTensorStack
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict, maybe_fix_3d_position_ids
 from verl_rows import seeing, verl_row
 
+from verl_m2po.staleness.rollout.scoring import take_probe
 from verl_m2po.staleness.rows import codec, media
 from verl_m2po.staleness.rows.store import LotStore, batch_of, lot_partition, training_partition
 from verl_m2po.staleness.rule.records import Group, Row, Ticket
@@ -65,6 +66,8 @@ def test_long_responses_wait_on_disk_and_come_back_as_they_were(folder):
     groups = (Group(ticket, tuple(rows)),)
     store.unpack(groups, None, training_partition(0))
     batch = batch_of(groups, training_partition(0))
+    probe = take_probe(batch, ranks=2)
+    assert probe is not None and probe.prompt_tokens == [3, 3], "without images rows can be compared with the rollout"
     store.delete([(ticket, tuple(rows))])
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id)
     for key in ("responses", "rollout_log_probs", "response_mask", "input_ids", "rm_scores"):
@@ -96,6 +99,7 @@ def test_an_image_waits_on_disk_once_for_its_group_and_every_row_comes_back_as_v
 
     groups = (Group(ticket, rows),)
     store.unpack(groups, None, training_partition(0))
+    assert take_probe(batch_of(groups, training_partition(0)), ranks=2) is None
     ours = tq.kv_batch_get(keys=[row.key for row in rows], partition_id=training_partition(0))
     tq.kv_batch_put(keys=["a", "b", "c"], fields=list_of_dict_to_tensordict(fields), partition_id="verls")
     verls = tq.kv_batch_get(keys=["a", "b", "c"], partition_id="verls")

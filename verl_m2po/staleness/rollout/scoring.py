@@ -16,6 +16,7 @@ from verl.workers.utils.padding import response_from_nested
 
 from verl_m2po.staleness.config import SeparateConfig, load_mode_config
 from verl_m2po.staleness.rollout.outputs import first_line
+from verl_m2po.staleness.rows.store import elements
 from verl_m2po.staleness.watch.liveness import is_dead_engine
 from verl_m2po.staleness.watch.served import Scores, require_served
 
@@ -53,7 +54,7 @@ def take_probe(batch: KVBatchMeta, ranks: int) -> Probe | None:
     few = KVBatchMeta(partition_id=batch.partition_id, keys=keys, tags=tags)
     fields = ["prompts", "responses", "multi_modal_inputs"]
     data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
-    if any(data["multi_modal_inputs"].tolist()):
+    if any(elements(data["multi_modal_inputs"])):
         return None
     prompts = [row.tolist() for row in data["prompts"].unbind()[:SERVER_ROWS]]
     responses = [row.tolist()[:TOKENS_PER_ROW] for row in data["responses"].unbind()[:SERVER_ROWS]]

@@ -40,11 +40,12 @@ def lot_partition(lot: int) -> str:
 
 def _rows_of(data: TensorDict) -> list[dict[str, Any]]:
     """A batch of prompts from TransferQueue, or from the data set, as one dict per row."""
-    columns = {key: _elements(column) for key, column in data.items()}
+    columns = {key: elements(column) for key, column in data.items()}
     return [{key: column[i] for key, column in columns.items()} for i in range(len(data))]
 
 
-def _elements(column: Any) -> Any:
+def elements(column: Any) -> Any:
+    """A column of a batch from TransferQueue, row by row: tensors, or what else was put there."""
     if isinstance(column, torch.Tensor):
         return column.unbind()
     return column.tolist() if hasattr(column, "tolist") else list(column)
@@ -193,8 +194,8 @@ class LotStore:
                 column = Ragged.join([Ragged.of(part[key]) for part in parts])
                 columns[key] = column if len(parts) == 1 else column.take(order)
             else:
-                elements = [element for part in parts for element in _elements(part[key])]
-                columns[key] = [elements[i] for i in order.tolist()]
+                listed = [element for part in parts for element in elements(part[key])]
+                columns[key] = [listed[i] for i in order.tolist()]
         return columns
 
     def _shared_columns(self, groups: Sequence[Group]) -> dict[str, Any]:
