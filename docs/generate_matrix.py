@@ -14,7 +14,7 @@ from typing import NamedTuple
 _TESTS = Path(__file__).parents[1] / "tests"
 # Where tests are real runs
 RUNNING = (_TESTS / "e2e", _TESTS / "faults")
-MODES = ("stale_k", "stale_k_separate", "bounded_async")
+MODES = ("stale_k", "stale_k_separate", "bounded_async", "replay")
 
 _MODEL, _ACTOR, _ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("model", "actor", "rollout"))
 _REWARD_MODEL = "reward.reward_model"
@@ -45,7 +45,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
 }
 """What switches each on."""
 
-_OPTIONS = {"stale_k": "s16", "stale_k_separate": "s16_separate", "bounded_async": "bounded_async"}
+_OPTIONS = {"stale_k": "s16", "stale_k_separate": "s16_separate", "bounded_async": "bounded_async", "replay": "replay"}
 
 
 class Run(NamedTuple):

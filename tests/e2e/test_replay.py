@@ -5,16 +5,27 @@ from mode_runs import BATCH, SEPARATE, paced, run_mode, spans_of
 
 from benchmarks.paced import SECONDS_PER_TOKEN
 from benchmarks.paced.agent_loop import Lengths
+from verl_m2po.staleness.restart.checkpoint import POINTER
 
 pytestmark = pytest.mark.e2e
 
 STEPS = 5
 
 
+@pytest.mark.feature("LoRA", mode="replay")
+@pytest.mark.feature("KL in the reward", mode="replay")
+@pytest.mark.feature("an entropy bonus", mode="replay")
+@pytest.mark.feature("`ppo_epochs=2`", mode="replay")
+@pytest.mark.feature("validation while training", mode="replay")
 def test_part_of_each_batch_is_generated_and_the_rest_are_earlier_successes(train):
-    """Two updates a step and a window of four: a rollout may be trained again for two more steps."""
+    """Adapters, two epochs: four updates a step and a window of eight; a rollout may be trained for two more steps."""
+    window_updates = 8
     run = train(
-        *("loss=m2po", "staleness=replay", "replay=self_imitation", "trainer.v1.replay.staleness_updates=4"),
+        *("loss=m2po", "staleness=replay", "replay=self_imitation"),
+        f"trainer.v1.replay.staleness_updates={window_updates}",
+        *("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16"),
+        *("algorithm.use_kl_in_reward=true", "actor_rollout_ref.actor.entropy_coeff=0.01"),
+        *("actor_rollout_ref.actor.ppo_epochs=2", f"trainer.test_freq={STEPS}"),
         *(f"trainer.total_training_steps={STEPS}", "trainer.save_freq=-1"),
     )
     replayed, admitted = run.series("staleness/replayed"), run.series("staleness/admitted")
@@ -22,7 +33,11 @@ def test_part_of_each_batch_is_generated_and_the_rest_are_earlier_successes(trai
     assert replayed[0] == 0 and 0 < max(replayed) <= BATCH / 2
     assert sum(admitted) == sum(BATCH - again for again in replayed)
     assert run.series("staleness/age_updates_max")[0] == 0
-    assert 0 < max(run.series("staleness/age_updates_max")) <= 4
+    assert 0 < max(run.series("staleness/age_updates_max")) <= window_updates
+    penalty = run.series("actor/reward_kl_penalty")
+    assert abs(penalty[0]) < 5e-3 and abs(penalty[-1]) > 0 and len(penalty) == STEPS
+    assert all(value > 0 for value in run.series("actor/entropy_loss"))
+    assert run.series("val-core/arithmetic/acc/mean@1")
 
 
 def test_on_separate_devices_no_group_is_twice_in_a_batch_nor_older_than_its_window(train, tmp_path):
@@ -57,26 +72,51 @@ def test_on_separate_devices_no_group_is_twice_in_a_batch_nor_older_than_its_win
     assert len(trained) + sum(result.series("staleness/replayed")) == STEPS * BATCH
 
 
-def test_remix_moves_its_reference_and_begins_anew(train, tmp_path):
-    """Two updates a step and a window of four; the share falls from the second step on, step 4 begins anew."""
+@pytest.mark.feature("dynamic sampling", mode="replay")
+@pytest.mark.feature("a journal", mode="replay")
+@pytest.mark.feature("a reference model, KL in the loss", mode="replay")
+@pytest.mark.feature("resuming from a checkpoint", mode="replay")
+@pytest.mark.timeout(600)  # two runs
+def test_remix_moves_its_reference_and_begins_anew_and_goes_on_from_there_after_a_crash(train, tmp_path):
+    """Two updates a step and a window of four; the share falls from the second step on, step 4 begins anew.
+
+    Then as if it had died in step 5, after the reference was moved and what step 5 trains was generated.
+    """
     folder = tmp_path / "checkpoints"
     reference = "trainer.v1.replay.reference"
-    run = train(
-        *("loss=mix_ppg", "staleness=replay", "replay=remix_whole", "trainer.v1.replay.staleness_updates=4"),
-        *("actor_rollout_ref.actor.use_kl_loss=true", "trainer.v1.replay.journal=true"),
-        *("algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=acc"),
-        *(f"{reference}.constant_steps=1", f"{reference}.fall_every_steps=1", f"{reference}.reincarnate_after_steps=3"),
-        *(f"trainer.total_training_steps={STEPS}", "trainer.save_freq=-1", f"trainer.default_local_dir={folder}"),
-    )
-    assert sum(run.series("staleness/evicted_uninformative")) > 0, (
+
+    def run():
+        return run_mode(
+            train,
+            tmp_path,
+            "replay",
+            4,
+            *("loss=mix_ppg", "staleness=replay", "replay=remix_whole"),
+            *("actor_rollout_ref.actor.use_kl_loss=true", "trainer.v1.replay.journal=true"),
+            *("algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=acc"),
+            *(f"{reference}.constant_steps=1", f"{reference}.fall_every_steps=1"),
+            f"{reference}.reincarnate_after_steps=3",
+            *("trainer.save_freq=4", "trainer.resume_mode=auto", f"trainer.default_local_dir={folder}"),
+            steps=STEPS,
+        )
+
+    first, whole = run()
+    assert sum(first.series("staleness/evicted_uninformative")) > 0, (
         "groups without advantage are replaced in this mode too"
     )
     assert [path.name for path in (folder / "journal").glob("*.rows")]
-    assert run.series("actor/kl_base_share") == pytest.approx([1, 0.9, 0.8, 1, 1])
-    replayed = run.series("staleness/replayed")
+    assert first.series("actor/kl_base_share") == pytest.approx([1, 0.9, 0.8, 1, 1])
+    replayed = first.series("staleness/replayed")
     assert replayed[0] == 0 < min(replayed[1:3]) and replayed[3:] == [0, 0]
     # What is trained again is unpacked while the new rollouts are generated.
-    assert all(ahead >= again for ahead, again in zip(run.series("staleness/prefetched"), replayed, strict=True))
-    kl = run.series("actor/kl_loss")
+    assert all(ahead >= again for ahead, again in zip(first.series("staleness/prefetched"), replayed, strict=True))
+    kl = first.series("actor/kl_loss")
     assert kl[3] < kl[2], "the reference is the policy that the step began with"
     assert [path.name for path in (folder / "reincarnated").iterdir()] == ["rank_0_of_1.safetensors"]
+
+    (folder / POINTER).write_text("4")
+    second, redone = run()
+    assert [line["groups"] for line in redone] == [line["groups"] for line in whole], "something was generated again"
+    # The reference is what it was: to the base model the KL is another one.
+    for same in ("actor/loss", "actor/kl_loss", "actor/kl_base_share"):
+        assert second.series(same) == pytest.approx(first.series(same)[4:], rel=1e-3, abs=1e-7)

@@ -6,16 +6,18 @@ from pathlib import Path
 import cpu_run
 import fault_runs
 import pytest
+from trained_rows import broken
 
 from verl_m2po.staleness.account.ledger import read_ledger, surviving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-STEPS, BATCH, STALE_STEPS = 6, 8, 1
+STEPS, STALE_STEPS = 6, 1
 
 
 def test_the_death_of_an_actor_worker_costs_a_restart_of_the_command_and_no_more(tmp_path: Path):
-    kind = fault_runs.Kind("stale_k", STALE_STEPS, has_journal=True, overrides=("trainer.v1.stale_k.restarts=1",))
+    """Without a journal: what waited in the buffer is generated again, by weights of the same version."""
+    kind = fault_runs.Kind("stale_k", STALE_STEPS, overrides=("trainer.v1.stale_k.restarts=1",))
     run = fault_runs.TrainingRun(tmp_path, kind, STEPS)
     attempt = fault_runs.Attempt(tmp_path, 1, run.command())
     try:
@@ -34,7 +36,4 @@ def test_the_death_of_an_actor_worker_costs_a_restart_of_the_command_and_no_more
     earlier = cpu_run.read_steps(attempt.metrics.with_name(f"{attempt.metrics.stem}.attempt-1.jsonl"))
     later = cpu_run.read_steps(attempt.metrics)
     assert earlier[-1]["step"] >= 3 and later[-1]["step"] == STEPS
-    ledger = surviving(read_ledger(run.ledger))
-    assert [group[2] for line in ledger for group in line["groups"]] == list(range(STEPS * BATCH))
-    versions = {line["step"]: {v for g in line["groups"] for row in g[3] for v, _ in row[1]} for line in ledger}
-    assert versions == {step: {max(0, step - 1 - STALE_STEPS)} for step in range(1, STEPS + 1)}
+    assert broken([surviving(read_ledger(run.ledger))], run.promise()) == []

@@ -51,6 +51,8 @@ def test_distillation_that_throws_the_policy_loss_away_is_refused():
 def test_estimators_that_the_v1_trainer_does_not_feed_are_refused(name):
     problem = one(effects.estimator(verls(M2PO, f"algorithm.adv_estimator={name}")))
     assert (problem.key, problem.value, problem.is_fatal) == ("algorithm.adv_estimator", name, True)
+    replayed = one(effects.estimator(verls(M2PO, f"algorithm.adv_estimator={name}", "trainer.v1.trainer_mode=replay")))
+    assert replayed.key == problem.key and replayed.is_fatal
     assert not list(effects.estimator(verls(M2PO, f"algorithm.adv_estimator={name}", "trainer.use_v1=false")))
     assert not list(effects.estimator(verls(M2PO, "algorithm.adv_estimator=grpo")))
 

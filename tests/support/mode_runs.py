@@ -53,11 +53,13 @@ def assert_every_place_was_trained_once(
     assert all(len(group[3]) == responses for line in ledger for group in line["groups"])
 
 
-def assert_exactly_k_steps_old(result, ledger, k_steps: int, steps: int) -> None:
+def assert_exactly_k_steps_old(
+    result, ledger, k_steps: int, steps: int, updates_per_step: int = UPDATES_PER_STEP
+) -> None:
     assert versions_by_step(ledger) == {step: {max(0, step - 1 - k_steps)} for step in range(1, steps + 1)}
-    ages = [UPDATES_PER_STEP * min(step, k_steps) for step in range(steps)]
+    ages = [updates_per_step * min(step, k_steps) for step in range(steps)]
     assert result.series("staleness/age_updates_max") == result.series("staleness/age_updates_mean") == ages
-    verls = [age / UPDATES_PER_STEP for age in ages]
+    verls = [age / updates_per_step for age in ages]
     assert result.series("training/off_policy/trajectory_staleness_worst/max") == verls
     assert result.series("training/off_policy/trajectory_staleness/min") == verls
     # Age-zero tokens have only the mismatch between vLLM and the trainer in their ratio: nothing, in float32.
