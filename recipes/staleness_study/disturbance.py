@@ -62,13 +62,13 @@ class Run:
 def train(condition: str, seed: int, schedule: Schedule) -> Run:
     """One run on the bench, with the loss m2po."""
     from verl_m2po.one_process import setup as setups
-    from verl_m2po.one_process.train import ACCURACY, Bench
+    from verl_m2po.one_process.train import Bench
 
     seeds = (f"data.seed={seed}", f"actor_rollout_ref.rollout.seed={seed}")
     overrides = ["loss=m2po", *CONDITIONS[condition], *seeds, f"trainer.total_training_steps={schedule.steps}"]
     bench = Bench(setups.read(overrides), setups.base_model(), setups.RECIPE.digits)
     series: dict[str, list[float]] = {name: [] for name in KEPT}
-    accuracy = {0: float(bench.validate()[ACCURACY])}
+    accuracy = {0: float(bench.validate()[bench.setup.task.accuracy])}
     for step in range(1, schedule.steps + 1):
         if step in (schedule.begins, schedule.ends):
             bench.learner.multiply_learning_rate(schedule.factor if step == schedule.begins else 1 / schedule.factor)
@@ -76,7 +76,7 @@ def train(condition: str, seed: int, schedule: Schedule) -> Run:
         for name, metric in KEPT.items():
             series[name].append(round(float(metrics.get(metric, BOUND_UPDATES)), 6))
         if step % TEST_EVERY == 0:
-            accuracy[step] = round(float(bench.validate()[ACCURACY]), 4)
+            accuracy[step] = round(float(bench.validate()[bench.setup.task.accuracy]), 4)
     return Run(condition, seed, series, accuracy)
 
 

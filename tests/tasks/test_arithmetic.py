@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_m2po.tasks import arithmetic, parquet
+from verl_m2po.tasks import arithmetic, parquet, task
 
-splits = st.sampled_from(arithmetic.SPLITS)
+splits = st.sampled_from(task.SPLITS)
 indices = st.integers(0, 2**40)
 seeds = st.integers(0, 2**64)
-digit_counts = st.integers(1, arithmetic.MAX_DIGITS)
+digit_counts = st.integers(1, task.MAX_DIGITS)
 
 
 def score(response: str, truth: str) -> float:
@@ -27,7 +27,7 @@ def test_a_row_needs_no_other_row(index: int, seed: int, digits: int, split: str
     assert arithmetic.row(index, split=split, digits=digits, seed=seed) == first
 
 
-@pytest.mark.parametrize("split", arithmetic.SPLITS)
+@pytest.mark.parametrize("split", task.SPLITS)
 def test_a_longer_file_begins_with_the_shorter_one(split: str) -> None:
     longer = list(arithmetic.rows(50, split=split, seed=3))
     assert list(arithmetic.rows(20, split=split, seed=3)) == longer[:20]
@@ -48,7 +48,7 @@ def test_numbers_have_the_digits_asked_for(index: int, seed: int, digits: int, s
 
 @given(a=st.integers(0, 10**6), b=st.integers(0, 10**6))
 def test_both_orders_of_a_sum_are_on_the_same_side(a: int, b: int) -> None:
-    assert arithmetic.split_of(a, b) == arithmetic.split_of(b, a)
+    assert task.split_of(a, b) == task.split_of(b, a)
 
 
 def test_no_validation_problem_is_trained_on_under_any_seed() -> None:
@@ -63,8 +63,8 @@ def test_no_validation_problem_is_trained_on_under_any_seed() -> None:
 
 def test_each_split_has_its_share_of_all_problems() -> None:
     pairs = list(itertools.combinations_with_replacement(range(10, 100), 2))
-    share = sum(arithmetic.split_of(a, b) == "validation" for a, b in pairs) / len(pairs)
-    assert share == pytest.approx(1 / arithmetic.VALIDATION_ONE_IN, rel=0.15)
+    share = sum(task.split_of(a, b) == "validation" for a, b in pairs) / len(pairs)
+    assert share == pytest.approx(1 / task.VALIDATION_ONE_IN, rel=0.15)
 
 
 def test_every_digit_is_as_likely_as_any_other() -> None:

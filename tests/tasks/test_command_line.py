@@ -23,6 +23,12 @@ def test_arithmetic_prints_the_paths(tmp_path: Path) -> None:
     assert [parquet.check(path) for path in paths] == [20, 5]
 
 
+def test_column_addition_prints_the_paths(tmp_path: Path) -> None:
+    result = run("column-addition", "--out", tmp_path, "--rows", 7, "--validation-rows", 3, "--digits", 4)
+    assert result.exit_code == 0, result.stderr
+    assert [parquet.check(Path(line)) for line in result.stdout.split()] == [7, 3]
+
+
 def test_tiny_model_prints_the_folder(tmp_path: Path) -> None:
     arguments = ("tiny-model", "--cache", tmp_path / "cache", "--target-accuracy", 1e-9)
     first, second = run(*arguments), run(*arguments, "--out", tmp_path / "model")
@@ -63,6 +69,7 @@ def test_prepare_fails_if_nothing_is_left(tmp_path: Path) -> None:
         (("arithmetic", "--out", "{tmp}", "--digits", "0"), "digits=0"),
         (("arithmetic", "--out", "{tmp}/file"), "cannot write to"),
         (("tiny-model", "--target-accuracy", "1"), "target_accuracy=1.0"),
+        (("tiny-model", "--task", "subtraction"), "task='subtraction'"),
         (("tiny-model", "--target-accuracy", "1e-9", "--cache", "{tmp}/file"), "cannot write to"),
     ],
 )

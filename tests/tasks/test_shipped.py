@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from verl_m2po.one_process import setup as setups
 from verl_m2po.tasks import ship, supervision, tiny_model
+from verl_m2po.tasks.made import TASKS
 from verl_m2po.tasks.tiny_model import Recipe
 
-RECIPES = pytest.mark.parametrize("recipe", ship.RECIPES, ids=lambda recipe: f"add{recipe.digits}")
+RECIPES = pytest.mark.parametrize("recipe", ship.RECIPES, ids=lambda recipe: recipe.name)
 # What the recipe promises on any machine, and what the order of additions changes in a mean over 512 problems
 TOLERANCE, ROUNDING = 0.01, 1e-4
 
@@ -24,7 +25,7 @@ def shipped(recipe: Recipe) -> tuple[Path, dict]:
 
 
 def test_the_commands_start_from_shipped_models():
-    assert {Recipe(), setups.RECIPE} == set(ship.RECIPES)
+    assert {Recipe(), *setups.RECIPES.values()} == set(ship.RECIPES)
 
 
 @RECIPES
@@ -53,7 +54,12 @@ def test_shipped_weights_are_the_recipes_in_shape_and_accuracy(recipe: Recipe, t
     }
     model = AutoModelForCausalLM.from_pretrained(tiny_model.build(recipe, cache=tmp_path))
     held_out = supervision.encode_problems(
-        tokenizer, recipe.evaluation_problems, split="validation", digits=recipe.digits, seed=recipe.seed
+        tokenizer,
+        recipe.evaluation_problems,
+        split="validation",
+        digits=recipe.digits,
+        seed=recipe.seed,
+        task=TASKS[recipe.task],
     )
     accuracy = supervision.sampled_accuracy(model, *held_out)
     assert accuracy == pytest.approx(summary["sampled_accuracy"], abs=ROUNDING)

@@ -39,7 +39,9 @@ def try_loss(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of everything that the run writes.")] = Path("outputs/try"),
     config_name: Annotated[str, typer.Option(help="Primary config.")] = "arithmetic_staleness",
-    digits: Annotated[int, typer.Option(min=1, help="Digits of the numbers that are added.")] = 3,
+    digits: Annotated[
+        int | None, typer.Option(min=1, help="Digits of the numbers that are added; the config's without it.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch; the model is too small for many.")] = 1,
 ) -> None:
     """Try a loss on stale data in one process, without Ray: an experiment bench, not a trainer.
@@ -66,8 +68,9 @@ def try_loss(
     except (setups.NotOnTheBench, HydraException, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="OVERRIDES") from error
     has_own = setups.names_own_model(overrides)
-    model = Path(setup.config.actor_rollout_ref.model.path) if has_own else setups.base_model(digits)
-    options = [f"digits={digits}"] if digits != setups.RECIPE.digits else []
+    model = Path(setup.config.actor_rollout_ref.model.path) if has_own else setups.base_model(setup.recipe, digits)
+    digits = setup.recipe.digits if digits is None else digits
+    options = [f"digits={digits}"] if digits != setup.recipe.digits else []
     folder = out / _folder_name(setup.config.trainer.experiment_name, [*overrides, *options])
     with Progress(
         TextColumn("{task.description}"),
@@ -80,7 +83,7 @@ def try_loss(
         bar = progress.add_task("generating the first batches", total=setup.steps)
 
         def show(step: int, metrics: dict[str, float]) -> None:
-            accuracy = metrics.get(train.ACCURACY)
+            accuracy = metrics.get(setup.task.accuracy)
             progress.update(bar, completed=step)
             if accuracy is not None:
                 progress.update(bar, description=f"accuracy {accuracy:.3f}")

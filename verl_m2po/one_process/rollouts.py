@@ -16,8 +16,10 @@ from verl import DataProto
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 
+from verl_m2po.one_process.roomy_cache import with_room
 from verl_m2po.one_process.setup import Setup
-from verl_m2po.tasks import arithmetic, supervision
+from verl_m2po.tasks import supervision
+from verl_m2po.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -27,25 +29,31 @@ class Problems:
     Args:
         prompts: int64 [problems, prompt].
         answers: int64 [problems, response], `supervision.NO_TOKEN` after the end of the turn.
-        sums: The right responses as text.
+        right: The right responses as text.
+        task: What they are problems of.
     """
 
     prompts: Tensor
     answers: Tensor
-    sums: list[str]
+    right: list[str]
+    task: Task
 
     @classmethod
-    def make(cls, tokenizer: PreTrainedTokenizerBase, count: int, split: str, digits: int, seed: int = 0) -> "Problems":
-        """The first `count` problems of the arithmetic task, which are also the first rows of its data files."""
-        prompts, answers = supervision.encode_problems(tokenizer, count, split=split, digits=digits, seed=seed)
-        problems = (arithmetic.problem(index, split=split, digits=digits, seed=seed) for index in range(count))
-        return cls(prompts, answers, [arithmetic.question_and_answer(*pair)[1] for pair in problems])
+    def make(
+        cls, tokenizer: PreTrainedTokenizerBase, task: Task, count: int, split: str, digits: int, seed: int = 0
+    ) -> "Problems":
+        """The first `count` problems of `task`, which are also the first rows of its data files."""
+        prompts, answers = supervision.encode_problems(
+            tokenizer, count, split=split, digits=digits, seed=seed, task=task
+        )
+        problems = (task.problem(index, split=split, digits=digits, seed=seed) for index in range(count))
+        return cls(prompts, answers, [right for _, right in problems], task)
 
     def order(self, seed: int) -> Iterator[int]:
         """Indices of problems without end, each epoch shuffled anew."""
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield from torch.randperm(len(self.sums), generator=generator).tolist()
+            yield from torch.randperm(len(self.right), generator=generator).tolist()
 
 
 class Generator:
@@ -78,13 +86,15 @@ class Generator:
         """
         prompts = self._problems.prompts[indices]
         length = prompts.shape[1]
-        cache = prompt_cache(self._model, prompts, self._responses)
+        longest = self._problems.answers.shape[1]
+        # One more for the last token of the prompt.
+        cache = with_room(prompt_cache(self._model, prompts, self._responses), longest + 1)
         repeated = prompts.repeat_interleave(self._responses, dim=0)
         output = self._model.generate(
             input_ids=repeated,
             attention_mask=torch.ones_like(repeated),
             past_key_values=cache,
-            max_new_tokens=self._problems.answers.shape[1],
+            max_new_tokens=longest,
             do_sample=True,
             temperature=self._temperature,
             top_k=0,
@@ -111,11 +121,9 @@ class Generator:
 
     def _scores(self, responses: Tensor, mask: Tensor, indices: list[int]) -> Tensor:
         texts = self._tokenizer.batch_decode(responses.masked_fill(~mask, self._end), skip_special_tokens=True)
-        truths = [self._problems.sums[index] for index in indices for _ in range(self._responses)]
-        rewards = [
-            arithmetic.compute_score(arithmetic.DATA_SOURCE, text, truth)
-            for text, truth in zip(texts, truths, strict=True)
-        ]
+        truths = [self._problems.right[index] for index in indices for _ in range(self._responses)]
+        task = self._problems.task
+        rewards = [task.score(task.data_source, text, truth) for text, truth in zip(texts, truths, strict=True)]
         scores = torch.zeros(responses.shape)
         scores[torch.arange(len(scores)), mask.sum(-1) - 1] = torch.tensor(rewards)
         return scores

@@ -23,11 +23,16 @@ from verl_m2po.staleness.needs import set_what_the_mode_needs
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import UpdateClock
 from verl_m2po.tasks import tiny_model
+from verl_m2po.tasks.made import TASKS
+from verl_m2po.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "arithmetic_staleness"
 RECIPE = tiny_model.SMALL
+# Primary configs that are made for the bench, with the base model of their task
+RECIPES = {CONFIG: RECIPE, "column_addition_staleness": tiny_model.LONG}
+REWARD = "reward.custom_reward_function.path"
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model.path"
 THROUGH_VERL = f"The same overrides work with `python -m verl.trainer.main_ppo --config-name={CONFIG}`"
@@ -76,6 +81,16 @@ class Setup:
         return rule
 
     @property
+    def task(self) -> Task:
+        """What is learnt: the task whose reward function the config names."""
+        return _task(self.config)
+
+    @property
+    def recipe(self) -> tiny_model.Recipe:
+        """Of the base model of the task."""
+        return next(recipe for recipe in RECIPES.values() if recipe.task == self.task.data_source)
+
+    @property
     def batch_size(self) -> int:
         """Prompts per trainer step."""
         return self.config.data.train_batch_size
@@ -101,7 +116,7 @@ def read(overrides: list[str], config_name: str = CONFIG) -> Setup:
     """
     config = _compose(config_name, overrides)
     _refuse(config)
-    _refuse_ignored(config, names_own_model(overrides))
+    _refuse_ignored(config, config_name if config_name in RECIPES else CONFIG, names_own_model(overrides))
     _prepare(config)
     actor: Any = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     actor.optim.total_training_steps = config.trainer.total_training_steps
@@ -122,9 +137,9 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
 
 
 @functools.cache
-def _base() -> DictConfig:
+def _base(config_name: str) -> DictConfig:
     """What the bench does without overrides; composing takes half a second."""
-    return _compose(CONFIG, [])
+    return _compose(config_name, [])
 
 
 def _prepare(config: DictConfig) -> None:
@@ -171,9 +186,9 @@ def _refuse(config: DictConfig) -> None:
             raise NotOnTheBench(f"{key}={value} needs verl itself; in one process it must be {what}. {THROUGH_VERL}")
 
 
-def _refuse_ignored(config: DictConfig, has_own_model: bool) -> None:
+def _refuse_ignored(config: DictConfig, base: str, has_own_model: bool) -> None:
     """What would compose and change nothing here, so that the run would not be what its overrides say."""
-    ignored = not_honoured(config, _base())
+    ignored = not_honoured(config, _base(base))
     if has_own_model:
         ignored.pop(MODEL, None)
     if ignored:
@@ -196,10 +211,19 @@ def _estimator(name: str) -> tuple[bool, str]:
     return name in known, f"one of {', '.join(known)}"
 
 
+def _task(config: DictConfig) -> Task:
+    path = config.reward.custom_reward_function.path
+    found = [task for task in TASKS.values() if task.reward_path == path]
+    if not found:
+        known = ", ".join(task.reward_path for task in TASKS.values())
+        raise NotOnTheBench(f"{REWARD}={path} needs verl itself; in one process it must be one of {known}")
+    return found[0]
+
+
 def _same(value: Any, wanted: Any) -> tuple[Any, bool, str]:
     return value, value == wanted, str(wanted).lower()
 
 
-def base_model(digits: int = RECIPE.digits) -> Path:
+def base_model(recipe: tiny_model.Recipe = RECIPE, digits: int | None = None) -> Path:
     """Folder of the base model, supervised first (about a minute) where neither the package nor a cache has it."""
-    return tiny_model.build(dataclasses.replace(RECIPE, digits=digits))
+    return tiny_model.build(recipe if digits is None else dataclasses.replace(recipe, digits=digits))

@@ -35,9 +35,8 @@ from verl_m2po.staleness.rule.records import Row, Selection
 from verl_m2po.staleness.rule.reusing import Reusing
 from verl_m2po.staleness.rule.rules import StalenessRule
 from verl_m2po.staleness.rule.units import version_at_step
-from verl_m2po.tasks import arithmetic, supervision
+from verl_m2po.tasks import supervision
 
-ACCURACY = "val-core/arithmetic/acc/mean@1"
 TRAINING_PROBLEMS, VALIDATION_PROBLEMS = 8192, 512
 LOG = "attempt-1.jsonl"
 
@@ -143,7 +142,7 @@ class Bench:
     Args:
         setup: What to do.
         model_folder: The base model, as `tiny_model.build` makes it.
-        digits: Digits of each number of the arithmetic task.
+        digits: Digits of the numbers of the task.
     """
 
     def __init__(self, setup: Setup, model_folder: Path, digits: int) -> None:
@@ -152,8 +151,8 @@ class Bench:
         tokenizer = AutoTokenizer.from_pretrained(model_folder)
         self.setup = setup
         self.model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-        problems = Problems.make(tokenizer, TRAINING_PROBLEMS, "train", digits)
-        self._held_out = Problems.make(tokenizer, VALIDATION_PROBLEMS, "validation", digits)
+        problems = Problems.make(tokenizer, setup.task, TRAINING_PROBLEMS, "train", digits)
+        self._held_out = Problems.make(tokenizer, setup.task, VALIDATION_PROBLEMS, "validation", digits)
         self._order = problems.order(setup.config.data.seed or 0)
         self._generator = Generator(self.model, tokenizer, problems, setup)
         self.learner = Learner(self.model, setup)
@@ -191,7 +190,7 @@ class Bench:
     def validate(self) -> dict[str, float]:
         """Probability that a sampled response to a held-out problem is right: verl's accuracy without its noise."""
         accuracy = supervision.sampled_accuracy(self.model, self._held_out.prompts, self._held_out.answers)
-        return {ACCURACY: accuracy}
+        return {self.setup.task.accuracy: accuracy}
 
 
 def train(
@@ -245,7 +244,7 @@ def _as_run(setup: Setup, model_folder: Path, digits: int) -> DictConfig:
     config = copy.deepcopy(setup.config)
     OmegaConf.update(config, "actor_rollout_ref.model.path", str(model_folder))
     for key in ("data.train_files", "data.val_files"):
-        OmegaConf.update(config, key, f"{arithmetic.DATA_SOURCE}, {digits} digits")
+        OmegaConf.update(config, key, f"{setup.task.data_source}, {digits} digits")
     return config
 
 

@@ -1,4 +1,4 @@
-"""``python -m verl_m2po.tasks``: make the arithmetic task, its base model, and verl's files of public data sets."""
+"""``python -m verl_m2po.tasks``: make our tasks, their base models, and verl's files of public data sets."""
 
 import textwrap
 from pathlib import Path
@@ -41,11 +41,29 @@ def arithmetic(
     seed: Annotated[int, typer.Option(help="Row i depends on this and on i alone.")] = 0,
 ) -> None:
     """Write multi-digit addition as parquet files for verl."""
-    from verl_m2po.tasks import arithmetic as task
+    _write("arithmetic", out, rows, validation_rows, digits, seed)
+
+
+@app.command()
+def column_addition(
+    out: Annotated[Path, typer.Option(help="Folder for train.parquet and validation.parquet.")],
+    rows: Annotated[int, typer.Option(help="Rows to train on.")] = 8192,
+    validation_rows: Annotated[int, typer.Option(help="Rows to validate on.")] = 512,
+    digits: Annotated[int, typer.Option(help="Digits of the longest numbers; the shortest have half as many.")] = 40,
+    seed: Annotated[int, typer.Option(help="Row i depends on this and on i alone.")] = 0,
+) -> None:
+    """Write addition column by column, with responses of 60 to 120 tokens, as parquet files for verl."""
+    _write("column_addition", out, rows, validation_rows, digits, seed)
+
+
+def _write(task: str, out: Path, rows: int, validation_rows: int, digits: int, seed: int) -> None:
+    from verl_m2po.tasks.made import TASKS
 
     try:
         with terminal.status("Writing addition problems"):
-            paths = task.write_parquet(out, train_rows=rows, validation_rows=validation_rows, digits=digits, seed=seed)
+            paths = TASKS[task].write_parquet(
+                out, train_rows=rows, validation_rows=validation_rows, digits=digits, seed=seed
+            )
     except (ValueError, OSError) as error:
         raise _fail(error) from error
     for path in paths.values():
@@ -56,8 +74,11 @@ def arithmetic(
 def tiny_model(
     out: Annotated[Path | None, typer.Option(help="Folder that receives a copy; the cached one without it.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where models are kept [default: ~/.cache/verl-m2po].")] = None,
-    digits: Annotated[int, typer.Option(help="Digits of the numbers that it learns to add.")] = 2,
-    target_accuracy: Annotated[float, typer.Option(help="Sampled accuracy at which supervision stops.")] = 0.3,
+    task: Annotated[str, typer.Option(help="What it learns: arithmetic or column_addition.")] = "arithmetic",
+    digits: Annotated[int | None, typer.Option(help="Digits of the numbers that it learns to add.")] = None,
+    target_accuracy: Annotated[
+        float | None, typer.Option(help="Sampled accuracy at which supervision stops; 0.3 or so without it.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and problems.")] = 0,
 ) -> None:
     """Make the tiny base model, unless the cache has it, and print its folder."""
@@ -70,7 +91,8 @@ def tiny_model(
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
-        recipe = model.Recipe(seed=seed, digits=digits, target_accuracy=target_accuracy)
+        changed = {"digits": digits, "target_accuracy": target_accuracy}
+        recipe = model.recipe_of(task, seed=seed, **{key: value for key, value in changed.items() if value is not None})
         with Progress(*columns, console=terminal) as progress:
             bar = progress.add_task("Base model", total=recipe.target_accuracy)
 

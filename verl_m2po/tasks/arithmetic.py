@@ -4,20 +4,13 @@ verl finds the reward by ``reward.custom_reward_function.path=pkg://verl_m2po.ta
 default, ``compute_score``).
 """
 
-import hashlib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from verl_m2po.tasks import parquet, scoring
+from verl_m2po.tasks.task import Task, check_arguments, split_of, stream_of
 
 DATA_SOURCE = "arithmetic"
-SPLITS = ("train", "validation")
-# One unordered pair of numbers in this many is kept for validation.
-VALIDATION_ONE_IN = 8
-MAX_DIGITS = 64
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float | dict:
@@ -35,27 +28,13 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
     Raises:
         NotImplementedError: verl has no scorer for `data_source`.
     """
-    if data_source != DATA_SOURCE:
-        return scoring.compute_score(data_source, solution_str, ground_truth, extra_info)
-    return float(solution_str.strip() == ground_truth)
-
-
-def split_of(a: int, b: int) -> str:
-    """The split that ``a+b`` belongs to, whatever the seed: a property of the two numbers, not of their order.
-
-    No validation problem can therefore turn up in training, neither in reinforcement learning nor in the supervision of
-    the base model, under any seed.
-    """
-    low, high = sorted((a, b))
-    digest = hashlib.blake2b(f"{low}+{high}".encode(), digest_size=8).digest()
-    return "validation" if int.from_bytes(digest, "big") % VALIDATION_ONE_IN == 0 else "train"
+    return TASK.score(data_source, solution_str, ground_truth, extra_info)
 
 
 def problem(index: int, *, split: str, digits: int = 2, seed: int = 0) -> tuple[int, int]:
     """The two numbers of row `index`, which depends on nothing but the arguments.
 
-    Draws from a counter-based generator that starts anew for every row until a pair falls into `split`. Rows are
-    independent draws: a long enough file repeats problems.
+    Draws until a pair falls into `split`. Rows are independent draws: a long enough file repeats problems.
 
     Args:
         index: Position of the row, from 0.
@@ -66,9 +45,8 @@ def problem(index: int, *, split: str, digits: int = 2, seed: int = 0) -> tuple[
     Raises:
         ValueError: An argument is out of its range.
     """
-    _check_arguments(index=index, split=split, digits=digits, seed=seed)
-    # Raw Philox output: numpy promises to keep that stream, unlike those of its distributions.
-    stream = np.random.Philox(np.random.SeedSequence([seed, index]))
+    check_arguments(index=index, split=split, digits=digits, seed=seed)
+    stream = stream_of(index, seed)
     while True:
         a, b = _draw(stream, digits), _draw(stream, digits)
         if split_of(a, b) == split:
@@ -81,61 +59,14 @@ def _draw(stream: np.random.Philox, digits: int) -> int:
     return int("".join(map(str, [first, *(word % 10 for word in raw[1:])])))
 
 
-def _check_arguments(*, index: int, split: str, digits: int, seed: int) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
-    if not 1 <= digits <= MAX_DIGITS:
-        raise ValueError(f"digits={digits} is not between 1 and {MAX_DIGITS}")
-    if index < 0 or seed < 0:
-        raise ValueError(f"index={index} and seed={seed} must not be negative")
-
-
 def question_and_answer(a: int, b: int) -> tuple[str, str]:
     """The user message and the response that earns the reward."""
     return f"{a}+{b}", str(a + b)
 
 
-def row(index: int, *, split: str, digits: int = 2, seed: int = 0) -> parquet.Row:
-    """Row `index` for verl; the arguments are those of `problem`."""
-    question, answer = question_and_answer(*problem(index, split=split, digits=digits, seed=seed))
-    return parquet.make_row(
-        data_source=DATA_SOURCE,
-        content=question,
-        ability="math",
-        ground_truth=answer,
-        split=split,
-        index=index,
-        question=question,
-        answer=answer,
-    )
+def _made(index: int, *, split: str, digits: int, seed: int) -> tuple[str, str]:
+    return question_and_answer(*problem(index, split=split, digits=digits, seed=seed))
 
 
-def rows(count: int, *, split: str, digits: int = 2, seed: int = 0) -> Iterator[parquet.Row]:
-    """Rows 0 to `count` - 1; the other arguments are those of `problem`."""
-    return (row(index, split=split, digits=digits, seed=seed) for index in range(count))
-
-
-def write_parquet(
-    out: Path, *, train_rows: int = 8192, validation_rows: int = 512, digits: int = 2, seed: int = 0
-) -> dict[str, Path]:
-    """Write ``train.parquet`` and ``validation.parquet`` into the folder `out` and return their paths by split.
-
-    Args:
-        out: Folder, made where it is missing; files of those names are replaced.
-        train_rows: Rows to train on, at least 1.
-        validation_rows: Rows to validate on, at least 1.
-        digits: Digits of each number.
-        seed: A whole number, 0 or more.
-
-    Raises:
-        ValueError: An argument is out of its range.
-        OSError: `out` cannot be written to.
-    """
-    counts = {"train": train_rows, "validation": validation_rows}
-    for split, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{split}_rows={count} must be at least 1")
-    return {
-        split: parquet.write(rows(count, split=split, digits=digits, seed=seed), Path(out) / f"{split}.parquet")
-        for split, count in counts.items()
-    }
+TASK = Task(DATA_SOURCE, _made, longest_answer=lambda digits: digits + 1, digits=2)
+row, rows, write_parquet = TASK.row, TASK.rows, TASK.write_parquet

@@ -1,4 +1,4 @@
-"""Supervision of a base model on the arithmetic task, up to a measured accuracy."""
+"""Supervision of a base model on a task of ours, up to a measured accuracy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 from verl_m2po.tasks import arithmetic
+from verl_m2po.tasks.made import TASKS
+from verl_m2po.tasks.task import Task
 
 if TYPE_CHECKING:
     from verl_m2po.tasks.tiny_model import Recipe
@@ -22,22 +24,28 @@ NEAR, SLOWER = 0.5, 0.1
 
 
 def encode_problems(
-    tokenizer: PreTrainedTokenizerBase, count: int, *, split: str, digits: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    *,
+    split: str,
+    digits: int,
+    seed: int,
+    task: Task = arithmetic.TASK,
 ) -> tuple[Tensor, Tensor]:
-    """Problems 0 to `count` - 1 of the arithmetic task as token ids.
+    """Problems 0 to `count` - 1 of a task as token ids.
 
     Returns:
-        prompts: int64 [count, prompt], all of one length because every number has the same number of digits.
-        answers: int64 [count, digits + 2]: the digits of the sum and the end of the turn, then `NO_TOKEN`.
+        prompts: int64 [count, prompt], all of one length.
+        answers: int64 [count, longest answer + 1]: the right response and the end of the turn, then `NO_TOKEN`.
     """
-    problems = (arithmetic.problem(index, split=split, digits=digits, seed=seed) for index in range(count))
-    questions, sums = zip(*(arithmetic.question_and_answer(a, b) for a, b in problems), strict=True)
+    problems = (task.problem(index, split=split, digits=digits, seed=seed) for index in range(count))
+    questions, right = zip(*problems, strict=True)
     chats = [[{"role": "user", "content": question}] for question in questions]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportArgumentType]
-    answers = torch.full((count, digits + 2), NO_TOKEN)
+    answers = torch.full((count, task.longest_answer(digits) + 1), NO_TOKEN)
     for row, ids in zip(
-        answers, tokenizer([f"{answer}{tokenizer.eos_token}" for answer in sums])["input_ids"], strict=True
+        answers, tokenizer([f"{answer}{tokenizer.eos_token}" for answer in right])["input_ids"], strict=True
     ):
         row[: len(ids)] = torch.tensor(ids)
     return torch.tensor(prompts), answers
@@ -105,7 +113,8 @@ def supervise(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, split: str, count: int) -> tuple[Tensor, Tensor]:
-    return encode_problems(tokenizer, count, split=split, digits=recipe.digits, seed=recipe.seed)
+    task = TASKS[recipe.task]
+    return encode_problems(tokenizer, count, split=split, digits=recipe.digits, seed=recipe.seed, task=task)
 
 
 def _steps(

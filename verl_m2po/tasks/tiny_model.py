@@ -1,4 +1,4 @@
-"""A base model that is made on the spot: 0.3M parameters that add two numbers right about a third of the time.
+"""A base model that is made on the spot: 0.3M parameters that do a task right about a third of the time.
 
 The architecture is Qwen2's, so transformers, FSDP and vLLM treat it as they treat a real one. Supervision stops at a
 measured accuracy rather than after a number of steps, so the model is about as good on any machine, and reinforcement
@@ -23,8 +23,10 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from verl_m2po.tasks import arithmetic
+from verl_m2po.tasks import arithmetic, column_addition
+from verl_m2po.tasks.made import TASKS
 from verl_m2po.tasks.supervision import supervise
+from verl_m2po.tasks.task import VALIDATION_ONE_IN
 
 # Raise it whenever this file changes what a recipe builds: models cached by older releases are then left alone.
 FORMAT = 2
@@ -45,8 +47,9 @@ class Recipe:
     """Everything that the weights depend on; two equal recipes share one cached model.
 
     Args:
+        task: What it learns, one of `TASKS`.
         seed: Seed of weights and batches, and of the problems.
-        digits: Digits of each number that is added.
+        digits: Digits of the numbers of the task.
         target_accuracy: Supervision ends at the measurement nearest to this of the probability of sampling the right
             answer at temperature 1, averaged over held-out problems; between 0 and 1.
         max_steps: Optimizer steps after which supervision gives up.
@@ -66,8 +69,9 @@ class Recipe:
         max_length: Longest prompt and response together, in tokens (bytes, for anything but role names).
     """
 
+    task: str = arithmetic.DATA_SOURCE
     seed: int = 0
-    digits: int = 2
+    digits: int = arithmetic.TASK.digits
     target_accuracy: float = 0.3
     max_steps: int = 2000
     evaluate_every_steps: int = 10
@@ -85,11 +89,18 @@ class Recipe:
     max_length: int = 4096
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r} is not one of {', '.join(TASKS)}")
         if not 0 < self.target_accuracy < 1:
             raise ValueError(f"target_accuracy={self.target_accuracy} is not between 0 and 1")
         for name in ("max_steps", "evaluate_every_steps", "evaluation_problems", "training_problems", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def name(self) -> str:
+        """What it is called where files lie beside each other."""
+        return f"{self.task}{self.digits}"
 
 
 # 0.1M parameters. Heads of 32, the least that vLLM serves on the CPU: runs through verl can start from the same model.
@@ -102,6 +113,18 @@ SMALL = Recipe(
     key_value_heads=1,
     max_steps=6000,
 )
+# As large, for responses of 60 to 120 tokens.
+LONG = dataclasses.replace(SMALL, task=column_addition.DATA_SOURCE, digits=column_addition.TASK.digits)
+
+
+def recipe_of(task: str, **changes: Any) -> Recipe:
+    """The recipe of the model that runs through verl start from, with `changes`.
+
+    Raises:
+        ValueError: There is no such task, or a change is out of its range.
+    """
+    recipes = {recipe.task: recipe for recipe in (Recipe(), LONG)}
+    return dataclasses.replace(recipes.get(task, LONG), task=task, **changes)
 
 
 def build(
@@ -149,10 +172,10 @@ def folder_name(recipe: Recipe) -> str:
         "format": FORMAT,
         "recipe": dataclasses.asdict(recipe),
         "chat_template": CHAT_TEMPLATE,
-        "validation_one_in": arithmetic.VALIDATION_ONE_IN,
+        "validation_one_in": VALIDATION_ONE_IN,
     }
     digest = hashlib.blake2b(json.dumps(ingredients, sort_keys=True).encode(), digest_size=6).hexdigest()
-    return f"tiny-qwen2-add{recipe.digits}-{digest}"
+    return f"tiny-qwen2-{recipe.name}-{digest}"
 
 
 def make_tokenizer(max_length: int = Recipe.max_length) -> Qwen2Tokenizer:
@@ -208,7 +231,7 @@ def shipped(recipe: Recipe) -> Path | None:
 
     ``python -m verl_m2po.tasks.ship`` made them, each with the recipe and the accuracy beside it.
     """
-    described = SHIPPED / f"add{recipe.digits}.json"
+    described = SHIPPED / f"{recipe.name}.json"
     if not described.is_file() or not _is_of(json.loads(described.read_text()), recipe):
         return None
     return described.with_suffix(".safetensors")
