@@ -87,8 +87,8 @@ test-verl-next: $(STAMP) ## What moved in another verl: doctor and the tests tha
 gpu-check: ## What needs a GPU: decision, losses, speed, then runs (at most eight minutes; says what it could not run)
 	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
 
-recipes: $(STAMP) ## Two real steps of every recipe on the CPU (about ten minutes)
-	$(BIN)/python -m pytest -m recipe tests/e2e/test_recipes.py
+recipes: $(STAMP) ## Two real steps of every recipe on the CPU, and of verl's colocate_async (about ten minutes)
+	$(BIN)/python -m pytest -m recipe tests/e2e
 
 faults: $(STAMP) ## Kill processes of real runs, check what was trained on (SEEDS=, KILLS=, CHAIN_SEED=, FAULTS_OUT=; about two hours)
 	$(WORKSHOP) -m fault_campaign --seeds "$(SEEDS)" --kills $(KILLS) --chain-seed $(CHAIN_SEED) --poisoned --out $(FAULTS_OUT)

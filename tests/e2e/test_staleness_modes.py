@@ -106,9 +106,9 @@ def test_a_prompt_that_fails_is_replaced_by_the_same_weights_and_a_trajectory_ma
 
 
 @pytest.mark.timeout(1000)
-def test_no_trained_token_is_older_than_the_bound_for_200_steps(train, tmp_path):
+def test_no_trained_token_is_older_than_the_bound_for_100_steps(train, tmp_path):
     """Responses of 8 tokens in the median and up to 192, 60 ms a token: the longest outlive a bound of one step."""
-    steps, bound, environment = 200, 1, {SECONDS_PER_TOKEN: "0.06"}
+    steps, bound, environment = 100, 1, {SECONDS_PER_TOKEN: "0.06"}
     result, ledger = run_mode(
         train,
         tmp_path,

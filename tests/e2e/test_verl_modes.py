@@ -1,7 +1,7 @@
 """verl's own asynchronous trainer modes on the CPU, with our losses; `sync` is in test_staleness_modes.py.
 
 Each guards something that once went wrong without an error: weights that never reached vLLM, a proximal policy that was
-an alias of the live weights.
+an alias of the live weights. The first of the two is in `make recipes`.
 """
 
 import math
@@ -22,6 +22,7 @@ def finite(values: list[float]) -> bool:
     return bool(values) and all(math.isfinite(value) for value in values)
 
 
+@pytest.mark.recipe
 def test_colocate_async_ages_as_verl_says(train):
     """Two warm-up batches: staleness 0, 1, 2 weight versions before anything can be interrupted."""
     result = train(
