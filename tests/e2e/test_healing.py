@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from kill_chain import IN_PUSH, IN_REPLACEMENT, MISSED, TWO, Chain, Strike
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 STEPS = 24
 

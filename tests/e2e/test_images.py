@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mode_runs import UPDATES_PER_STEP, assert_every_place_was_trained_once, run_mode, versions_by_step
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 REWARD = Path(__file__).parents[1] / "support" / "pictures.py"
 RESPONSES = 8

@@ -7,7 +7,7 @@ from benchmarks.paced import SECONDS_PER_TOKEN
 from benchmarks.paced.agent_loop import Lengths
 from verl_m2po.staleness.restart.checkpoint import POINTER
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 STEPS = 5
 
@@ -76,7 +76,7 @@ def test_on_separate_devices_no_group_is_twice_in_a_batch_nor_older_than_its_win
 @pytest.mark.feature("a journal", mode="replay")
 @pytest.mark.feature("a reference model, KL in the loss", mode="replay")
 @pytest.mark.feature("resuming from a checkpoint", mode="replay")
-@pytest.mark.timeout(600)  # two runs
+@pytest.mark.timeout(1500)  # two runs
 def test_remix_moves_its_reference_and_begins_anew_and_goes_on_from_there_after_a_crash(train, tmp_path):
     """Two updates a step and a window of four; the share falls from the second step on, step 4 begins anew.
 

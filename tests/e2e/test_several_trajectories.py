@@ -7,7 +7,7 @@ import twice_agent_loop
 
 from verl_m2po.staleness.account.ledger import read_ledger, surviving
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 CONFIGURED_UPDATES, REAL_UPDATES = 2, 4  # per trainer step
 

@@ -23,7 +23,7 @@ from benchmarks.paced.agent_loop import Lengths
 from verl_m2po.staleness.account.ledger import read_ledger
 from verl_m2po.staleness.restart.checkpoint import POINTER, Checkpoints, flaws
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 @pytest.mark.feature("validation while training", mode="stale_k")
@@ -105,7 +105,7 @@ def test_a_prompt_that_fails_is_replaced_by_the_same_weights_and_a_trajectory_ma
     assert all(math.isfinite(value) for value in result.series("actor/loss") + result.series("actor/grad_norm"))
 
 
-@pytest.mark.timeout(1000)
+@pytest.mark.timeout(1200)
 def test_no_trained_token_is_older_than_the_bound_for_100_steps(train, tmp_path):
     """Responses of 8 tokens in the median and up to 192, 60 ms a token: the longest outlive a bound of one step."""
     steps, bound, environment = 100, 1, {SECONDS_PER_TOKEN: "0.06"}
@@ -155,7 +155,7 @@ def test_no_trained_token_is_older_than_the_bound_for_100_steps(train, tmp_path)
 @pytest.mark.feature("a journal", mode="stale_k")
 @pytest.mark.feature("resuming from a checkpoint", mode="stale_k")
 @pytest.mark.feature("asynchronous saving", mode="stale_k")
-@pytest.mark.timeout(900)  # two runs
+@pytest.mark.timeout(1500)  # two runs
 def test_a_critic_a_reference_policy_and_two_epochs_go_on_where_a_checkpoint_and_the_journal_are(train, tmp_path, tiny):
     """GAE on stale rollouts, the KL to the reference in the loss and in the reward, four updates a step.
 

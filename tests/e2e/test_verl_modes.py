@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 BYPASS = "algorithm.rollout_correction.bypass_mode"
 SEPARATE = (

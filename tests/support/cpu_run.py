@@ -41,7 +41,7 @@ def run_main(
     *overrides: str,
     config_name: str = "arithmetic",
     hardware: str = "cpu",
-    timeout_s: float = 420,
+    timeout_s: float = 700,
     environment: dict | None = None,
 ) -> Result:
     """Run ``python -m verl.trainer.main_ppo`` with `overrides`; fail after `timeout_s`, and kill whatever is left."""

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from verl_m2po.ground.files import replacing
-from verl_m2po.tasks.arithmetic import SPLITS
+from verl_m2po.tasks.task import SPLITS
 
 DATA_SOURCE = "pictures"
 SIZE_PIXELS = 64
