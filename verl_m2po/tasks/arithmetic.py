@@ -4,31 +4,11 @@ verl finds the reward by ``reward.custom_reward_function.path=pkg://verl_m2po.ta
 default, ``compute_score``).
 """
 
-from typing import Any
-
 import numpy as np
 
 from verl_m2po.tasks.task import Task, check_arguments, split_of, stream_of
 
 DATA_SOURCE = "arithmetic"
-
-
-def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float | dict:
-    """verl's reward for this task: 1.0 if the whole response is the sum, else 0.0.
-
-    White space around the answer is ignored; anything else besides the digits of the sum (words, a sign, leading zeros)
-    is wrong. Rows of other data sets go to verl's own scorers, so that a run can validate on them as well.
-
-    Args:
-        data_source: Column of that name; `DATA_SOURCE` for rows of this task.
-        solution_str: The decoded response, special tokens removed.
-        ground_truth: The sum in decimal digits.
-        extra_info: Passed on to verl's scorers; unused here.
-
-    Raises:
-        NotImplementedError: verl has no scorer for `data_source`.
-    """
-    return TASK.score(data_source, solution_str, ground_truth, extra_info)
 
 
 def problem(index: int, *, split: str, digits: int = 2, seed: int = 0) -> tuple[int, int]:
@@ -69,4 +49,4 @@ def _made(index: int, *, split: str, digits: int, seed: int) -> tuple[str, str]:
 
 
 TASK = Task(DATA_SOURCE, _made, longest_answer=lambda digits: digits + 1, digits=2)
-row, rows, write_parquet = TASK.row, TASK.rows, TASK.write_parquet
+compute_score, row, rows, write_parquet = TASK.score, TASK.row, TASK.rows, TASK.write_parquet

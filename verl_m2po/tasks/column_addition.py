@@ -10,7 +10,6 @@ verl's default, ``compute_score``).
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from verl_m2po.tasks.task import Task, check_arguments, split_of, stream_of
 
@@ -18,21 +17,6 @@ DATA_SOURCE = "column_addition"
 # Bytes of a column with what separates it from the next
 COLUMN = 3
 NO_DIGITS = ".."
-
-
-def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float | dict:
-    """verl's reward for this task: 1.0 if carry and digit of every column are right and nothing else is said.
-
-    Args:
-        data_source: Column of that name; `DATA_SOURCE` for rows of this task, others go to verl's own scorers.
-        solution_str: The decoded response, special tokens removed.
-        ground_truth: The right response.
-        extra_info: Passed on to verl's scorers; unused here.
-
-    Raises:
-        NotImplementedError: verl has no scorer for `data_source`.
-    """
-    return TASK.score(data_source, solution_str, ground_truth, extra_info)
 
 
 def problem(index: int, *, split: str, digits: int = 40, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -84,3 +68,4 @@ def _made(index: int, *, split: str, digits: int, seed: int) -> tuple[str, str]:
 
 
 TASK = Task(DATA_SOURCE, _made, longest_answer=lambda digits: COLUMN * digits - 1, digits=40)
+compute_score = TASK.score
