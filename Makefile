@@ -91,7 +91,7 @@ recipes: $(STAMP) ## Two real steps of every recipe on the CPU, and of verl's co
 	$(BIN)/python -m pytest -m recipe tests/e2e
 
 faults: $(STAMP) ## Kill processes of real runs, check what was trained on (SEEDS=, KILLS=, CHAIN_SEED=, FAULTS_OUT=; about two hours)
-	$(WORKSHOP) -m fault_campaign --seeds "$(SEEDS)" --kills $(KILLS) --chain-seed $(CHAIN_SEED) --poisoned --out $(FAULTS_OUT)
+	$(WORKSHOP) -m fault_campaign --seeds "$(SEEDS)" --kills $(KILLS) --chain-seed $(CHAIN_SEED) --poisoned --visits --out $(FAULTS_OUT)
 
 soak: $(STAMP) ## 1,500 trainer steps, a kill every 100, the memory of each process (SOAK_OUT=; about an hour and a half)
 	$(WORKSHOP) -m soak --out $(SOAK_OUT)

@@ -10,7 +10,7 @@ import json
 import random
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,8 +38,8 @@ from verl_m2po.tasks import arithmetic
 
 EVERY_STEPS = 3
 
-STEPS_PER_STRIKE = 6
-"""The run has as many trainer steps for each: some go by while a process starts in which another one is to be hit."""
+STEPS_PER_STRIKE, STEPS_PER_REPLACEMENT = 6, 40
+"""The run has as many trainer steps for each: many go by while a process starts in whose place another one is hit."""
 
 ONE, TWO, IN_PUSH, IN_REPLACEMENT, MISSED = (
     "one",
@@ -62,6 +62,9 @@ LONGEST_TOKENS = 32
 END_WITHIN_S = 30.0
 """A run that has not gone on may still say why."""
 
+
+Hit = tuple[str, str]
+"""What is hit, of `fault_runs.TARGETS`, and in the midst of what, of `fault_runs.METHODS`."""
 
 QUESTION = "M2PO_TEST_POISONED_QUESTION"
 """See poison.py, which only an engine can import."""
@@ -98,32 +101,57 @@ def healable(mode: str) -> list[str]:
     return [name for name, target in TARGETS.items() if mode in target.heals_in]
 
 
+class Deck:
+    """What is drawn at random and not put back before all has been drawn."""
+
+    def __init__(self, rng: random.Random, cards: Iterable[Hit]) -> None:
+        self._rng, self._cards, self._left = rng, sorted(cards), []
+
+    def draw(self) -> Hit:
+        if not self._left:
+            self._left = self._rng.sample(self._cards, len(self._cards))
+        return self._left.pop()
+
+
 def draw(mode: str, kills: int, seed: int, patterns: tuple[str, ...] = ROUND) -> list[Strike]:
-    """Strikes in a run in `mode` until `kills` processes have been killed; all follows from `seed`."""
+    """Strikes in a run in `mode` until `kills` processes have been killed; all follows from `seed`.
+
+    Every process is hit in the midst of everything before one is hit in the midst of the same again.
+    """
     rng = random.Random(f"{mode} {seed}")
+    between = Deck(rng, ((target, moment) for target in healable(mode) for moment in METHODS if moment != "push"))
+    in_push = Deck(rng, ((target, "push") for target in SERVERS))
+    is_separate = mode in SEPARATE_MODES
     strikes: list[Strike] = []
     while sum(len(strike.targets) for strike in strikes) < kills or len(strikes) < len(patterns):
         pattern = patterns[len(strikes) % len(patterns)]
-        if pattern not in (IN_PUSH, MISSED) or mode in SEPARATE_MODES:
-            strikes.append(_draw_one(rng, mode, pattern))
-        else:
-            strikes.append(_draw_one(rng, mode, ONE))
+        if pattern in (IN_PUSH, MISSED) and not is_separate:
+            pattern = ONE
+        strikes.append(_draw_one(rng, pattern, healable(mode), in_push if pattern == IN_PUSH else between))
     return strikes
 
 
-def _draw_one(rng: random.Random, mode: str, pattern: str) -> Strike:
-    among = SERVERS if pattern == IN_PUSH else healable(mode)
-    first = rng.choice(list(among))
-    # In the place of one of its own kind: the one that starts may be the one that is hit.
-    targets = {ONE: [first], IN_PUSH: [first], MISSED: [], TWO: [first, rng.choice(list(among))]}
+def _draw_one(rng: random.Random, pattern: str, among: list[str], deck: Deck) -> Strike:
+    targets, moment = (), "generation"  # of a push that does not arrive, whenever the next one is
+    if pattern != MISSED:
+        first, moment = deck.draw()
+        # In the place of one of its own kind: the one that starts may be the one that is hit.
+        second = {TWO: (rng.choice(among),), IN_REPLACEMENT: (first,)}
+        targets = (first, *second.get(pattern, ()))
     return Strike(
         pattern,
-        tuple(targets.get(pattern, [first, first])),
-        "push" if pattern == IN_PUSH else rng.choice([moment for moment in METHODS if moment != "push"]),
+        targets,
+        moment,
         round(rng.uniform(0.0, 0.5), 3),
         (rng.random(), rng.random()),
         round(rng.uniform(0.0, START_S), 1),
     )
+
+
+def steps_for(strikes: list[Strike]) -> int:
+    """Trainer steps of a run that all of them hit."""
+    in_replacement = sum(strike.pattern == IN_REPLACEMENT for strike in strikes)
+    return STEPS_PER_STRIKE * len(strikes) + STEPS_PER_REPLACEMENT * in_replacement + 10
 
 
 @dataclass
@@ -156,7 +184,7 @@ class Chain:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         kind = Kind(self.mode, self.staleness_steps, overrides=(*self._devices(), *self._pace_and_size()))
-        self.training = TrainingRun(self.folder, kind, self.steps or STEPS_PER_STRIKE * len(self.strikes) + 10)
+        self.training = TrainingRun(self.folder, kind, self.steps or steps_for(self.strikes))
         self._keep_from_one = self.folder / "next-push-misses-one"
 
     def _devices(self) -> tuple[str, ...]:
