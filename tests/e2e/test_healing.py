@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from kill_chain import IN_PUSH, IN_REPLACEMENT, MISSED, TWO, Chain, Strike
+from kill_chain import Chain
+from kill_plan import IN_PUSH, IN_REPLACEMENT, MISSED, TWO, Strike
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import fault_campaign
 import fault_runs
 import fault_seeds
-import kill_chain
+import kill_plan
 import pytest
 
 
@@ -31,21 +31,21 @@ def test_48_seeds_try_every_target_at_every_moment():
 
 @pytest.mark.parametrize("mode", fault_campaign.CHAINED)
 def test_a_chain_follows_from_its_seed_and_hits_what_its_mode_replaces_at_every_moment(mode):
-    strikes = kill_chain.draw(mode, 30, seed=1)
-    assert strikes == kill_chain.draw(mode, 30, seed=1) != kill_chain.draw(mode, 30, seed=2)
+    strikes = kill_plan.draw(mode, 30, seed=1)
+    assert strikes == kill_plan.draw(mode, 30, seed=1) != kill_plan.draw(mode, 30, seed=2)
     assert sum(len(strike.targets) for strike in strikes) >= 30
     is_separate = mode in fault_runs.SEPARATE_MODES
-    in_push = {(target, "push") for target in kill_chain.SERVERS} if is_separate else set()
+    in_push = {(target, "push") for target in kill_plan.SERVERS} if is_separate else set()
     moments = set(fault_runs.METHODS) - {"push"}
     hit = {(strike.targets[0], strike.moment) for strike in strikes if strike.targets}
-    assert hit == {(target, moment) for target in kill_chain.healable(mode) for moment in moments} | in_push
-    pushes = {kill_chain.IN_PUSH, kill_chain.MISSED}
-    assert {strike.pattern for strike in strikes} == set(kill_chain.ROUND) - (set() if is_separate else pushes)
+    assert hit == {(target, moment) for target in kill_plan.healable(mode) for moment in moments} | in_push
+    pushes = {kill_plan.IN_PUSH, kill_plan.MISSED}
+    assert {strike.pattern for strike in strikes} == set(kill_plan.ROUND) - (set() if is_separate else pushes)
 
 
 def test_what_shares_its_processes_with_the_trainer_is_not_replaced():
-    assert set(kill_chain.healable("stale_k")) == {"agent loop worker", "reward worker"}
-    assert set(kill_chain.healable("bounded_async")) >= set(kill_chain.SERVERS)
+    assert set(kill_plan.healable("stale_k")) == {"agent loop worker", "reward worker"}
+    assert set(kill_plan.healable("bounded_async")) >= set(kill_plan.SERVERS)
 
 
 @pytest.mark.e2e

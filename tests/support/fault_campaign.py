@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import kill_chain
+import kill_plan
 import typer
 from fault_runs import SEPARATE_MODES
 from fault_seeds import Fault, run_all, write
@@ -28,7 +28,7 @@ def parse_seeds(text: str) -> list[int]:
 
 def run_chains(seed: int, kills: int, out: Path, modes: Sequence[str], is_poisoned: bool) -> list[Chain]:
     """`kills` in one run of each of `modes`, none of which may end before its last step, and a prompt that kills."""
-    chains = [Chain(out / f"chain_{mode}", mode, kill_chain.draw(mode, kills, seed)) for mode in modes]
+    chains = [Chain(out / f"chain_{mode}", mode, kill_plan.draw(mode, kills, seed)) for mode in modes]
     if is_poisoned:
         chains.append(Chain(out / "poisoned", "bounded_async", [], steps=POISONED_STEPS, poisoned=POISONED))
     for chain in chains:

@@ -1,3 +1,5 @@
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# Ray's own of what it does not export, and its keyword arguments of a node.
 """Machines join a run and are taken away, one by `kill -9`, one after Ray was told to drain it: nothing is lost.
 
     make faults

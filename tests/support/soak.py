@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Annotated
 
 import cpu_run
-import kill_chain
+import kill_plan
 import matplotlib as mpl
 import psutil
 import typer
@@ -128,8 +128,8 @@ def main(
     out = out.resolve()
     if out.exists() and any(out.iterdir()):
         raise SystemExit(f"{out} is not empty: a run in it would be resumed. Name another folder or remove it")
-    patterns = (kill_chain.ONE,)
-    strikes = kill_chain.draw(mode, max(0, (steps - 1) // every), seed, patterns)
+    patterns = (kill_plan.ONE,)
+    strikes = kill_plan.draw(mode, max(0, (steps - 1) // every), seed, patterns)
     chain = Chain(out, mode, strikes, steps=steps, every_steps=every, seconds_per_token=0.0)
     with Sampler(chain, out / "memory.csv"):
         chain.run()
