@@ -3,14 +3,18 @@
 Each stands between two markers on its page; tests/test_docs.py compares them.
 """
 
+import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 
 from generate_configuration import CONFIG, title
 from generate_matrix import features
 from pages import replace_section
 
 DOCS = Path(__file__).parent
+CHAINS = DOCS / "results" / "chains.json"
 REPOSITORY = DOCS.parent
 
 
@@ -86,6 +90,24 @@ def _records() -> list:
     return sorted(LOSSES.values(), key=lambda loss: (loss.name != "m2po", loss.name))
 
 
+def chains() -> Iterator[str]:
+    """Yield what processes were killed in runs that went on, by mode, from what `make faults` wrote."""
+    yield "| mode | killed | times | servers lost | groups moved | generation lost | trainer waited, mean (longest) |"
+    yield "|---|---|---:|---:|---:|---:|---:|"
+    found = defaultdict(list)
+    for record in json.loads(CHAINS.read_text()):
+        strike = record["strike"]
+        alone = strike["pattern"] == "one"
+        found[record["mode"], strike["targets"][0] if alone else strike["pattern"]].append(strike)
+    for (mode, struck), strikes in sorted(found.items()):
+        lost, moved, generation = (
+            sum(strike[name] for strike in strikes) for name in ("replicas_lost", "groups_moved", "lost_generation_s")
+        )
+        waited = [strike["trainer_waited_s"] for strike in strikes]
+        times = f"{fmean(waited):.0f} s ({max(waited):.0f} s)"
+        yield f"| `{mode}` | {struck} | {len(strikes)} | {lost:.0f} | {moved:.0f} | {generation:.0f} s | {times} |"
+
+
 SECTIONS: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("README.md", "number of losses"): count_of_losses,
     ("README.md", "losses"): losses,
@@ -93,6 +115,7 @@ SECTIONS: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("docs/plugin.md", "extensions"): extensions,
     ("docs/compatibility.md", "features"): features,
     ("docs/plugin.md", "patches"): patches,
+    ("docs/reliability.md", "chains of kills"): chains,
     ("docs/plugin.md", "extension points"): extension_points,
 }
 

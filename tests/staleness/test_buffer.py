@@ -110,6 +110,18 @@ def test_bounded_async_trains_every_group_once_within_the_bound(transfer_queue):
     assert not any(transfer_queue.kv_list().values()), "rows were left behind"
 
 
+@pytest.mark.parametrize("rule", [ExactStale(0, BATCH), ExactStale(1, BATCH), BoundedAsync(1, BATCH)])
+def test_while_the_training_devices_are_lent_a_part_of_the_next_batch_is_waited_for(transfer_queue, rule):
+    run = Run(transfer_queue, rule, "lent")
+    rule.limit(3)
+    for step in range(1, 4):
+        there, metrics = run.buffer.wait_for_sampleable(step, "train", BATCH // 2)
+        assert BATCH // 2 <= there <= BATCH and metrics == {}
+        assert run.buffer.wait_for_sampleable(step, "train", BATCH) == (BATCH, {})
+        assert len(trained_groups(run.step(step))) == BATCH
+    assert run.buffer.get_sampleable_count(4, "train") == 0
+
+
 @pytest.mark.parametrize("mask_share", [0.0, 0.5])
 def test_over_age_tokens_leave_the_masks(transfer_queue, mask_share):
     run = Run(transfer_queue, BoundedAsync(1, BATCH, min_usable_share=0.0), "masked", mask_share=mask_share)

@@ -190,6 +190,29 @@ def test_a_separate_mode_without_devices_of_its_own_is_refused(mode, key, value,
     assert checks.check(config("stale_k", **{changed: value})) == []
 
 
+@pytest.mark.parametrize(
+    ("mode", "changes", "named"),
+    [
+        ("stale_k", {}, "share their devices"),
+        ("replay", {}, "share their devices"),
+        ("bounded_async", {}, "hybrid_engine"),
+        ("stale_k_separate", {"actor_rollout_ref__rollout__disaggregation__enabled": True}, "disaggregation"),
+    ],
+)
+def test_devices_that_cannot_be_lent_are_refused(mode, changes, named):
+    """verl itself ignores the key there, or ends the run when all has started."""
+    key = "trainer.v1.separate_async.hybrid_rollout.enable_switch"
+    lent = {key.replace(".", "__"): True, "actor_rollout_ref__hybrid_engine": mode != "bounded_async"}
+    problems = [problem for problem in checks.check(config(mode, **lent, **changes)) if problem.key == key]
+    assert [named in problem.why for problem in problems] == [True]
+
+
+@pytest.mark.parametrize("mode", SEPARATE_MODES)
+def test_devices_that_can_be_lent_may_have_a_rollout_of_their_own(mode):
+    key = "trainer__v1__separate_async__hybrid_rollout__enable_switch"
+    assert checks.check(config(mode, actor_rollout_ref__hybrid_engine=True, **{key: True})) == []
+
+
 def test_more_rollouts_than_transfer_queue_may_hold_are_refused_before_the_ramp():
     """Stale-256 of the paper: 67 batches of 256 prompts and 2,048 responses; verl's limit is 100,000 entries."""
     changes = {

@@ -18,6 +18,7 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from verl_m2po.staleness.restart.frames import JournalError, RowsWriter, decode, read_frames
+from verl_m2po.staleness.rollout import client
 from verl_m2po.staleness.rollout.agent_loop import StalenessAgentLoopWorker
 from verl_m2po.staleness.rollout.client import GenerationAborted, Session, SpanRecordingClient, current_session
 from verl_m2po.staleness.rollout.outputs import check_output, spans_of
@@ -153,6 +154,19 @@ def test_an_interruption_at_the_last_token_of_the_budget_ends_the_generation(gen
     of = Session()
     assert generate(FakeServer((2, 20, "aborted"), (3, 30, "aborted")), of).stop_reason == "length"
     assert of.spans == [[2, 20], [3, 30]]
+
+
+def test_a_server_that_refuses_again_is_not_asked_without_end(generate, monkeypatch):
+    """One on the training devices, which are lent, is known to the balancer before it serves."""
+    waits = []
+
+    async def wait(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr(client, "asyncio", SimpleNamespace(sleep=wait))
+    of, refused = Session(), (2, 0, "aborted")
+    assert generate(FakeServer(refused, refused, refused, (3, 5, "aborted"), refused, (3, 1, "stop")), of)
+    assert of.spans == [[3, 6]] and waits == [client.REFUSED_WAIT_S] * 2
 
 
 def test_an_attempt_without_tokens_leaves_no_version(generate):

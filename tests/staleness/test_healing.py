@@ -124,7 +124,7 @@ class Fakes:
     def _push(self, manager, version: int) -> dict:
         servers = [replica.server_handle for replica in manager.replicas]
         self._ray.get([server.load.remote(self.actor.weights, version) for server in servers])
-        asyncio.run(manager.resume_generation_replicas())
+        manager.resume_generation_replicas()
         return {}
 
     def handed_back(self) -> int:

@@ -8,6 +8,7 @@ import threading
 import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
@@ -155,6 +156,44 @@ def test_an_actor_that_is_unavailable_turns_out_dead_or_not(cluster, actor, monk
     for of in (living, busy, tool):
         before, after = settled(of)
         assert before is after and not run_actors.is_death(after)
+
+
+@pytest.mark.parametrize(("lasts", "is_death"), [(3, True), (1000, False)])
+def test_an_actor_on_a_machine_that_is_gone_is_dead_when_ray_has_learnt_of_it(monkeypatch, lasts, is_death):
+    """Ray learns of the death of a process at once, and of that of a machine after a quarter of a minute."""
+    monkeypatch.setattr("verl_m2po.staleness.watch.liveness.ASK_AGAIN_S", 0.001)
+    monkeypatch.setattr("verl_m2po.staleness.watch.liveness.MACHINE_DEATH_S", 0.2)
+    actor_id, answers = b"a" * 16, iter([ActorUnavailableError("no answer", None)] * lasts + [ActorDiedError()])
+
+    async def ask():
+        raise next(answers)
+
+    ready = SimpleNamespace(remote=ask)
+    actor = SimpleNamespace(_actor_id=SimpleNamespace(hex=actor_id.hex), __ray_ready__=ready)
+    error = ActorUnavailableError("no answer", actor_id)
+    assert isinstance(asyncio.run(RunActors([actor]).settle(error)), ActorDiedError) == is_death
+
+
+@pytest.mark.parametrize(("looks", "is_found"), [(1, True), (6, True), (1000, False)])
+def test_the_cause_of_an_error_is_looked_for_as_long_as_some_are_unavailable(monkeypatch, looks, is_found):
+    monkeypatch.setattr("verl_m2po.staleness.watch.liveness.FIND_CAUSE_S", 0.0)
+    monkeypatch.setattr("verl_m2po.staleness.watch.liveness.MACHINE_DEATH_S", 0.5)
+    watch, looked = Watch(), []
+
+    def look(_timeout_s):
+        looked.append(1)
+        time.sleep(0.001)
+        return None, len(looked) < looks
+
+    monkeypatch.setattr(watch, "_look", look)
+    assert watch.find_cause_until(lambda: len(looked) >= looks) == is_found
+    assert len(looked) == looks if is_found else len(looked) < looks
+
+
+def test_a_death_that_nobody_takes_care_of_is_the_end_of_the_search(monkeypatch):
+    watch = Watch()
+    monkeypatch.setattr(watch, "_look", lambda _: ("the actor worker died.", True))
+    assert not watch.find_cause_until(lambda: False)
 
 
 @pytest.fixture

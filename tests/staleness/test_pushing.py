@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 from verl.checkpoint_engine import CheckpointEngineManager
 
+from verl_m2po.staleness.heal.lent import Lent
 from verl_m2po.staleness.heal.pushing import GatedCheckpointManager
+from verl_m2po.staleness.watch.liveness import WorkerDied
 
 
 class Replica:
@@ -50,7 +52,7 @@ class Run:
                 raise ConnectionError("a receiver is gone")
             if version not in replica.misses:
                 replica.global_steps = version
-        asyncio.run(manager.resume_generation_replicas())
+        manager.resume_generation_replicas()
         return {"sent": len(manager.replicas)}
 
     def takes_part(self, replica) -> bool:
@@ -105,6 +107,18 @@ def test_an_error_that_no_death_explains_stays_an_error(monkeypatch):
     run = Run(monkeypatch, Replica("a", dies_in=(3,)), explains=False)
     with pytest.raises(ConnectionError):
         run.manager.update_weights(3)
+
+
+def test_a_lent_server_that_does_not_serve_the_present_weights_ends_the_run(monkeypatch):
+    """It shares its processes with the trainer, so that nothing can take its place."""
+    good, late = Replica("good"), Replica("late", misses=(2,))
+    manager = Run(monkeypatch, good, late).manager
+    manager._attendance = Lent()
+    manager.update_weights(1)
+    assert good.generates and late.generates
+    with pytest.raises(WorkerDied, match=r"late on the training devices: .*weight version 1"):
+        manager.update_weights(2)
+    assert not good.generates and not late.generates
 
 
 class ClosingServer(Replica):

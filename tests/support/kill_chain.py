@@ -42,9 +42,15 @@ STEPS_PER_STRIKE, STEPS_PER_REPLACEMENT = 6, 40
 
 LONGEST_TOKENS = 32
 
+SLOW_STEP_S = 10.0
+"""A trainer step on a machine that others use."""
+
 END_WITHIN_S = 30.0
 """A run that has not gone on may still say why."""
 
+
+LINE = 300
+"""Characters of a line of the log in a report."""
 
 QUESTION = "M2PO_TEST_POISONED_QUESTION"
 """See poison.py, which only an engine can import."""
@@ -137,7 +143,8 @@ class Chain:
         return None if self.poisoned is None else self.training.promise().order[self.poisoned]
 
     def _strike_all(self) -> None:
-        step, within_s = self.every_steps, START_WITHIN_S
+        interval_s = self.every_steps * SLOW_STEP_S
+        step, within_s = self.every_steps, START_WITHIN_S + interval_s
         for number, strike in enumerate(self.strikes, 1):
             if not self.attempt.wait_for(lambda step=step: self.attempt.last_step >= step, within_s):
                 self.problems.append(f"before strike {number} the run does not come to trainer step {step}")
@@ -147,7 +154,8 @@ class Chain:
             self._strike(strike)
             what = f"{strike.pattern}: {' and '.join(strike.targets)}" if strike.targets else strike.pattern
             self.say(f"{self.mode}, {number} of {len(self.strikes)}, step {strike.after_step}, {strike.moment}: {what}")
-            step, within_s = self.attempt.last_step + self.every_steps, HEAL_WITHIN_S
+            step = self.attempt.last_step + self.every_steps
+            within_s = HEAL_WITHIN_S + interval_s
 
     def _strike(self, strike: Strike) -> None:
         if strike.pattern == MISSED:
@@ -213,7 +221,8 @@ class Chain:
     def _judge(self, status: int | None, left: list[str]) -> None:
         output = self.attempt.log.read_text(errors="replace")
         if status != 0:
-            self.problems.append(f"the run ended with status {status}:\n" + "\n".join(output.splitlines()[-40:]))
+            tail = "\n".join(line[:LINE] for line in output.splitlines()[-40:])
+            self.problems.append(f"the run ended with status {status}:\n{tail}")
         if left:
             self.problems.append(f"processes stay: {left}")
         lines = self.training.ledger.read_text().splitlines() if self.training.ledger.exists() else []

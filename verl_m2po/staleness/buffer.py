@@ -210,6 +210,20 @@ class StalenessReplayBuffer(_ListsValidationOnly):
         self._tend_servers()
         self.pump()
 
+    def get_sampleable_count(self, global_steps: int, partition_id: str) -> int:
+        """Groups of the batch of trainer step `global_steps` that are there, at most all; see verl's."""
+        version = version_at_step(global_steps)
+        return len(self.rule.expected(version, self.rule.batch_size))
+
+    def wait_for_sampleable(self, global_steps: int, partition_id: str, count: int) -> tuple[int, dict]:
+        """Wait until `count` groups of that batch are there; see verl's, which lends the training devices meanwhile."""
+
+        def there() -> int:
+            return self.get_sampleable_count(global_steps, partition_id)
+
+        self.wait_until(lambda: there() >= count, f"{count} groups of the next batch are not there yet")
+        return there(), {}
+
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
         """The next `batch_size` groups; see verl's `ReplayBuffer.sample`.
 

@@ -7,9 +7,12 @@ from typing import Any
 
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
 
 from verl_m2po.patches import verl as verl_patches
 from verl_m2po.staleness.heal.healing import Healing
+from verl_m2po.staleness.heal.lent import Lent
+from verl_m2po.staleness.heal.pushing import GatedCheckpointManager
 from verl_m2po.staleness.rollout.client import SpanRecordingClient
 from verl_m2po.staleness.rollout.scoring import ServedCheck
 from verl_m2po.staleness.watch.deadline import TimeLimits
@@ -32,9 +35,27 @@ class OnOwnDevices(PPOTrainer):
         manager, pushes = self.standalone_server_manager, self.standalone_checkpoint_manager
         self._healing = Healing.of(self.config, manager, pushes, self._watch)
         self.standalone_checkpoint_manager = self._healing.pushes
+        if self._enable_hybrid_replicas:
+            lent = self.llm_server_manager.get_replicas()
+            self.checkpoint_manager = GatedCheckpointManager(self.checkpoint_manager, lent, Lent())
+
+    @property
+    def _is_lent(self) -> bool:
+        """Whether the training devices generate at the moment."""
+        return self.current_mode == HybridEngineMode.ROLLOUT
+
+    def prepare_step(self) -> dict:
+        """As verl's: while its devices are lent, the trainer waits for the share of a batch that it lends them for."""
+        return super().prepare_step() | self._wait_for_sampleable_and_switch()
 
     def _tend_servers(self, version: int) -> None:
-        self._healing.tend(version, self._limits.push)
+        # The weights are pushed from the training devices: while they are lent, who joins waits for the next push.
+        if not self._is_lent:
+            self._healing.tend(version, self._limits.push)
+
+    def _quieten_rollout(self) -> None:
+        if self._is_lent:
+            self.switch_to_trainer()
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         self._served.before_update(batch)

@@ -85,6 +85,7 @@ def checks(
         Check("top_k", sampling.top_k, sampling.TOP_K.key),
         Check("the temperature", sampling.temperature, sampling.TEMPERATURE.key),
         Check("what the mode replaces", setup.replaced, "trainer"),
+        Check("devices that are lent", setup.lending, "trainer.v1.separate_async"),
         Check("asynchronous saving", setup.asynchronous_saving, "actor_rollout_ref.actor.checkpoint.async_save"),
         Check("the replacement of servers", healing.problems, "trainer.v1"),
         Check("the devices of the rollout", setup.devices, "actor_rollout_ref.rollout"),

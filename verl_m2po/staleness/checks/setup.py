@@ -11,6 +11,8 @@ from verl_m2po.staleness.config import SEPARATE_MODES
 
 _ROLLOUT = "actor_rollout_ref.rollout"
 _SWITCH = "trainer.v1.separate_async.hybrid_rollout.enable_switch"
+_HYBRID = "actor_rollout_ref.hybrid_engine"
+_DISAGGREGATED = f"{_ROLLOUT}.disaggregation.enabled"
 _SAMPLER = "trainer.v1.sampler.custom_sampler.path"
 _MANAGER = f"{_ROLLOUT}.agent.agent_loop_manager_class"
 _SKIP = "skip.rollout_tq.enable"
@@ -26,9 +28,6 @@ def replaced(config: DictConfig) -> Iterator[Problem]:
         yield Problem("trainer.use_v1", False, why, "Set it to true")
     if read(config, _SKIP):
         yield Problem(_SKIP, True, "skipped rollouts have no weight version", "Set it to false")
-    if read(config, _SWITCH) and mode in SEPARATE_MODES:
-        why = "lending the training devices to the rollout is driven by verl's own buffer"
-        yield Problem(_SWITCH, True, why, "Set it to false")
     sampler = read(config, _SAMPLER)
     # hardware=cpu sets one of ours, which only makes verl's own buffer poll faster; it is not used here.
     if sampler is not None and not str(sampler).startswith("pkg://verl_m2po."):
@@ -37,6 +36,22 @@ def replaced(config: DictConfig) -> Iterator[Problem]:
     if manager is not None and not str(manager).startswith("verl_m2po."):
         why = f"the mode {mode} needs verl_m2po.staleness.rollout.manager.StalenessAgentLoopManager"
         yield Problem(_MANAGER, manager, why, "Remove it; custom agent loops are not affected")
+
+
+def lending(config: DictConfig) -> Iterator[Problem]:
+    """Yield what keeps verl from lending the training devices to the rollout; verl ignores the key, or ends late."""
+    mode = read(config, TRAINER_MODE)
+    if not read(config, _SWITCH):
+        return
+    if mode not in SEPARATE_MODES:
+        why = f"in the mode {mode} trainer and rollout share their devices anyway"
+        yield Problem(_SWITCH, True, why, "Set it to false")
+    elif read(config, _HYBRID) is False:
+        why = f"there is no rollout on the training devices that could be lent ({_HYBRID}=false)"
+        yield Problem(_SWITCH, True, why, f"Set {_HYBRID}=true, or this to false")
+    elif read(config, _DISAGGREGATED):
+        why = f"verl cannot lend devices to a rollout in which prefill has devices of its own ({_DISAGGREGATED})"
+        yield Problem(_SWITCH, True, why, "Set one of them to false")
 
 
 def asynchronous_saving(config: DictConfig) -> Iterator[Problem]:
@@ -65,7 +80,7 @@ def devices(config: DictConfig) -> Iterator[Problem]:
         why = "it moves weights within one process, and the rollout has processes of its own"
         remedy = f"{_OPTION}, or set it to nccl (gloo on the CPU)"
         yield Problem(f"{_ROLLOUT}.checkpoint_engine.backend", backend, why, remedy)
-    if read(config, "actor_rollout_ref.hybrid_engine") is not False:
-        why = f"verl keeps a second rollout on the training devices, which the mode {mode} never asks"
-        remedy = "Set it to false to have the memory"
-        yield Problem("actor_rollout_ref.hybrid_engine", True, why, remedy, is_fatal=False)
+    if read(config, _HYBRID) is not False and not read(config, _SWITCH):
+        why = f"verl keeps a second rollout on the training devices, which the mode {mode} asks in validations alone"
+        remedy = f"Set it to false to have the memory, or lend the devices: {_SWITCH}=true"
+        yield Problem(_HYBRID, True, why, remedy, is_fatal=False)

@@ -27,7 +27,7 @@ from verl_m2po.staleness.heal.held import HeldWeights
 from verl_m2po.staleness.heal.members import Members
 from verl_m2po.staleness.heal.pushing import GatedCheckpointManager
 from verl_m2po.staleness.rule import events
-from verl_m2po.staleness.watch.liveness import FIND_CAUSE_S, Watch, WorkerDied
+from verl_m2po.staleness.watch.liveness import Watch, WorkerDied
 
 logger = logging.getLogger(__name__)
 
@@ -171,11 +171,8 @@ class Healing:
 
     def explain(self, attempted: Sequence[Any]) -> bool:
         """See `pushing.Attendance`."""
-        deadline = time.monotonic() + (FIND_CAUSE_S if self.heals else 0.0)
-        while all(map(self.takes_part, attempted)):
-            left_s = deadline - time.monotonic()
-            if left_s <= 0 or self._watch.find_dead(min(left_s, 1.0)) is not None:
-                return False
+        if not self.heals or not self._watch.find_cause_until(lambda: not all(map(self.takes_part, attempted))):
+            return False
         for replica in replicas.silent_engines([each for each in attempted if self.takes_part(each)]):
             self.lose(replica, "its engine waits for the rest of a push that a death has interrupted")
         return True

@@ -94,6 +94,7 @@ class GatedCheckpointManager(CheckpointEngineManager):
             await asyncio.gather(*handed_back, return_exceptions=True)
         await closing
 
+    @auto_await
     async def resume_generation_replicas(self) -> None:
         """As verl's, for those that pass the gate: before the first request of the new weights is served."""
         reported = await replicas.served_versions(self.replicas)

@@ -8,6 +8,7 @@ and resumed has several, and the loss needs to know where one ends and the next 
 at once: the servers park a request until they hold the new weights, so the second that verl's client sleeps is lost.
 """
 
+import asyncio
 import contextvars
 import logging
 import time
@@ -24,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 MOST_DEATHS = 2
 """Servers that may die under one session before its group is given up: its prompt may be what kills them."""
+
+
+REFUSED_WAIT_S = 0.1
+"""Before the next attempt, if one after the other brought no token: a server that is lent refuses until it serves."""
 
 
 class GenerationAborted(RuntimeError):
@@ -157,7 +162,7 @@ class _SpanRecorder(_Mover):
         if session is None:
             return await super().generate(request_id, prompt_ids=prompt_ids, sampling_params=sampling_params, **kwargs)
         limit = next((key for key in ("max_tokens", "max_new_tokens") if key in sampling_params), None)
-        whole = None
+        whole, in_vain = None, 0
         params = dict(sampling_params)
         while True:
             if session.is_aborted:
@@ -173,6 +178,9 @@ class _SpanRecorder(_Mover):
             whole = output if whole is None else _joined(whole, output)
             if output.stop_reason not in ("aborted", "abort"):
                 break
+            in_vain = 0 if output.token_ids else in_vain + 1
+            if in_vain > 1:
+                await asyncio.sleep(REFUSED_WAIT_S)
             if limit is not None:
                 params[limit] = sampling_params[limit] - len(whole.token_ids)
                 if params[limit] <= 0:

@@ -32,6 +32,12 @@ UNWIND_S = 10.0
 FIND_CAUSE_S = 5.0
 """How long after an error of the trainer the dead are looked for: Ray learns of a death a moment after it."""
 
+MACHINE_DEATH_S = 60.0
+"""How long Ray may take to learn that a machine is gone. Until then it calls the actors there unavailable."""
+
+ASK_AGAIN_S = 1.0
+"""Between two questions to an actor that Ray calls unavailable."""
+
 EXIT_S = 30.0
 """How long the trainer has to clean up after a death before its process ends regardless."""
 
@@ -82,13 +88,18 @@ class RunActors:
         """
         if not isinstance(error, ActorUnavailableError) or error.actor_id not in self._actors:
             return error
-        try:
-            await asyncio.wait_for(self._actors[error.actor_id].__ray_ready__.remote(), FIND_CAUSE_S)
-        except ActorDiedError as death:
-            return death
-        except (ActorUnavailableError, asyncio.TimeoutError):
-            pass  # cut off or busy: for all that is known, it lives
-        return error
+        deadline = time.monotonic() + MACHINE_DEATH_S
+        while time.monotonic() < deadline:
+            try:
+                await asyncio.wait_for(self._actors[error.actor_id].__ray_ready__.remote(), FIND_CAUSE_S)
+                break
+            except ActorDiedError as death:
+                return death
+            except asyncio.TimeoutError:
+                break  # busy
+            except ActorUnavailableError:
+                await asyncio.sleep(ASK_AGAIN_S)
+        return error  # for all that is known, it lives
 
 
 # Servers of the cluster are never behind a proxy.
@@ -228,13 +239,27 @@ class Watch:
 
     def _find_cause(self) -> str | None:
         """`find_dead`, as often as it takes actors that are unavailable to turn out dead or alive."""
-        deadline = time.monotonic() + FIND_CAUSE_S
-        while (left_s := deadline - time.monotonic()) > 0:
-            death, some_unavailable = self._look(left_s)
+        deadline = time.monotonic() + MACHINE_DEATH_S
+        while time.monotonic() < deadline:
+            death, some_unavailable = self._look(FIND_CAUSE_S)
             if death or self._death or not some_unavailable:
                 return death or self._death
             time.sleep(0.1)
         return None
+
+    def find_cause_until(self, is_healed: Callable[[], bool]) -> bool:
+        """Look for who died, after an error, until `is_healed`, which somebody who takes care of a death makes true.
+
+        Returns:
+            Whether it is; not if the dead cannot be taken care of, or nobody turns out dead.
+        """
+        began_at = time.monotonic()
+        while not is_healed():
+            death, some_unavailable = self._look(1.0)
+            limit_s = MACHINE_DEATH_S if some_unavailable else FIND_CAUSE_S
+            if death is not None or time.monotonic() - began_at > limit_s:
+                return is_healed()
+        return True
 
     @contextmanager
     def guard(self) -> Iterator[None]:
