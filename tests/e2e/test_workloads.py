@@ -18,6 +18,11 @@ from benchmarks.paced import SECONDS_PER_TOKEN
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 REPOSITORY = Path(__file__).parents[2]
+LENT = (
+    "actor_rollout_ref.hybrid_engine=true",
+    "actor_rollout_ref.rollout.nnodes=1",
+    "trainer.v1.separate_async.hybrid_rollout.enable_switch=true",
+)
 LORA = ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16")
 KL_AND_ENTROPY = (
     "actor_rollout_ref.actor.use_kl_loss=true",
@@ -109,8 +114,9 @@ def test_an_agent_calls_a_tool_over_several_turns_that_are_all_as_old_as_promise
 @pytest.mark.feature("an entropy bonus", mode="bounded_async")
 @pytest.mark.feature("a journal", mode="bounded_async")
 @pytest.mark.feature("an adaptive bound", mode="bounded_async")
+@pytest.mark.feature("training devices lent to the rollout", mode="bounded_async")
 def test_turns_that_a_weight_update_interrupts_have_their_versions_in_the_ledger(train, tmp_path, tiny):
-    """Bounded staleness, 0.2 s a token: turns go on with newer weights, after the tool's answer and before it."""
+    """0.2 s a token: turns go on with newer weights, or at another server, after the tool's answer and before it."""
     steps, bound_steps = 5, 1
     adaptive = "trainer.v1.bounded_async.adaptive"
     result, ledger = run_mode(
@@ -118,7 +124,7 @@ def test_turns_that_a_weight_update_interrupts_have_their_versions_in_the_ledger
         tmp_path,
         "bounded_async",
         bound_steps * UPDATES_PER_STEP,
-        *SEPARATE,
+        *LENT,
         *FILTERED,
         *with_tool("verl_m2po/tasks/calculator.py"),
         "algorithm.adv_estimator=gae",
@@ -144,6 +150,10 @@ def test_turns_that_a_weight_update_interrupts_have_their_versions_in_the_ledger
     assert all(math.isfinite(value) for value in result.series("critic/vf_loss"))
     assert_kl_and_entropy_are_there(result, steps)
     assert any(len(row[1]) > 1 for line in ledger for group in line["groups"] for row in group[3])
+    # Generation is slow: the training devices take part in it before the first step, and between steps.
+    decided = result.series("separate_async/decision/should_switch_to_rollout")
+    assert len(decided) == steps - 1 and sum(decided) > 0
+    assert len([wait for wait in result.series("timing_s/switch_wait") if wait > 0]) > sum(decided)
 
 
 @pytest.mark.feature("LoRA", mode="stale_k_separate")

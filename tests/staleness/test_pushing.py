@@ -61,7 +61,7 @@ class Run:
     def lose(self, replica, reason: str) -> None:
         self.lost[replica.server_address] = reason
 
-    def explain(self, attempted) -> bool:
+    def explain(self, attempted, error) -> bool:
         if self.explains:
             self.lose(self.dead, "died")
         return self.explains

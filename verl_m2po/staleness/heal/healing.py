@@ -169,9 +169,12 @@ class Healing:
         self._watch.add_engines("rollout engine", [name])
         logger.info("rollout server %s is up, and waits for the present weights", name)
 
-    def explain(self, attempted: Sequence[Any]) -> bool:
+    def _all_take_part(self, those: Sequence[Any]) -> bool:
+        return all(map(self.takes_part, those))
+
+    def explain(self, attempted: Sequence[Any], error: Exception) -> bool:
         """See `pushing.Attendance`."""
-        if not self.heals or not self._watch.find_cause_until(lambda: not all(map(self.takes_part, attempted))):
+        if not self.heals or not self._watch.find_cause_until(lambda: not self._all_take_part(attempted), error):
             return False
         for replica in replicas.silent_engines([each for each in attempted if self.takes_part(each)]):
             self.lose(replica, "its engine waits for the rest of a push that a death has interrupted")

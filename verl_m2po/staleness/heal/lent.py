@@ -24,7 +24,7 @@ class Lent:
         """
         raise WorkerDied(f"rollout server {replica.server_address} on the training devices: {reason}")
 
-    def explain(self, attempted: Sequence[Any]) -> bool:
+    def explain(self, attempted: Sequence[Any], error: Exception) -> bool:
         """Nothing of a push that failed is made again."""
         return False
 

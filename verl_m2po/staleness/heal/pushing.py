@@ -35,8 +35,8 @@ class Attendance(Protocol):
         """The replica takes part no more."""
         ...
 
-    def explain(self, attempted: Sequence[Any]) -> bool:
-        """Whether one of those that a failed push went to has died; those that it left blocked are lost, too."""
+    def explain(self, attempted: Sequence[Any], error: Exception) -> bool:
+        """Whether one of those that a push with this `error` went to has died; whom it left blocked is lost, too."""
         ...
 
     def admit(self, replicas: Sequence[Any]) -> None:
@@ -70,7 +70,7 @@ class GatedCheckpointManager(CheckpointEngineManager):
             try:
                 metrics: Any = CheckpointEngineManager.update_weights(self, global_steps)
             except Exception as error:
-                if not self._attendance.explain(attempted):
+                if not self._attendance.explain(attempted, error):
                     raise
                 logger.warning("the push of weight version %d is made again: %s", global_steps, error)
                 continue

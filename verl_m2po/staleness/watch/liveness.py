@@ -33,7 +33,7 @@ FIND_CAUSE_S = 5.0
 """How long after an error of the trainer the dead are looked for: Ray learns of a death a moment after it."""
 
 MACHINE_DEATH_S = 60.0
-"""How long Ray may take to learn that a machine is gone. Until then it calls the actors there unavailable."""
+"""How long Ray may take to learn that a machine is gone. Until then actors there are unavailable, or do not answer."""
 
 ASK_AGAIN_S = 1.0
 """Between two questions to an actor that Ray calls unavailable."""
@@ -89,16 +89,16 @@ class RunActors:
         if not isinstance(error, ActorUnavailableError) or error.actor_id not in self._actors:
             return error
         deadline = time.monotonic() + MACHINE_DEATH_S
-        while time.monotonic() < deadline:
+        while (left_s := deadline - time.monotonic()) > 0:
             try:
-                await asyncio.wait_for(self._actors[error.actor_id].__ray_ready__.remote(), FIND_CAUSE_S)
+                await asyncio.wait_for(self._actors[error.actor_id].__ray_ready__.remote(), left_s)
                 break
             except ActorDiedError as death:
                 return death
-            except asyncio.TimeoutError:
-                break  # busy
             except ActorUnavailableError:
                 await asyncio.sleep(ASK_AGAIN_S)
+            except asyncio.TimeoutError:
+                break
         return error  # for all that is known, it lives
 
 
@@ -247,17 +247,16 @@ class Watch:
             time.sleep(0.1)
         return None
 
-    def find_cause_until(self, is_healed: Callable[[], bool]) -> bool:
-        """Look for who died, after an error, until `is_healed`, which somebody who takes care of a death makes true.
+    def find_cause_until(self, is_healed: Callable[[], bool], error: BaseException) -> bool:
+        """Look for who died, after `error`, until `is_healed`, which somebody who takes care of a death makes true.
 
         Returns:
             Whether it is; not if the dead cannot be taken care of, or nobody turns out dead.
         """
-        began_at = time.monotonic()
+        limit_s = MACHINE_DEATH_S if isinstance(error, ActorUnavailableError) else FIND_CAUSE_S
+        deadline = time.monotonic() + limit_s
         while not is_healed():
-            death, some_unavailable = self._look(1.0)
-            limit_s = MACHINE_DEATH_S if some_unavailable else FIND_CAUSE_S
-            if death is not None or time.monotonic() - began_at > limit_s:
+            if self.find_dead(min(limit_s, 1.0)) is not None or time.monotonic() > deadline:
                 return is_healed()
         return True
 
