@@ -97,9 +97,14 @@ class FakeServer:
         self._attempts = list(attempts)
         self.aborted: list[str] = []
         self.generate = SimpleNamespace(remote=self._generate)
-        self.abort_request = SimpleNamespace(remote=lambda request_id, **_: self.aborted.append(request_id))
+        self.abort_request = self.generate  # that there is one tells vLLM's server from others
+        self.engine = SimpleNamespace(abort=self._abort)
+        self.__ray_call__ = SimpleNamespace(remote=lambda what, *args: what(self, *args))
         self.on_generate = lambda: None
         self.asked: list[tuple[int, int]] = []
+
+    async def _abort(self, requests: list[str]) -> None:
+        self.aborted += requests
 
     async def _generate(self, prompt_ids, sampling_params, **_) -> TokenOutput:
         self.asked.append((len(prompt_ids), sampling_params["max_tokens"]))

@@ -18,10 +18,13 @@ class Replica:
         self.server_address, self.misses, self.dies_in = name, misses, dies_in
         self.global_steps: int | None = None
         self.generates = False
-        self.servers = [SimpleNamespace(__ray_call__=SimpleNamespace(remote=self._call))]
+        self.servers = [SimpleNamespace(__ray_call__=SimpleNamespace(remote=self._begin))]
 
-    async def _call(self, what):
-        return what(self)
+    def _begin(self, what, *args):
+        return asyncio.ensure_future(self._call(what, *args))
+
+    async def _call(self, what, *args):
+        return what(self, *args)
 
     async def resume_generation(self) -> None:
         self.generates = True
@@ -121,6 +124,11 @@ def test_a_lent_server_that_does_not_serve_the_present_weights_ends_the_run(monk
     assert not good.generates and not late.generates
 
 
+def state(name: str):
+    """Of a request that came as `name`, and waits."""
+    return SimpleNamespace(is_prefilling=True, external_req_id=name)
+
+
 class ClosingServer(Replica):
     """One that closes once its queue has been handed back, as verl's does a minute later by itself."""
 
@@ -128,14 +136,13 @@ class ClosingServer(Replica):
         super().__init__("closing")
         self._submission_paused, self._admitting = False, queued
         self.server_handle = self.servers[0]
-        self.server_handle.abort_request = SimpleNamespace(remote=self.abort_request)
-        states = {str(number): SimpleNamespace(is_prefilling=True) for number in range(queued)}
-        self.engine = SimpleNamespace(output_processor=SimpleNamespace(request_states=states))
+        states = {f"{number}-of vLLM": state(f"{number}") for number in range(queued)}
+        self.engine = SimpleNamespace(output_processor=SimpleNamespace(request_states=states), abort=self._abort)
 
-    def abort_request(self, request_id: str, reset_prefix_cache: bool) -> None:
-        assert not reset_prefix_cache
-        if self.engine.output_processor.request_states.pop(request_id, None):
-            self._admitting -= 1
+    async def _abort(self, requests: list[str]) -> None:
+        for request in requests:
+            if self.engine.output_processor.request_states.pop(f"{request}-of vLLM", None):
+                self._admitting -= 1
 
     async def abort_all_requests(self, reject_request: bool) -> None:
         self._submission_paused = True

@@ -75,6 +75,7 @@ class Chain:
         staleness_steps: trainer steps; exact, or the bound.
         every_steps: trainer steps from one strike to the next, the first one too.
         seconds_per_token: that an engine takes at least; 0.06 makes generation take two seconds.
+        more: further overrides.
         poisoned: the place in the data loader's order of a prompt that kills the engines it is given to; None: none.
     """
 
@@ -86,12 +87,13 @@ class Chain:
     staleness_steps: int = STALENESS_STEPS
     every_steps: int = EVERY_STEPS
     seconds_per_token: float = 0.06
+    more: tuple[str, ...] = ()
     poisoned: int | None = None
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        kind = Kind(self.mode, self.staleness_steps, overrides=(*self._devices(), *self._pace_and_size()))
+        kind = Kind(self.mode, self.staleness_steps, overrides=(*self._devices(), *self._pace_and_size(), *self.more))
         self.training = TrainingRun(self.folder, kind, self.steps or steps_for(self.strikes))
         self._keep_from_one = self.folder / "next-push-misses-one"
 

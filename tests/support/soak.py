@@ -30,6 +30,9 @@ SETTLED_AFTER_STEPS, WINDOW_STEPS = 200, 50
 MOST_GROWTH = 0.1
 """Of the mean over the last steps above that after `SETTLED_AFTER_STEPS`."""
 
+SAVED = ("trainer.save_freq=20",)
+"""Nothing goes on from these checkpoints: they are there to be written."""
+
 MIB = 2**20
 
 
@@ -130,7 +133,7 @@ def main(
         raise SystemExit(f"{out} is not empty: a run in it would be resumed. Name another folder or remove it")
     patterns = (kill_plan.ONE,)
     strikes = kill_plan.draw(mode, max(0, (steps - 1) // every), seed, patterns)
-    chain = Chain(out, mode, strikes, steps=steps, every_steps=every, seconds_per_token=0.0)
+    chain = Chain(out, mode, strikes, steps=steps, every_steps=every, seconds_per_token=0.0, more=SAVED)
     with Sampler(chain, out / "memory.csv"):
         chain.run()
     kinds = by_kind(out / "memory.csv")

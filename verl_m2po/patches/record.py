@@ -21,6 +21,7 @@ class Scope(Enum):
     SETUP = "the trainer of a staleness mode, while it is set up"
     SEPARATE_MODES = "the trainer of `stale_k_separate` and `bounded_async`, while it is set up"
     PUSH = "the rollout servers of `stale_k_separate` and `bounded_async`, while they close for a push"
+    CANCELLING = "the rollout servers of the staleness modes, where a group is given up or a server closes for a push"
     STEP_SCALE = "the actor's engine, during a mini-batch with `step_scale.power` set"
 
 

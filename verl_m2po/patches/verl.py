@@ -1,5 +1,6 @@
 """Patches of verl."""
 
+import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -207,7 +208,30 @@ def waiting_requests(server: Any) -> list[str]:
     if not getattr(server, "_submission_paused", False) or not getattr(server, "_admitting", 0):
         return []
     states = list(server.engine.output_processor.request_states.items())
-    return [request for request, state in states if state.is_prefilling]  # no token yet, so that none is lost
+    # Without a token yet, so that none is lost; by the name that they came with, where vLLM gives them another.
+    return [getattr(state, "external_req_id", request) for request, state in states if state.is_prefilling]
+
+
+_cancelling: set[asyncio.Future[None]] = set()
+"""Python itself keeps no reference to what runs beside."""
+
+
+def cancel(server: Any, requests: list[str]) -> None:
+    """Cancel requests at verl's vLLM server, by the names that they came with. Called in its process.
+
+    Symptom: what was given up is generated to its end, for nothing; "OutputProcessor.abort_requests() missing 1
+    required positional argument: 'internal'" in the server's log.
+    Cause: `abort_request` (verl/workers/rollout/vllm_rollout/vllm_async_server.py, 0.9.1, l.1046) knows vLLM's output
+    processor before it gave requests names of its own (vllm/v1/engine/output_processor.py 0.28, l.471).
+    Delete when: verl calls ``AsyncLLM.abort``.
+
+    Args:
+        server: verl's vLLM server.
+        requests: one that is not there, or not any more, is left out.
+    """
+    cancelling = asyncio.ensure_future(server.engine.abort(requests))
+    _cancelling.add(cancelling)
+    cancelling.add_done_callback(_cancelling.discard)
 
 
 @contextmanager
@@ -330,6 +354,11 @@ PATCHES = (
         waiting_requests,
         replaces=f"{_ROLLOUT}.vllm_async_server.vLLMHttpServer.abort_all_requests",
         scope=Scope.PUSH,
+    ),
+    Patch(
+        cancel,
+        replaces=f"{_ROLLOUT}.vllm_async_server.vLLMHttpServer.abort_request",
+        scope=Scope.CANCELLING,
     ),
     Patch(
         quiet_separate_setup,

@@ -20,8 +20,8 @@ HAND_BACK_EVERY_S = 0.1
 
 
 async def _hand_back(server: Any) -> None:
-    for request in await server.__ray_call__.remote(verl_patches.waiting_requests):
-        server.abort_request.remote(request, reset_prefix_cache=False)
+    if waiting := await server.__ray_call__.remote(verl_patches.waiting_requests):
+        server.__ray_call__.remote(verl_patches.cancel, waiting)
 
 
 class Attendance(Protocol):

@@ -19,6 +19,7 @@ import numpy as np
 from ray.exceptions import ActorDiedError
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 
+from verl_m2po.patches import verl as verl_patches
 from verl_m2po.staleness.watch.liveness import RunActors, ServerDied, is_dead_engine
 
 logger = logging.getLogger(__name__)
@@ -78,9 +79,8 @@ class Session:
         Only verl's vLLM server can cancel one request. Elsewhere it goes on to its end, and its answer is not used.
         """
         self.is_aborted = True
-        cancel = getattr(self.server, "abort_request", None)
-        if cancel is not None and self.server_request_id is not None:
-            cancel.remote(self.server_request_id, reset_prefix_cache=False)
+        if hasattr(self.server, "abort_request") and self.server_request_id is not None:
+            self.server.__ray_call__.remote(verl_patches.cancel, [self.server_request_id])
 
 
 current_session: contextvars.ContextVar[Session | None] = contextvars.ContextVar("current_session", default=None)
