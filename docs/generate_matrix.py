@@ -37,7 +37,10 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "resuming from a checkpoint": ("trainer.resume_mode=auto",),
     "validation while training": ("trainer.test_freq=4",),
     "asynchronous saving": (f"{_ACTOR}.checkpoint.async_save=true",),
-    "training devices lent to the rollout": ("trainer.v1.separate_async.hybrid_rollout.enable_switch=true",),
+    "training devices lent to the rollout": (
+        "actor_rollout_ref.hybrid_engine=true",
+        "trainer.v1.separate_async.hybrid_rollout.enable_switch=true",
+    ),
     "an adaptive bound": ("trainer.v1.bounded_async.adaptive.enable=true",),
     "router replay": (f"{_ROLLOUT}.enable_rollout_routing_replay=true",),
     "`top_p` below 1": (f"{_ROLLOUT}.top_p=0.9",),
