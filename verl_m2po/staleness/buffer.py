@@ -212,17 +212,21 @@ class StalenessReplayBuffer(_ListsValidationOnly):
 
     def get_sampleable_count(self, global_steps: int, partition_id: str) -> int:
         """Groups of the batch of trainer step `global_steps` that are there, at most all; see verl's."""
-        version = version_at_step(global_steps)
-        return len(self.rule.expected(version, self.rule.batch_size))
+        if partition_id == "val":
+            return super().get_sampleable_count(global_steps, partition_id)
+        return len(self._sampleable(global_steps))
 
-    def wait_for_sampleable(self, global_steps: int, partition_id: str, count: int) -> tuple[int, dict]:
+    def _sampleable(self, global_steps: int) -> set[str]:
+        groups = self.rule.expected(version_at_step(global_steps), self.rule.batch_size)
+        return {group.ticket.uid for group in groups}
+
+    def wait_for_sampleable(self, global_steps: int, partition_id: str, count: int) -> tuple[set[str], dict]:
         """Wait until `count` groups of that batch are there; see verl's, which lends the training devices meanwhile."""
-
-        def there() -> int:
-            return self.get_sampleable_count(global_steps, partition_id)
-
-        self.wait_until(lambda: there() >= count, f"{count} groups of the next batch are not there yet")
-        return there(), {}
+        if partition_id == "val":
+            return super().wait_for_sampleable(global_steps, partition_id, count)
+        what = f"{count} groups of the next batch are not there yet"
+        self.wait_until(lambda: len(self._sampleable(global_steps)) >= count, what)
+        return self._sampleable(global_steps), {}
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
         """The next `batch_size` groups; see verl's `ReplayBuffer.sample`.
