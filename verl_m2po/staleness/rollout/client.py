@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 MOST_DEATHS = 2
 """Servers that may die under one session before its group is given up: its prompt may be what kills them."""
 
-
 REFUSED_WAIT_S = 0.1
 """Before the next attempt, if one after the other brought no token: a server that is lent refuses until it serves."""
 
