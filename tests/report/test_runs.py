@@ -106,6 +106,17 @@ def test_tensorboard_attempts_are_joined_too(tmp_path):
     assert run.series("critic/score/mean").to_dict() == {s: float(s >= 4) for s in range(1, 9)}
 
 
+@pytest.mark.parametrize("writers", [(9, 10), (99, 100)])
+def test_writers_of_one_second_are_in_order_of_their_number(tmp_path, writers):
+    for attempt, number in enumerate(writers):
+        with SummaryWriter(str(tmp_path / "run")) as writer:
+            writer.add_scalar("critic/score/mean", attempt, 1)
+        (written,) = set((tmp_path / "run").iterdir()) - set((tmp_path / "run").glob("*.renamed"))
+        written.rename(tmp_path / "run" / f"events.out.tfevents.1700000000.host.7.{number}.renamed")
+    (run,), _ = read_runs([tmp_path])
+    assert run.series("critic/score/mean").to_dict() == {1: 1.0}
+
+
 def test_a_tree_of_runs_in_every_layout(tmp_path):
     write_log(tmp_path / "a/attempt-1.jsonl", rows(1, 2, 1.0))
     write_log(tmp_path / "b/metrics.jsonl", rows(1, 2, 1.0))

@@ -89,9 +89,9 @@ def _attempts(logs: list[Path]) -> dict[str, tuple[Path, ...]]:
     }
 
 
-def _event_time(path: Path) -> tuple[int, str]:
-    stamp = path.name.removeprefix(EVENTS).split(".")[0]
-    return (int(stamp) if stamp.isdigit() else 0, path.name)
+def _in_order_of_writing(path: Path) -> list[str | int]:
+    """By the numbers in an event file's name: its second, then its writer's; writer 10 comes after writer 9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _unreadable(path: Path) -> str | None:
@@ -159,7 +159,7 @@ def _in_folder(folder: Path, names: list[str]) -> tuple[list[Source], bool, list
         ((name, paths),) = by_name.items()
         return [Source(_file_name(folder / name), paths, folder)], False, lines
     events = [path for path in files if path.name.startswith(EVENTS) and path.suffix != LAYOUT_SUFFIX]
-    events = sorted(events, key=_event_time)
+    events = sorted(events, key=_in_order_of_writing)
     if events:
         return [Source(own_name, tuple(events), folder)], True, lines
     return [], False, lines
