@@ -4,7 +4,7 @@ import pytest
 import torch
 import transfer_peers
 
-from verl_m2po.cpu.weight_transfer import GlooCheckpointEngine, _buckets
+from verl_m2po.cpu.weight_transfer import GlooCheckpointEngine, WeightTransferError, _buckets
 
 pytestmark = pytest.mark.slow
 
@@ -20,6 +20,21 @@ def test_every_receiver_gets_the_same_bits(receivers):
 def test_another_version_is_refused():
     (seen,) = transfer_peers.transfer(1, sent_version=6, expected_version=7)
     assert seen == "WeightTransferError: rollout expected weight version 7, the trainer sent 6"
+
+
+def test_a_peer_that_does_not_come_is_named_soon():
+    """As one that dies between `prepare` and the group: the limit of a message would hold the others for minutes."""
+    sender = GlooCheckpointEngine(10, is_master=True, timeout_s=10**6, meeting_timeout_s=1)
+    master = sender.prepare()
+    with pytest.raises(
+        WeightTransferError, match=r"of the 3 ranks of a push of weights, \[1, 2\] did not come within 1 s"
+    ):
+        sender.init_process_group(0, 3, master)
+
+
+def test_a_peer_that_falls_silent_is_an_error():
+    (seen,) = transfer_peers.transfer(1, sent_version=None, expected_version=7, timeout_s=1)
+    assert seen.startswith("RuntimeError: ") and "Timed out waiting 1000ms" in seen
 
 
 def test_only_the_first_trainer_rank_joins():

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 BUCKET_BYTES = 256
+LIMIT_S = 120
+"""Of a peer that has to start first."""
 
 
 def weights(seed: int = 0) -> list[tuple[str, torch.Tensor]]:
@@ -23,13 +25,13 @@ def weights(seed: int = 0) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
-def _receive(rank: int, world_size: int, master: dict, version: int | None, results: Any) -> None:
+def _receive(rank: int, world_size: int, master: dict, version: int | None, timeout_s: int, results: Any) -> None:
     from verl_m2po.cpu.weight_transfer import GlooCheckpointEngine
 
     async def collect(engine: GlooCheckpointEngine) -> list[tuple[str, torch.Tensor]]:
         return [(name, tensor) async for name, tensor in engine.receive_weights(version)]
 
-    engine = GlooCheckpointEngine(bucket_size=BUCKET_BYTES, timeout_s=120)
+    engine = GlooCheckpointEngine(BUCKET_BYTES, timeout_s=timeout_s, meeting_timeout_s=LIMIT_S)
     try:
         engine.init_process_group(rank, world_size, master)
         got = asyncio.run(collect(engine))
@@ -40,24 +42,38 @@ def _receive(rank: int, world_size: int, master: dict, version: int | None, resu
         engine.finalize()
 
 
-def transfer(receivers: int, sent_version: int, expected_version: int | None) -> list[Any]:
-    """Send `weights()` from this process to `receivers` others; return what each saw, or its error, by rank."""
+def transfer(
+    receivers: int, sent_version: int | None, expected_version: int | None, timeout_s: int = LIMIT_S
+) -> list[Any]:
+    """Send `weights()` from this process to `receivers` others; return what each saw, or its error, by rank.
+
+    Args:
+        receivers: How many.
+        sent_version: None sends nothing at all.
+        expected_version: By the receivers.
+        timeout_s: Of a message, at the receivers.
+    """
     from verl_m2po.cpu.weight_transfer import GlooCheckpointEngine
 
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    sender = GlooCheckpointEngine(bucket_size=BUCKET_BYTES, is_master=True, timeout_s=120)
+    sender = GlooCheckpointEngine(BUCKET_BYTES, is_master=True, timeout_s=LIMIT_S, meeting_timeout_s=LIMIT_S)
     master = sender.prepare()
     trainer, rollout = GlooCheckpointEngine.build_topology(1, receivers, [master])
     peers = [
-        context.Process(target=_receive, args=(rank, receivers + 1, master, expected_version, results), daemon=True)
+        context.Process(
+            target=_receive,
+            args=(rank, receivers + 1, master, expected_version, timeout_s, results),
+            daemon=True,
+        )
         for rank in rollout["rank"]
     ]
     for peer in peers:
         peer.start()
     sender.init_process_group(trainer["rank"][0], receivers + 1, master)
     try:
-        asyncio.run(sender.send_weights(iter(weights()), sent_version))
+        if sent_version is not None:
+            asyncio.run(sender.send_weights(iter(weights()), sent_version))
     except RuntimeError:
         assert expected_version not in (None, sent_version), "the sender may fail only after a receiver refused"
     seen = dict(results.get(timeout=180) for _ in peers)

@@ -19,6 +19,9 @@ import torch.distributed as dist
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
 
 TIMEOUT_S = 120
+MEETING_TIMEOUT_S = 30
+"""Short: all peers have just answered `prepare`. A peer that dies on its way here leaves the others waiting so long."""
+
 _NOT_A_MEMBER = -1
 
 
@@ -45,12 +48,20 @@ class GlooCheckpointEngine(CheckpointEngine):
             alone.
         is_master: Whether this is rank 0 of the trainer.
         timeout_s: Seconds after which a peer that does not answer is an error. verl itself would wait for ever.
+        meeting_timeout_s: The same for a peer that does not come to the group of a sync.
     """
 
-    def __init__(self, bucket_size: int, is_master: bool = False, timeout_s: int = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        bucket_size: int,
+        is_master: bool = False,
+        timeout_s: int = TIMEOUT_S,
+        meeting_timeout_s: int = MEETING_TIMEOUT_S,
+    ) -> None:
         self.bucket_size = bucket_size
         self.is_master = is_master
         self.timeout = timedelta(seconds=timeout_s)
+        self.meeting_timeout = timedelta(seconds=meeting_timeout_s)
         self.listener: socket.socket | None = None
         self.group: Any = None
 
@@ -77,12 +88,18 @@ class GlooCheckpointEngine(CheckpointEngine):
         )
 
     def init_process_group(self, rank: int, world_size: int, master: dict[str, Any]) -> None:
-        """Join the group that lives for one sync."""
+        """Join the group that lives for one sync.
+
+        Raises:
+            WeightTransferError: A peer has not come within `meeting_timeout_s`.
+        """
         if rank == _NOT_A_MEMBER:
             return
         store = self._store(rank, world_size, master)
+        self._meet(store, rank, world_size)
         options = dist.ProcessGroupGloo._Options()
-        options._timeout = self.timeout
+        # Of connecting: a message has a limit of its own.
+        options._timeout = self.meeting_timeout
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=ray.util.get_node_ip_address().strip("[]"))]
         self.group = dist.ProcessGroupGloo(store, rank, world_size, options)
 
@@ -101,6 +118,18 @@ class GlooCheckpointEngine(CheckpointEngine):
             wait_for_workers=False,
             **listener,
         )
+
+    def _meet(self, store: dist.TCPStore, rank: int, world_size: int) -> None:
+        places = [f"rank {each} is here" for each in range(world_size)]
+        store.set(places[rank], "")
+        try:
+            store.wait(places, self.meeting_timeout)
+        except dist.DistStoreError as error:
+            missing = [each for each, place in enumerate(places) if not store.check([place])]
+            raise WeightTransferError(
+                f"of the {world_size} ranks of a push of weights, {missing} did not come within "
+                f"{self.meeting_timeout.total_seconds():.0f} s (0 is the trainer, the others are rollout workers)"
+            ) from error
 
     def finalize(self) -> None:
         """Leave the group and close what is still open."""
@@ -173,7 +202,9 @@ class GlooCheckpointEngine(CheckpointEngine):
 
     def _broadcast(self, message: torch.Tensor) -> torch.Tensor:
         if message.numel():
-            self.group.broadcast(message, 0).wait()
+            options = dist.BroadcastOptions()
+            options.rootRank, options.timeout = 0, self.timeout
+            self.group.broadcast([message], options).wait()
         return message
 
 
