@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import cpu_run
 import lossy_push
@@ -48,6 +49,9 @@ SLOW_STEP_S = 10.0
 END_WITHIN_S = 30.0
 """A run that has not gone on may still say why."""
 
+WAITED = "staleness/trainer_idle_s"
+SUMMED = ("replicas_lost", "groups_moved", "lost_generation_s")
+"""Metrics of the steps from a strike to the next, by their names without ``staleness/``."""
 
 LINE = 300
 """Characters of a line of the log in a report."""
@@ -210,15 +214,13 @@ class Chain:
     def _account(self) -> None:
         """What the steps after each strike say, up to the next one."""
         ends = [strike.after_step for strike in self.strikes[1:]] + [self.training.steps]
+        usual_s = median(step[WAITED] for step in self.step_metrics) if self.step_metrics else 0.0
         for strike, end in zip(self.strikes, ends, strict=False):
             steps = [step for step in self.step_metrics if strike.after_step < step["step"] <= end]
-            for name, metric in (
-                ("replicas_lost", "staleness/replicas_lost"),
-                ("groups_moved", "staleness/groups_moved"),
-                ("lost_generation_s", "staleness/lost_generation_s"),
-                ("trainer_waited_s", "staleness/trainer_idle_s"),
-            ):
-                setattr(strike, name, round(sum(step.get(metric, 0.0) for step in steps), 1))
+            for name in SUMMED:
+                setattr(strike, name, round(sum(step.get(f"staleness/{name}", 0.0) for step in steps), 1))
+            # On shared devices the trainer waits in each step, for a batch to be generated.
+            strike.trainer_waited_s = round(sum(max(0.0, step[WAITED] - usual_s) for step in steps), 1)
 
     def _judge(self, status: int | None, left: list[str]) -> None:
         output = self.attempt.log.read_text(errors="replace")

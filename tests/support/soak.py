@@ -33,6 +33,9 @@ MOST_GROWTH = 0.1
 SAVED = ("trainer.save_freq=20",)
 """Nothing goes on from these checkpoints: they are there to be written."""
 
+ALSO_CALLED = {"AgentLoopWorkerTQ": "StalenessAgentLoopWorker"}
+"""Ray titles an actor after the class that a running method is inherited from."""
+
 MIB = 2**20
 
 
@@ -94,7 +97,8 @@ def by_kind(path: Path) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            found[row["kind"]][int(row["step"])].append(float(row["pss_mib"]))
+            kind = ALSO_CALLED.get(row["kind"], row["kind"])
+            found[kind][int(row["step"])].append(float(row["pss_mib"]))
     return {kind: {step: fmean(values) for step, values in steps.items()} for kind, steps in found.items()}
 
 
