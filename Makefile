@@ -41,7 +41,7 @@ WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/tests/support:$(CURDIR)/recipes
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes faults soak lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-replay-wall-clock study-results study-disturbance plan-study docs docs-tables docs-links clean
+.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes workloads faults soak lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-replay-wall-clock study-results study-disturbance plan-study docs docs-tables docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -89,6 +89,9 @@ gpu-check: ## What needs a GPU: decision, losses, speed, then runs (at most eigh
 
 recipes: $(STAMP) ## Two real steps of every recipe on the CPU, and of verl's colocate_async (about ten minutes)
 	$(BIN)/python -m pytest -m recipe tests/e2e
+
+workloads: $(STAMP) ## Reward model, teacher, more of images, learning to call a tool: real runs on the CPU (about half an hour)
+	$(BIN)/python -m pytest -m workload tests/e2e $(PYTEST_ARGS)
 
 faults: $(STAMP) ## Kill processes of real runs, check what was trained on (SEEDS=, KILLS=, CHAIN_SEED=, FAULTS_OUT=; about two hours)
 	$(WORKSHOP) -m fault_campaign --seeds "$(SEEDS)" --kills $(KILLS) --chain-seed $(CHAIN_SEED) --poisoned --visits --out $(FAULTS_OUT)

@@ -30,6 +30,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         f"{_REWARD_MODEL}.enable=true",
         f"{_REWARD_MODEL}.enable_resource_pool=true",
     ),
+    "a teacher, beside the task's rewards": ("distillation.enabled=true",),
     "an entropy bonus": (f"{_ACTOR}.entropy_coeff=0.01",),
     "`ppo_epochs=2`": (f"{_ACTOR}.ppo_epochs=2",),
     "failed trajectories masked": ("{mode}.on_failed_trajectory=mask",),

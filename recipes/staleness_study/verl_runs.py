@@ -66,6 +66,14 @@ REPLAY_CLOCK = (
 SLOW_GENERATION = Pace(0.75, 0.15)
 # As wide as a rollout may be trained again; without replay generation is never that far ahead
 REPLAY_WINDOW = "trainer.v1.bounded_async.staleness_updates=256"
+REPLAY_TIMED = (
+    # At the study's rate 120 steps of sync are too few to learn anything that could be timed.
+    "actor_rollout_ref.actor.optim.lr=1e-4",
+    # A validation takes as long as two steps.
+    "trainer.test_freq=10",
+)
+# Trainer steps of a run with replay for each of one without: it waits for a quarter of the rollouts
+REPLAY_STEPS = 3
 PACED = (
     # The engine is full with one batch of 16 x 8: more in flight do not come for nothing.
     "actor_rollout_ref.rollout.max_num_seqs=128",
@@ -106,12 +114,19 @@ class VerlRun(quickstart.Run):
 
     @classmethod
     def next_attempt(
-        cls, out: Path, condition: Condition, seed: int, steps: int, pace: Pace | None = None
+        cls,
+        out: Path,
+        condition: Condition,
+        seed: int,
+        steps: int,
+        pace: Pace | None = None,
+        more: tuple[str, ...] = (),
     ) -> "VerlRun":
         """The run with the number of the next attempt."""
         overrides = (
             *SIZE,
             *(() if pace is None else PACED),
+            *more,
             f"staleness={condition.staleness}",
             *((REPLAY_WINDOW,) if condition.staleness == "bounded_async" else ()),
             *((f"replay={condition.replay}",) if condition.replay else ()),
@@ -143,6 +158,7 @@ def run_verl(
     seeds: Sequence[int],
     steps: int = STEPS,
     pace: Pace | None = None,
+    more: tuple[str, ...] = (),
 ) -> list[str]:
     """Train what is not finished, one run at a time; return a line for each that failed.
 
@@ -151,8 +167,9 @@ def run_verl(
         console: Where progress is shown.
         conditions: What to train with.
         seeds: All conditions with the first seed first.
-        steps: Trainer steps.
+        steps: Trainer steps; `REPLAY_STEPS` times as many with replay.
         pace: See `VerlRun`.
+        more: Overrides of all of them.
     """
     from verl_m2po.one_process import train
     from verl_m2po.one_process.setup import RECIPE, base_model
@@ -162,8 +179,9 @@ def run_verl(
     failed = []
     for seed in seeds:
         for condition in conditions:
-            run = VerlRun.next_attempt(out, condition, seed, steps, pace)
-            if any(last_step(log) >= steps for log in run.folder.glob("attempt-*.jsonl")):
+            last = steps * REPLAY_STEPS if condition.replay else steps
+            run = VerlRun.next_attempt(out, condition, seed, last, pace, more)
+            if any(last_step(log) >= last for log in run.folder.glob("attempt-*.jsonl")):
                 continue
             console.print(f"{run.name}, attempt {run.attempt}")
             command = run.command(model.absolute(), data.absolute())

@@ -9,7 +9,7 @@ from mode_runs import (
     UPDATES_PER_STEP,
     assert_every_place_was_trained_once,
     run_mode,
-    spans_of,
+    trained_tokens,
     versions_by_step,
 )
 
@@ -72,17 +72,10 @@ def with_tool(path: str) -> tuple[str, ...]:
     )
 
 
-def kept(line) -> int:
-    """Generated tokens of a batch that are not too old to be trained."""
-    oldest = line["oldest_version"] or 0
-    return sum(tokens for version, tokens in spans_of(line) if version >= oldest)
-
-
 def assert_tool_tokens_are_there_and_untrained(result, ledger, rows_per_step: int) -> None:
     """The answers of the tool stand in the responses; the ledger and the trainer know the generated tokens alone."""
     trained = result.series("staleness/trained_tokens")
-    by_step = [sum(kept(line) for line in ledger if line["step"] == step) for step in range(1, 1 + len(trained))]
-    assert trained == by_step
+    assert trained == trained_tokens(ledger, steps=len(trained))
     assert max(result.series("num_turns/mean")) > 3, "no row has a question, a call, its answer and a turn after it"
     for responses, generated in zip(result.series("response_length/mean"), trained, strict=True):
         assert responses * rows_per_step > 1.2 * generated

@@ -1,5 +1,6 @@
 """A reward worker that dies is started again by Ray, and what it was scoring is scored again: in a real cluster."""
 
+import asyncio
 import os
 import time
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ ORIGINAL = RewardLoopManager._init_reward_loop_workers
 
 @pytest.fixture(scope="module")
 def start():
-    """Starts the workers as verl does, inside `restartable`."""
+    """Starts the workers as verl does, inside `ours`."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1")
@@ -42,7 +43,7 @@ def start():
             reward_router_address=None,
             reward_loop_workers_class=ray.remote(RewardLoopWorker),
         )
-        with verl_patches.reward_workers_of(reward_workers.ActorClass(Worker)):
+        with verl_patches.reward_workers_of(reward_workers.ActorClass(Worker, reward_workers.STARTED_AGAIN)):
             RewardLoopManager._init_reward_loop_workers(manager)
         return ray, manager
 
@@ -75,9 +76,26 @@ def test_a_response_that_kills_every_worker_has_failed_and_the_next_is_scored(st
     ray.kill(worker)
 
 
-def test_where_nothing_heals_verls_workers_are_as_ever():
-    with reward_workers.restartable(False):
-        assert RewardLoopManager._init_reward_loop_workers is ORIGINAL
-    with reward_workers.restartable(True):
+def test_outside_the_block_verls_workers_are_as_ever():
+    with reward_workers.ours(heals=True):
         assert RewardLoopManager._init_reward_loop_workers is not ORIGINAL
     assert RewardLoopManager._init_reward_loop_workers is ORIGINAL
+
+
+def test_ray_starts_them_again_only_where_the_run_heals(monkeypatch):
+    asked = []
+    monkeypatch.setattr(reward_workers.verl_patches, "reward_workers_of", lambda of: asked.append(of._options))
+    reward_workers.ours(heals=False)
+    reward_workers.ours(heals=True)
+    assert asked == [{}, reward_workers.STARTED_AGAIN]
+
+
+def test_what_a_reward_model_says_has_the_fields_that_verls_agent_loop_reads(monkeypatch):
+    """verl's agent loop takes both of every score."""
+
+    async def judged(self, data):
+        return {"reward_score": 0.7}
+
+    monkeypatch.setattr(RewardLoopWorker, "compute_score_disrm", judged)
+    worker = object.__new__(reward_workers.RestartableRewardLoopWorker)
+    assert asyncio.run(worker.compute_score_disrm(None)) == {"reward_score": 0.7, "reward_extra_info": {}}

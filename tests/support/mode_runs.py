@@ -38,6 +38,15 @@ def spans_of(line) -> list[tuple[int, int]]:
     return [tuple(span) for group in line["groups"] for row in group[3] for span in row[1]]
 
 
+def trained_tokens(ledger, steps: int) -> list[int]:
+    """Generated tokens of each trainer step that are not too old to be trained."""
+    by_step = [0] * (steps + 1)
+    for line in ledger:
+        oldest = line["oldest_version"] or 0
+        by_step[line["step"]] += sum(tokens for version, tokens in spans_of(line) if version >= oldest)
+    return by_step[1:]
+
+
 def versions_by_step(ledger) -> dict[int, set[int]]:
     versions: dict[int, set[int]] = {}
     for line in ledger:

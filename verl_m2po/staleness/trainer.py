@@ -94,7 +94,7 @@ class _StalenessTrainer(PPOTrainer):
     def init(self) -> None:
         """As verl's; ends in an error if a process of the run dies meanwhile."""
         watch_storage(self._watch)
-        with self._watch.guard(), self._limits.start(), reward_workers.restartable(heals(self.config)):
+        with self._watch.guard(), self._limits.start(), reward_workers.ours(heals(self.config)):
             super().init()
 
     def on_init_end(self) -> None:

@@ -2,11 +2,12 @@
 
 import logging
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import ray
 from omegaconf import DictConfig, OmegaConf
+from verl import DataProto
 from verl.experimental.reward_loop import RewardLoopWorker
 
 from verl_m2po.ground import logs
@@ -19,7 +20,7 @@ STARTED_AGAIN: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 1}
 
 
 class RestartableRewardLoopWorker(RewardLoopWorker):
-    """verl's, which says when it takes the place of one that died.
+    """verl's, which says when it takes the place of one that died, and lets a reward model judge.
 
     Args:
         config: verl's, as YAML; so short that Ray keeps it with the actor. What is in Ray's store may be gone when it
@@ -28,7 +29,7 @@ class RestartableRewardLoopWorker(RewardLoopWorker):
     """
 
     def __init__(self, config: str, *others: Any) -> None:
-        whole = OmegaConf.create(config)
+        whole: DictConfig = OmegaConf.create(config)  # pyright: ignore[reportAssignmentType]
         OmegaConf.set_struct(whole, True)  # as Hydra's
         super().__init__(whole, *others)
         logs.follow_verl()
@@ -37,32 +38,37 @@ class RestartableRewardLoopWorker(RewardLoopWorker):
         if takes_a_place:
             logger.warning("a reward worker died: this one takes its place, and scores again what it was scoring")
 
+    async def compute_score_disrm(self, data: DataProto) -> dict[str, Any]:
+        """verl's score of a reward model, with what verl's agent loop reads beside it: a reward model says no more.
+
+        verl 0.9.1 leaves it out, and each response fails (`KeyError: 'reward_extra_info'`).
+        """
+        return {"reward_extra_info": {}, **await super().compute_score_disrm(data)}
+
 
 class ActorClass:
-    """What verl makes its reward workers of, so that Ray starts them again; as an actor class of Ray's.
+    """What verl makes its reward workers of; as an actor class of Ray's.
 
     Args:
         of: a `RestartableRewardLoopWorker`.
         options: Ray's, of an actor.
     """
 
-    def __init__(self, of: type, options: dict[str, Any] | None = None) -> None:
-        self._of, self._options = of, options or {}
+    def __init__(self, of: type, options: dict[str, Any]) -> None:
+        self._of, self._options = of, options
 
     def options(self, **options: Any) -> "ActorClass":
         """As Ray's; verl starts each actor with its own."""
-        return ActorClass(self._of, options)
+        return ActorClass(self._of, self._options | options)
 
     def remote(self, config: DictConfig, *others: Any) -> Any:
         """Start one."""
-        return ray.remote(**STARTED_AGAIN)(self._of).options(**self._options).remote(OmegaConf.to_yaml(config), *others)
+        return ray.remote(self._of).options(**self._options).remote(OmegaConf.to_yaml(config), *others)
 
 
-def restartable(heals: bool) -> AbstractContextManager[None]:
-    """In this block verl makes its reward workers so that Ray starts them again; as ever where the run does not heal.
+def ours(heals: bool) -> AbstractContextManager[None]:
+    """In this block verl makes its reward workers of ours, which Ray starts again where the run heals.
 
     See Ray's "Fault tolerance: actors" (docs.ray.io/en/latest/ray-core/fault_tolerance/actors.html).
     """
-    if not heals:
-        return nullcontext()
-    return verl_patches.reward_workers_of(ActorClass(RestartableRewardLoopWorker))
+    return verl_patches.reward_workers_of(ActorClass(RestartableRewardLoopWorker, STARTED_AGAIN if heals else {}))

@@ -24,6 +24,8 @@ def watch_workers(watch: Watch, trainer: Any) -> None:
     watch.add("rollout worker", [worker for replica in replicas for worker in replica.workers])
     watch.add("rollout load balancer", [manager.global_load_balancer for manager in managers])
     watch.add("reward worker", trainer.get_reward_handles() or [])
+    if (judge := trainer.reward_loop_manager.reward_model_manager) is not None:
+        watch.add("reward model server", judge.server_handles)
     if (teachers := getattr(trainer, "teacher_model_manager", None)) is not None:
         watch.add("teacher server", [each for of in teachers.server_handles.values() for each in of])
         watch.add("teacher load balancer", list(teachers.load_balancer_handle.values()))
