@@ -65,7 +65,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 quickstart: $(STAMP) ## Train a tiny model to add two-digit numbers (STEPS, OUT, LOSS, SEED)
 	$(BIN)/verl-m2po quickstart --steps $(STEPS) --out $(OUT) --loss $(LOSS) --seed $(SEED)
 
-test: $(STAMP) ## All tests, the end-to-end ones included
+test: $(STAMP) ## The tests, end-to-end ones included (longer ones: workloads, recipes, faults)
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## The tests that need no Ray (under two minutes)
@@ -87,10 +87,10 @@ test-verl-next: $(STAMP) ## What moved in another verl: doctor and the tests tha
 gpu-check: ## What needs a GPU: decision, losses, speed, then runs (at most eight minutes; says what it could not run)
 	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
 
-recipes: $(STAMP) ## Two real steps of every recipe on the CPU, and of verl's colocate_async (about ten minutes)
+recipes: $(STAMP) ## Two real steps of every recipe on the CPU, and of verl's own asynchronous modes (about a quarter of an hour)
 	$(BIN)/python -m pytest -m recipe tests/e2e
 
-workloads: $(STAMP) ## Reward model, teacher, more of images, learning to call a tool: real runs on the CPU (about half an hour)
+workloads: $(STAMP) ## Images, a reward model, a teacher, learning to call a tool: real runs on the CPU (about a quarter of an hour)
 	$(BIN)/python -m pytest -m workload tests/e2e $(PYTEST_ARGS)
 
 faults: $(STAMP) ## Kill processes of real runs, check what was trained on (SEEDS=, KILLS=, CHAIN_SEED=, FAULTS_OUT=; about two hours)

@@ -1,4 +1,4 @@
-"""Images and video in a staleness mode: a tiny Qwen2-VL is trained to name the colour of a square."""
+"""Images and video in the staleness modes: a tiny Qwen2-VL is trained to name the colour of a square."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,7 @@ from mode_runs import SEPARATE, UPDATES_PER_STEP, assert_every_place_was_trained
 
 from verl_m2po.staleness.restart.checkpoint import POINTER, Checkpoints
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.workload, pytest.mark.timeout(900)]
 
 REWARD = Path(__file__).parents[1] / "support" / "pictures.py"
 RESPONSES = 8
@@ -58,7 +58,6 @@ def test_the_trainer_sees_what_the_rollout_saw(train, tmp_path, colours, seeing)
     assert f"the group of prompt {UNREADABLE} failed: FileNotFoundError" in result.output
 
 
-@pytest.mark.workload
 @pytest.mark.feature("images and video", mode="stale_k_separate")
 @pytest.mark.feature("a journal", mode="stale_k_separate")
 @pytest.mark.timeout(1500)  # two runs
@@ -91,7 +90,6 @@ def test_pictures_that_wait_outlive_the_run_that_they_wait_in(train, tmp_path, c
     assert second.series("actor/grad_norm") == pytest.approx(first.series("actor/grad_norm")[2:], rel=1e-3)
 
 
-@pytest.mark.workload
 @pytest.mark.feature("images and video", mode="bounded_async")
 def test_what_is_in_a_picture_is_learnt_from_rollouts_of_older_weights(train, tmp_path, colours, seeing):
     """The base model names a colour right about half of the time."""

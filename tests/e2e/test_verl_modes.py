@@ -1,14 +1,14 @@
 """verl's own asynchronous trainer modes on the CPU, with our losses; `sync` is in test_staleness_modes.py.
 
 Each guards something that once went wrong without an error: weights that never reached vLLM, a proximal policy that was
-an alias of the live weights. The first of the two is in `make recipes`.
+an alias of the live weights. They are in `make recipes`.
 """
 
 import math
 
 import pytest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.recipe, pytest.mark.timeout(900)]
 
 BYPASS = "algorithm.rollout_correction.bypass_mode"
 SEPARATE = (
@@ -22,7 +22,6 @@ def finite(values: list[float]) -> bool:
     return bool(values) and all(math.isfinite(value) for value in values)
 
 
-@pytest.mark.recipe
 def test_colocate_async_ages_as_verl_says(train):
     """Two warm-up batches: staleness 0, 1, 2 weight versions before anything can be interrupted."""
     result = train(
