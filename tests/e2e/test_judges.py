@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import tiny_judge
-from mode_runs import BATCH, SEPARATE, run_mode, spans_of
+from mode_runs import BATCH, LORA, SEPARATE, run_mode, spans_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.workload]
 
@@ -14,7 +14,6 @@ ON_CPU = {
     "+enable_sleep_mode": "false",
     "+engine_kwargs.vllm.distributed_executor_backend": "uni",
 }
-LORA = ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16")
 
 
 def server(key: str, **settings: str) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from mode_runs import (
+    LORA,
     SEPARATE,
     UPDATES_PER_STEP,
     assert_every_place_was_trained_once,
@@ -23,7 +24,6 @@ LENT = (
     "actor_rollout_ref.rollout.nnodes=1",
     "trainer.v1.separate_async.hybrid_rollout.enable_switch=true",
 )
-LORA = ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16")
 KL_AND_ENTROPY = (
     "actor_rollout_ref.actor.use_kl_loss=true",
     "algorithm.use_kl_in_reward=true",

@@ -4,6 +4,7 @@ from benchmarks.paced.agent_loop import NAME, write_config
 from verl_m2po.staleness.account.ledger import read_ledger, surviving
 
 SEPARATE = ("actor_rollout_ref.hybrid_engine=false", "actor_rollout_ref.rollout.nnodes=1")
+LORA = ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16")
 STEPS, UPDATES_PER_STEP, BATCH, RESPONSES = 8, 2, 8, 4
 TINY_BATCHES = (
     "data.train_batch_size=2",
