@@ -1,7 +1,7 @@
 """Replay on real Ray, TransferQueue, FSDP and vLLM: rollouts are trained again, in their window."""
 
 import pytest
-from mode_runs import BATCH, SEPARATE, paced, run_mode, spans_of
+from mode_runs import BATCH, LORA, SEPARATE, paced, run_mode, spans_of
 
 from benchmarks.paced import SECONDS_PER_TOKEN
 from benchmarks.paced.agent_loop import Lengths
@@ -23,7 +23,7 @@ def test_part_of_each_batch_is_generated_and_the_rest_are_earlier_successes(trai
     run = train(
         *("loss=m2po", "staleness=replay", "replay=self_imitation"),
         f"trainer.v1.replay.staleness_updates={window_updates}",
-        *("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16"),
+        *LORA,
         *("algorithm.use_kl_in_reward=true", "actor_rollout_ref.actor.entropy_coeff=0.01"),
         *("actor_rollout_ref.actor.ppo_epochs=2", f"trainer.test_freq={STEPS}"),
         *(f"trainer.total_training_steps={STEPS}", "trainer.save_freq=-1"),
