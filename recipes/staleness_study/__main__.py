@@ -88,9 +88,15 @@ def replay_wall_clock(
     """
     from staleness_study import verl_runs
 
-    folder, conditions = out / REPLAY_CLOCK, verl_runs.REPLAY_CLOCK
-    how = {"pace": verl_runs.SLOW_GENERATION, "more": verl_runs.REPLAY_TIMED}
-    _finish(verl_runs.run_verl(folder, Console(), conditions, range(1, seeds + 1), **how))
+    failed = verl_runs.run_verl(
+        out / REPLAY_CLOCK,
+        Console(),
+        verl_runs.REPLAY_CLOCK,
+        range(1, seeds + 1),
+        pace=verl_runs.SLOW_GENERATION,
+        more=verl_runs.REPLAY_TIMED,
+    )
+    _finish(failed)
 
 
 @app.command()

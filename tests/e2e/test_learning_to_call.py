@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import tiny_agent
-from mode_runs import SEPARATE, UPDATES_PER_STEP, run_mode, trained_tokens
+from mode_runs import SEPARATE, UPDATES_PER_STEP, run_mode, trained_tokens, with_tool
 
 from verl_m2po.tasks import calculator
 
@@ -24,7 +24,7 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("mode", ["stale_k", "bounded_async"])
 def test_to_call_the_calculator_is_learnt_from_rollouts_of_older_weights(train, tmp_path, products, mode):
     """Right answers are calls: it must have called wherever it scores, and in the end it nearly always does."""
-    steps, rollout = 32, "actor_rollout_ref.rollout"
+    steps = 32
     result, ledger = run_mode(
         train,
         tmp_path,
@@ -34,13 +34,7 @@ def test_to_call_the_calculator_is_learnt_from_rollouts_of_older_weights(train, 
         f"actor_rollout_ref.model.path={products / 'model'}",
         f"data.train_files={products / 'train.parquet'}",
         f"data.val_files={products / 'validation.parquet'}",
-        f"reward.custom_reward_function.path={tiny_agent.__file__}",
-        f"{rollout}.agent.default_agent_loop=tool_agent",
-        f"{rollout}.multi_turn.enable=true",
-        f"{rollout}.multi_turn.format=expression",
-        f"{rollout}.multi_turn.function_tool_path={calculator.__file__}",
-        f"{rollout}.multi_turn.max_assistant_turns=2",
-        "data.max_response_length=64",
+        *with_tool(calculator.__file__, tiny_agent.__file__, turns=2),
         "actor_rollout_ref.actor.optim.lr=3e-4",
         steps=steps,
     )

@@ -1,9 +1,10 @@
 """What people train, in the staleness modes: real runs, small ones."""
 
 import math
-from pathlib import Path
 
+import any_number_reward
 import pytest
+import unreliable_calculator
 from mode_runs import (
     LORA,
     SEPARATE,
@@ -12,13 +13,14 @@ from mode_runs import (
     run_mode,
     trained_tokens,
     versions_by_step,
+    with_tool,
 )
 
 from benchmarks.paced import SECONDS_PER_TOKEN
+from verl_m2po.tasks import calculator
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-REPOSITORY = Path(__file__).parents[2]
 LENT = (
     "actor_rollout_ref.hybrid_engine=true",
     "actor_rollout_ref.rollout.nnodes=1",
@@ -57,21 +59,6 @@ def assert_kl_and_entropy_are_there(result, steps: int) -> None:
     assert all(value > 0 for value in result.series("actor/entropy_loss"))
 
 
-def with_tool(path: str) -> tuple[str, ...]:
-    """Overrides for verl's tool agent loop: up to three turns; the tool in the file `path` evaluates them."""
-    rollout = "actor_rollout_ref.rollout"
-    return (
-        f"{rollout}.agent.default_agent_loop=tool_agent",
-        f"{rollout}.multi_turn.enable=true",
-        f"{rollout}.multi_turn.format=expression",
-        f"{rollout}.multi_turn.function_tool_path={REPOSITORY / path}",
-        f"{rollout}.multi_turn.max_assistant_turns=3",
-        f"{rollout}.multi_turn.max_tool_response_length=20000",
-        "data.max_response_length=64",
-        f"reward.custom_reward_function.path={REPOSITORY / 'tests/support/any_number_reward.py'}",
-    )
-
-
 def assert_tool_tokens_are_there_and_untrained(result, ledger, rows_per_step: int) -> None:
     """The answers of the tool stand in the responses; the ledger and the trainer know the generated tokens alone."""
     trained = result.series("staleness/trained_tokens")
@@ -87,7 +74,7 @@ def assert_tool_tokens_are_there_and_untrained(result, ledger, rows_per_step: in
 def test_an_agent_calls_a_tool_over_several_turns_that_are_all_as_old_as_promised(train, tmp_path):
     """A tool that is slow, raises, or returns 10,000 characters; adapters; groups without advantage are replaced."""
     steps = 4
-    tool = with_tool("tests/support/unreliable_calculator.py")
+    tool = with_tool(unreliable_calculator.__file__, any_number_reward.__file__)
     result, ledger = run_mode(train, tmp_path, "stale_k", UPDATES_PER_STEP, *FILTERED, *LORA, *tool, steps=steps)
     assert versions_by_step(ledger) == {step: {max(0, step - 2)} for step in range(1, steps + 1)}
     assert_every_place_was_trained_once(ledger, steps)
@@ -119,7 +106,7 @@ def test_turns_that_a_weight_update_interrupts_have_their_versions_in_the_ledger
         bound_steps * UPDATES_PER_STEP,
         *LENT,
         *FILTERED,
-        *with_tool("verl_m2po/tasks/calculator.py"),
+        *with_tool(calculator.__file__, any_number_reward.__file__),
         "algorithm.adv_estimator=gae",
         f"critic.model.path={tiny}",
         *KL_AND_ENTROPY,

@@ -161,6 +161,13 @@ def test_no_server_can_join_where_none_can_be_replaced(mode, impossible):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_validation_may_truncate_what_it_samples_from(mode):
+    """Its responses are not trained."""
+    key = "actor_rollout_ref__rollout__val_kwargs"
+    assert checks.check(config(mode, **{f"{key}__top_p": 0.7, f"{key}__top_k": 50})) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_dynamic_sampling_goes_with_every_mode(mode):
     assert checks.check(config(mode, **FILTER)) == []
 

@@ -54,7 +54,9 @@ def test_unpack_restores_what_was_packed(batch):
 
 def test_further_tensors_survive():
     batch = [
-        verl_row([1] * n, [3] * n, [1] * n) | {"teacher_logprobs": torch.rand(2 * n, 3), "session_id": n}
+        verl_row([1] * n, [3] * n, [1] * n)
+        | {"teacher_logprobs": torch.rand(2 * n, 3), "session_id": n}
+        | {"routed_experts": torch.randint(8, (2 * n, 2, 4), dtype=torch.int16)}
         for n in (2, 5)
     ]
     for before, after in zip(batch, restored(batch), strict=True):

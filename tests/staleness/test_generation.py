@@ -5,6 +5,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Collection
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -172,6 +173,24 @@ def test_a_server_that_refuses_again_is_not_asked_without_end(generate, monkeypa
     of, refused = Session(), (2, 0, "aborted")
     assert generate(FakeServer(refused, refused, refused, (3, 5, "aborted"), refused, (3, 1, "stop")), of)
     assert of.spans == [[3, 6]] and waits == [client.REFUSED_WAIT_S] * 2
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 5), st.lists(st.integers(1, 6), min_size=1, max_size=4))
+def test_a_generation_in_parts_keeps_the_experts_that_each_part_was_generated_with(prompt, parts):
+    """A row for each token that was fed, by its place; the last one of a part is fed by the next. Two layers."""
+
+    def part(number: int, before: int, tokens: int) -> TokenOutput:
+        fed = [[[number], [place]] for place in range(before + tokens - 1)]
+        return TokenOutput(token_ids=[0] * tokens, routed_experts=np.array(fed).reshape(-1, 2, 1))
+
+    joined, length = part(0, prompt, parts[0]), prompt + parts[0]
+    for number, tokens in enumerate(parts[1:], start=1):
+        joined = client._joined(joined, part(number, length, tokens))
+        length += tokens
+    numbers, places = joined.routed_experts[:, 0, 0].tolist(), joined.routed_experts[:, 1, 0].tolist()
+    assert places == list(range(length - 1))
+    assert numbers == sorted([*[0] * (prompt - 1), *chain.from_iterable([n] * t for n, t in enumerate(parts))])
 
 
 def test_an_attempt_without_tokens_leaves_no_version(generate):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 from verl.experimental.reward_loop import RewardLoopManager, RewardLoopWorker
 
 from verl_m2po.patches import verl as verl_patches
@@ -37,13 +37,13 @@ def start():
             time.sleep(data)
             return os.getpid()
 
-    def start():
+    def start(options=reward_workers.STARTED_AGAIN):
         manager = SimpleNamespace(
             config=OmegaConf.create({"reward": {"num_workers": 1}}),
             reward_router_address=None,
             reward_loop_workers_class=ray.remote(RewardLoopWorker),
         )
-        with verl_patches.reward_workers_of(reward_workers.ActorClass(Worker, reward_workers.STARTED_AGAIN)):
+        with verl_patches.reward_workers_of(reward_workers.ActorClass(Worker, options)):
             RewardLoopManager._init_reward_loop_workers(manager)
         return ray, manager
 
@@ -74,6 +74,16 @@ def test_a_response_that_kills_every_worker_has_failed_and_the_next_is_scored(st
     assert not RunActors([worker]).is_death(raised.value), "the trajectory failed, the run goes on"
     assert ray.get(worker.compute_score.remote(0))
     ray.kill(worker)
+
+
+def test_where_the_run_does_not_heal_a_worker_scores_and_a_dead_one_stays_dead(start):
+    ray, manager = start(options={})
+    (worker,) = manager.reward_loop_workers
+    assert ray.get(worker.compute_score.remote(0))
+    with pytest.raises(ActorDiedError):
+        ray.get(worker.compute_score.remote("a response that kills"))
+    with pytest.raises(ActorDiedError):
+        ray.get(worker.compute_score.remote(0))
 
 
 def test_outside_the_block_verls_workers_are_as_ever():

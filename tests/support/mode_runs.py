@@ -35,6 +35,21 @@ def paced(tmp_path, **settings) -> tuple[str, str]:
     return f"{agent}.agent_loop_config_path={path}", f"{agent}.default_agent_loop={NAME}"
 
 
+def with_tool(tool: str, reward: str, turns: int = 3) -> tuple[str, ...]:
+    """Overrides for verl's tool agent loop; the tool is in the file `tool`, and `reward` has the reward function."""
+    rollout = "actor_rollout_ref.rollout"
+    return (
+        f"{rollout}.agent.default_agent_loop=tool_agent",
+        f"{rollout}.multi_turn.enable=true",
+        f"{rollout}.multi_turn.format=expression",
+        f"{rollout}.multi_turn.function_tool_path={tool}",
+        f"{rollout}.multi_turn.max_assistant_turns={turns}",
+        f"{rollout}.multi_turn.max_tool_response_length=20000",
+        "data.max_response_length=64",
+        f"reward.custom_reward_function.path={reward}",
+    )
+
+
 def spans_of(line) -> list[tuple[int, int]]:
     return [tuple(span) for group in line["groups"] for row in group[3] for span in row[1]]
 

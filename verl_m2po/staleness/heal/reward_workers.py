@@ -41,7 +41,8 @@ class RestartableRewardLoopWorker(RewardLoopWorker):
     async def compute_score_disrm(self, data: DataProto) -> dict[str, Any]:
         """verl's score of a reward model, with what verl's agent loop reads beside it: a reward model says no more.
 
-        verl 0.9.1 leaves it out, and each response fails (`KeyError: 'reward_extra_info'`).
+        verl 0.9.1 leaves it out (verl/experimental/reward_loop/reward_loop.py), and each response fails with `KeyError:
+        'reward_extra_info'`. Delete when verl returns it.
         """
         return {"reward_extra_info": {}, **await super().compute_score_disrm(data)}
 
