@@ -41,7 +41,7 @@ WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/tests/support:$(CURDIR)/recipes
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes workloads faults soak lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-replay-wall-clock study-results study-disturbance plan-study docs docs-tables docs-links clean
+.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes workloads faults soak lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-replay-wall-clock study-long study-results study-disturbance plan-study docs docs-tables docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -139,6 +139,10 @@ study-replay-wall-clock: $(STAMP) ## Time to an accuracy with replay, generation
 
 study-wall-clock: $(STAMP) ## Time to an accuracy in stale_k_separate against sync (about 40 minutes; wants a quiet machine)
 	$(WORKSHOP) -m staleness_study verl --wall-clock
+
+study-long: $(STAMP) ## The claim and its rivals where responses have 60 to 120 tokens, and their table in docs/results.md
+	$(WORKSHOP) -m staleness_study long $(if $(RUNS),--most $(RUNS))
+	$(WORKSHOP) -m staleness_study long-results
 
 study-results: $(STAMP) ## Bring docs/results.md and its figures up to date with what has run so far
 	$(WORKSHOP) -m staleness_study results

@@ -2,13 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from staleness_study import plan, replay_plan
-from staleness_study.plan import REPLAY_CLOCK, WALL_CLOCK
+from staleness_study import long_plan, plan, replay_plan
+from staleness_study.plan import REPLAY_CLOCK, WALL_CLOCK, Job
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 OUT = Path("outputs/study")
@@ -18,9 +18,18 @@ DATA = Path("results/one_process.json")
 # Methods whose preset was corrected after the other runs, from the base model that the package has shipped since
 CORRECTED_DATA = Path("results/corrected.json")
 REPLAY_PAGE, REPLAY_DATA = Path("docs/replay.md"), Path("results/replay.json")
+LONG_DATA = Path("results/long.json")
 REPLAY_CLOCK_DATA = Path(f"results/{REPLAY_CLOCK}.json")
 # Of runs through verl, by stage, which is also their folder's name
 VERL_DATA = {stage: Path(f"results/{stage}.json") for stage in ("verl", WALL_CLOCK)}
+Known = Annotated[
+    Path | None,
+    typer.Option(help="JSON of earlier results: what is in it is left out. The results then take `--keep`."),
+]
+CORES = os.cpu_count() or 1
+Workers = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
+Most = Annotated[int | None, typer.Option(min=1, help="Only the first of the queue; all by default.")]
+Keep = Annotated[bool, typer.Option(help="Add to the JSON beside the page, whose runs stay unless they ran anew.")]
 Folder = Annotated[Path, typer.Option(help="Folder of the runs; finished ones in it are skipped.")]
 
 
@@ -30,33 +39,69 @@ def _finish(failed: list[str]) -> None:
     raise typer.Exit(1 if failed else 0)
 
 
-@app.command()
-def run(
-    out: Folder = OUT,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = os.cpu_count() or 1,
-    most: Annotated[int | None, typer.Option(min=1, help="Only the first of the queue; all by default.")] = None,
-    known: Annotated[
-        Path | None, typer.Option(help="JSON of earlier results: what is in it does not run. For `results --keep`.")
-    ] = None,
-) -> None:
-    """All runs on the experiment bench, the most telling ones first. Ctrl-C, and later on from there."""
+def _run(jobs: list[Job], out: Path, workers: int, known: Path | None) -> None:
     from staleness_study import results as studied
     from staleness_study.run import run_jobs
 
-    jobs = plan.jobs()[:most]
     _finish(run_jobs(studied.without_known(jobs, known) if known else jobs, out / "one_process", workers, Console()))
+
+
+def _put(new: dict[str, Any], path: Path, keep: bool) -> None:
+    """Write `new`, added to what is in the file where that is to be kept."""
+    from staleness_study import results as studied
+
+    studied.write(studied.merge(new, studied.load(path)[0]) if keep and path.exists() else new, path)
+
+
+@app.command()
+def run(
+    out: Folder = OUT,
+    workers: Workers = CORES,
+    most: Most = None,
+    known: Known = None,
+) -> None:
+    """All runs on the experiment bench, the most telling ones first. Ctrl-C, and later on from there."""
+    _run(plan.jobs()[:most], out, workers, known)
 
 
 @app.command()
 def replay(
     out: Folder = OUT,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = os.cpu_count() or 1,
-    most: Annotated[int | None, typer.Option(min=1, help="Only the first of the queue; all by default.")] = None,
+    workers: Workers = CORES,
+    most: Most = None,
+    known: Known = None,
 ) -> None:
     """Rollouts that are trained several times, on the bench: methods, uses and windows. Goes on where it stopped."""
-    from staleness_study.run import run_jobs
+    _run(replay_plan.jobs()[:most], out, workers, known)
 
-    _finish(run_jobs(replay_plan.jobs()[:most], out / "one_process", workers, Console()))
+
+@app.command()
+def long(
+    out: Folder = OUT,
+    workers: Workers = CORES,
+    most: Most = None,
+    known: Known = None,
+) -> None:
+    """The claim and its rivals on column addition, with responses of 60 to 120 tokens. Goes on where it stopped."""
+    _run(long_plan.jobs()[:most], out, workers, known)
+
+
+@app.command()
+def long_results(
+    out: Folder = OUT,
+    page: Annotated[Path, typer.Option(help="Its marked section is rewritten.")] = PAGE,
+    collect: Annotated[bool, typer.Option(help="Read the runs; otherwise write from the JSON beside the page.")] = True,
+    keep: Keep = False,
+) -> None:
+    """Put what the stage `long` has run so far into its JSON file and docs/results.md."""
+    from staleness_study import long_page
+    from staleness_study import results as studied
+
+    data = page.parent / LONG_DATA
+    if collect:
+        _put(studied.collect(long_plan.jobs(), out / "one_process"), data, keep)
+    long_page.write(*studied.load(data), page)
+    typer.echo(f"written: {page}, {data}")
 
 
 @app.command()
@@ -64,6 +109,7 @@ def replay_results(
     out: Folder = OUT,
     page: Annotated[Path, typer.Option(help="Its marked section is rewritten.")] = REPLAY_PAGE,
     collect: Annotated[bool, typer.Option(help="Read the runs; otherwise write from the JSON beside the page.")] = True,
+    keep: Keep = False,
 ) -> None:
     """Put what the stages `replay` and `replay-wall-clock` have run so far into JSON files and docs/replay.md."""
     from staleness_study import replay_page
@@ -71,9 +117,9 @@ def replay_results(
 
     data, timed = page.parent / REPLAY_DATA, page.parent / REPLAY_CLOCK_DATA
     if collect and (out / "one_process").is_dir():
-        studied.write(studied.collect(replay_plan.jobs(), out / "one_process"), data)
+        _put(studied.collect(replay_plan.jobs(), out / "one_process"), data, keep)
     if collect and (out / REPLAY_CLOCK).is_dir():
-        studied.write(studied.collect_replay_clock(out / REPLAY_CLOCK, plan.SEEDS), timed)
+        _put(studied.collect_replay_clock(out / REPLAY_CLOCK, plan.SEEDS), timed, keep)
     replay_page.write(*studied.load(data), studied.load(timed)[1] if timed.exists() else [], page)
     typer.echo(f"written: {page}, {data}")
 
@@ -93,8 +139,11 @@ def replay_wall_clock(
         Console(),
         verl_runs.REPLAY_CLOCK,
         range(1, seeds + 1),
+        steps=verl_runs.REPLAY_CLOCK_STEPS,
         pace=verl_runs.SLOW_GENERATION,
         more=verl_runs.REPLAY_TIMED,
+        config=verl_runs.REPLAY_CONFIG,
+        recipe=verl_runs.REPLAY_RECIPE,
     )
     _finish(failed)
 
@@ -120,9 +169,7 @@ def results(
     out: Folder = OUT,
     page: Annotated[Path, typer.Option(help="Its marked sections are rewritten.")] = PAGE,
     collect: Annotated[bool, typer.Option(help="Read the runs; otherwise draw from the JSON beside the page.")] = True,
-    keep: Annotated[
-        bool, typer.Option(help="Add to the JSON beside the page, whose runs stay unless they ran anew.")
-    ] = False,
+    keep: Keep = False,
     corrected: Annotated[
         bool, typer.Option(help="The runs are of methods whose preset was corrected: for the table of these.")
     ] = False,
@@ -131,17 +178,14 @@ def results(
     from staleness_study import page as pages
     from staleness_study import results as studied
 
-    def put(new: dict, path: Path) -> None:
-        studied.write(studied.merge(new, studied.load(path)[0]) if keep and path.exists() else new, path)
-
     data = page.parent / (CORRECTED_DATA if corrected else DATA)
     if collect and (not keep or (out / "one_process").is_dir()):
-        put(studied.collect(plan.jobs(), out / "one_process"), data)
+        _put(studied.collect(plan.jobs(), out / "one_process"), data, keep)
     common, bench = studied.load(page.parent / DATA)
     through_verl = {}
     for stage, path in VERL_DATA.items():
         if collect and (out / stage).is_dir():
-            put(studied.collect_verl(out / stage, stage), page.parent / path)
+            _put(studied.collect_verl(out / stage, stage), page.parent / path, keep)
         through_verl[stage] = studied.load(page.parent / path)[1] if (page.parent / path).exists() else []
     again = studied.load(page.parent / CORRECTED_DATA)[1] if (page.parent / CORRECTED_DATA).exists() else []
     pages.write(common, bench, again, through_verl["verl"], through_verl[WALL_CLOCK], page)

@@ -222,13 +222,13 @@ def thresholds(results: Sequence[Result]) -> list[str]:
     return _table(["threshold", "seeds", "final accuracy", "masked"], rows) if len(rows) > 1 else ["Not run yet."]
 
 
-def provenance(data: dict[str, Any], results: Sequence[Result]) -> list[str]:
-    """How the numbers came about."""
+def provenance(data: dict[str, Any], results: Sequence[Result], command: str = "make study") -> list[str]:
+    """How the numbers of `command` came about."""
     lengths = ", ".join(f"{stage} {steps}" for stage, steps in {r.stage: r.steps[-1] for r in results}.items())
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     total = sum(r.seconds for r in results) / 3600
     return [
-        f"`make study`; {len(results)} runs of the experiment bench, config `{data['config']}`, trainer steps of "
+        f"`{command}`; {len(results)} runs of the experiment bench, config `{data['config']}`, trainer steps of "
         f"{results[0].updates_per_step} optimizer updates ({lengths}); {total:.1f} hours of run time in all, on "
         f"{data['machine']} shared with other work. {versions}. "
         f'"Final" is the mean of the last {FINAL_POINTS} validations (512 held-out problems, exact '

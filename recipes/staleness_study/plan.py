@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+# verl's primary config of most runs
+ARITHMETIC = "arithmetic_staleness"
 # Seeds of the trials that chose the learning rate; none of them is reported as a result.
 TRIAL_SEED = 101
 SEEDS = (1, 2, 3, 4, 5)
@@ -55,6 +57,7 @@ class Job:
         variant: Part of the name, where the overrides differ between jobs.
         steps: Trainer steps. A longer run with the same overrides serves as well: what it did first is the same.
         replay: Option of the Hydra group ``replay``, with `staleness_updates` as its window; empty: no replay.
+        config: verl's primary config, one of the bench's.
     """
 
     stage: str
@@ -65,6 +68,7 @@ class Job:
     variant: str = ""
     steps: int = STEPS
     replay: str = ""
+    config: str = ARITHMETIC
 
     @property
     def name(self) -> str:

@@ -9,11 +9,11 @@ from pages import replace_section
 
 from staleness_study.figures import NAMES
 from staleness_study.page import TARGETS
-from staleness_study.replay_plan import EPOCHS, EPOCHS_NAME, USES, conditions
+from staleness_study.replay_plan import CORE, EPOCHS, EPOCHS_NAME, USES, Condition, conditions, steps_shown
 from staleness_study.results import FINAL_POINTS, LEAST_SEEDS, PROMPTS, Interval, Result, difference
 
 SECTION, CLOCK_SECTION = "replay results", "replay wall clock"
-REFERENCE = ("grpo", "", 0)
+REFERENCE = CORE[0]
 # Of the timed runs
 CLOCK_SHOWN = {
     "on_policy": "sync",
@@ -23,9 +23,14 @@ CLOCK_SHOWN = {
 CLOCK_NAMES = tuple(CLOCK_SHOWN)
 
 
-def of_condition(results: Sequence[Result], condition: tuple[str, str, int]) -> list[Result]:
-    """The seeds of one condition of the stage."""
+def of_condition(results: Sequence[Result], condition: Condition) -> list[Result]:
+    """The seeds of one condition of the stage, whole."""
     return [run for run in results if (run.loss, run.variant, run.staleness_updates) == condition]
+
+
+def compared(results: Sequence[Result], condition: Condition) -> list[Result]:
+    """The seeds of one condition of the stage, each up to the updates after which all are compared."""
+    return [run.until(steps_shown(condition)) for run in of_condition(results, condition)]
 
 
 def accuracy_after(run: Result, prompts: float) -> float | None:
@@ -48,7 +53,7 @@ def _values(values: Sequence[float], digits: int = 3) -> str:
     return f"{interval.mean:.{digits}f}{width}"
 
 
-def _name(condition: tuple[str, str, int]) -> str:
+def _name(condition: Condition) -> str:
     loss, reuse, window = condition
     name = NAMES.get(loss, loss)
     if reuse == EPOCHS_NAME:
@@ -69,7 +74,7 @@ def table(results: Sequence[Result]) -> list[str]:
     rows = [header, ("---", *("---:",) * (len(header) - 1))]
     reference = of_condition(results, REFERENCE)
     for condition in conditions():
-        runs = of_condition(results, condition)
+        runs = compared(results, condition)
         if not runs:
             continue
         prompts = runs[0].curves[PROMPTS][-1]
@@ -82,16 +87,45 @@ def table(results: Sequence[Result]) -> list[str]:
 
 def comparisons(results: Sequence[Result]) -> list[str]:
     """M2PO at four uses against GRPO at four uses and on-policy training, on the same seeds, in points."""
-    m2po = of_condition(results, ("m2po", "x4", 256))
+    _, replayed, clipped = CORE
     lines = []
-    for what, other in (("GRPO at four uses", ("grpo", "x4", 256)), ("on-policy GRPO", REFERENCE)):
-        found = difference(m2po, of_condition(results, other))
+    for what, other in (("GRPO at four uses", clipped), ("on-policy GRPO", REFERENCE)):
+        found = difference(compared(results, replayed), compared(results, other))
         if found is not None:
             width = f" ± {100 * found.half_width:.1f}" if found.seeds >= LEAST_SEEDS else ""
             seeds = f"{found.seeds} seed{'s' if found.seeds > 1 else ''}"
             lines.append(
                 f"M2PO at four uses, window 256, against {what}: {100 * found.mean:+.1f}{width} points ({seeds})."
             )
+    return lines
+
+
+def prompts_to_match(run: Result, reference: Result) -> float | None:
+    """Prompts that `run` generated until it was as good as `reference` at its end, over those of `reference`.
+
+    None where it never was.
+    """
+    step = run.first_reaching(reference.final)
+    if step is None:
+        return None
+    return run.curves[PROMPTS][run.steps.index(step) - 1] / reference.curves[PROMPTS][-1]
+
+
+def shares_to_match(results: Sequence[Result]) -> list[str]:
+    """A line for each loss with replay: which share of the prompts of on-policy training it took to be as good."""
+    reference = {run.seed: run.until(steps_shown(REFERENCE)) for run in of_condition(results, REFERENCE)}
+    lines = []
+    for condition in CORE[1:]:
+        runs = [run for run in of_condition(results, condition) if run.seed in reference]
+        shares = [prompts_to_match(run, reference[run.seed]) for run in runs]
+        known = [100 * share for share in shares if share is not None]
+        if not runs:
+            continue
+        of_those = f", with {_values(known, 0)}% of its prompts" if known else ""
+        lines.append(
+            f"{_name(condition)}: as good as on-policy GRPO at its end on {len(known)} of {len(runs)} seeds{of_those} "
+            f"(run until {max(run.steps[-1] for run in runs):,} trainer steps)."
+        )
     return lines
 
 
@@ -143,6 +177,6 @@ def write(data: dict[str, Any], results: Sequence[Result], timed: Sequence[Resul
         timed: Of the timed runs through verl.
         page: docs/replay.md.
     """
-    lines = [*table(results), "", *comparisons(results), "", provenance(data, results)]
+    lines = [*table(results), "", *comparisons(results), "", *shares_to_match(results), "", provenance(data, results)]
     replace_section(page, SECTION, "\n".join(lines))
     replace_section(page, CLOCK_SECTION, "\n".join(wall_clock(timed)))

@@ -14,14 +14,19 @@ METHODS = ("m2po", "grpo", "no_trust_region", "topr", "dppo")
 EPOCHS = 4
 # As many before others run; intervals need three
 FEW_SEEDS = SEEDS[:3]
+# Trainer steps of 4 uses after which a third of the prompts of `CLAIM_STEPS` on-policy steps are generated
+THIRD_STEPS = 1325
 
 Condition = tuple[str, str, int]
 """(loss, reuse: empty, an option of `replay` or `EPOCHS_NAME`; window in optimizer updates)."""
 
 EPOCHS_NAME = f"epochs{EPOCHS}"
+# What the question is about; those with replay run until a third of the prompts is used up
+CORE: tuple[Condition, ...] = (("grpo", "", 0), ("m2po", "x4", 256), ("grpo", "x4", 256))
 FIRST: tuple[Condition, ...] = (
-    *(("grpo", "", 0), ("m2po", "x4", 256), ("grpo", "x4", 256), ("m2po", EPOCHS_NAME, 0), ("grpo", EPOCHS_NAME, 0)),
-    *(("m2po", "x2", 256), ("m2po", "x8", 256), ("m2po", "x4", 64), ("grpo", "x4", 64)),
+    *CORE,
+    *(("m2po", EPOCHS_NAME, 0), ("grpo", EPOCHS_NAME, 0), ("m2po", "x2", 256), ("m2po", "x8", 256)),
+    *(("m2po", "x4", 64), ("grpo", "x4", 64)),
 )
 
 
@@ -31,7 +36,13 @@ def job(condition: Condition, seed: int) -> Job:
     if reuse == EPOCHS_NAME:
         overrides = (f"actor_rollout_ref.actor.ppo_epochs={EPOCHS}",)
         return Job(STAGE, loss, 0, seed, overrides, reuse, CLAIM_STEPS // EPOCHS)
-    return Job(STAGE, loss, window, seed, variant=reuse, steps=CLAIM_STEPS, replay=reuse)
+    steps = THIRD_STEPS if reuse and condition in CORE else CLAIM_STEPS
+    return Job(STAGE, loss, window, seed, variant=reuse, steps=steps, replay=reuse)
+
+
+def steps_shown(condition: Condition) -> int:
+    """Trainer steps that make `CLAIM_STEPS` times the updates of a batch: what the conditions are compared after."""
+    return CLAIM_STEPS // EPOCHS if condition[1] == EPOCHS_NAME else CLAIM_STEPS
 
 
 def conditions() -> list[Condition]:
@@ -42,11 +53,11 @@ def conditions() -> list[Condition]:
 
 
 def jobs() -> list[Job]:
-    """All runs, in the order in which they are started: a few seeds of the first conditions before all the others."""
+    """All runs, in the order in which they are started: what the question is about, then a few seeds of the others."""
 
     def seeds_of(chosen: Iterable[Condition], seeds: Iterable[int]) -> Iterator[Job]:
         yield from (job(condition, seed) for seed in seeds for condition in chosen)
 
     every = conditions()
-    wanted = [*seeds_of(FIRST, FEW_SEEDS), *seeds_of(every, FEW_SEEDS), *seeds_of(every, SEEDS)]
+    wanted = [*seeds_of(CORE, SEEDS), *seeds_of(FIRST, FEW_SEEDS), *seeds_of(every, FEW_SEEDS), *seeds_of(every, SEEDS)]
     return list(dict.fromkeys(wanted))

@@ -5,8 +5,8 @@
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from scipy import stats
 
 from staleness_study import replay_plan
 from staleness_study.plan import REPLAY_CLOCK, WALL_CLOCK, Job
-from staleness_study.run import LOG, RECORD, is_whole
+from staleness_study.run import CONFIG_FILES, LOG, RECORD, is_whole
 from staleness_study.verl_runs import REPLAY_CLOCK as CONDITIONS
 from staleness_study.verl_runs import Condition, VerlRun
 from verl_m2po.report.reading import metrics
@@ -110,6 +110,12 @@ class Result:
     def left_out_name(self) -> str:
         """Which of the curves is the share of tokens without gradient: M2PO masks, the others clip."""
         return "clipped" if "clipped" in self.curves else "masked"
+
+    def until(self, last: int) -> "Result":
+        """What a run of `last` trainer steps would have been; the seconds stay those of all steps."""
+        kept = sum(step <= last for step in self.steps)
+        curves = {name: values[: kept - 1] for name, values in self.curves.items()}
+        return replace(self, steps=self.steps[:kept], accuracy=self.accuracy[:kept], curves=curves)
 
     def first_reaching(self, target: float) -> int | None:
         """Step of the first validation that brings the mean of the last `FINAL_POINTS` to `target`; None for none."""
@@ -210,15 +216,26 @@ def _common(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: Two runs were made with different versions, models or configs, and must not share a table.
     """
-    # The first runs' records are older than the hash of the config files.
-    for key in (*SHARED, "config_files"):
-        known = [(name, record[key]) for name, record in records.items() if key in record]
-        for other, value in known:
-            name, wanted = known[0]
-            if value != wanted:
-                raise ValueError(f"{name} has {key} {wanted}, and {other} has {value}: run one of them anew")
+    first_with: dict[tuple[str, ...], tuple[str, Any]] = {}
+    for name, record in records.items():
+        for key in (*SHARED, "config_files"):
+            # The first runs' records are older than the hash of the config files, which is that of the chosen options.
+            if key not in record:
+                continue
+            alike = (key, *(_options(record) if key == "config_files" else ()))
+            other, wanted = first_with.setdefault(alike, (name, record[key]))
+            if record[key] != wanted:
+                raise ValueError(f"{other} has {key} {wanted}, and {name} has {record[key]}: run one of them anew")
     first = next(iter(records.values()))
     return {key: first[key] for key in (*SHARED, "machine")}
+
+
+def _options(record: dict[str, Any]) -> Iterator[str]:
+    """The options of config groups that a run chose."""
+    for override in record["overrides"]:
+        group = override.partition("=")[0]
+        if (CONFIG_FILES / group).is_dir():
+            yield override
 
 
 def collect_verl(out: Path, stage: str = "verl") -> dict[str, Any]:

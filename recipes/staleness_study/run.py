@@ -56,9 +56,9 @@ def provenance(job: Job) -> dict[str, Any]:
     from verl_m2po.one_process import train
 
     return {
-        "config": setups.CONFIG,
+        "config": job.config,
         "config_files": config_hash(CONFIG_FILES, tuple(job.all_overrides)),
-        "model": asdict(setups.RECIPE),
+        "model": asdict(setups.RECIPES[job.config]),
         "versions": train.versions(),
     }
 
@@ -126,7 +126,7 @@ def _train(job: Job, out: Path) -> None:
     from verl_m2po.one_process import setup as setups
     from verl_m2po.one_process import train
 
-    setup = setups.read([*job.all_overrides, f"trainer.total_training_steps={job.steps}"])
+    setup = setups.read([*job.all_overrides, f"trainer.total_training_steps={job.steps}"], job.config)
     record = {
         "job": asdict(job),
         "overrides": job.all_overrides,
@@ -137,7 +137,7 @@ def _train(job: Job, out: Path) -> None:
     # Otherwise the log of an earlier run would be taken for this one's.
     (folder / LOG).unlink(missing_ok=True)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-    train.train(setup, setups.base_model(), setups.RECIPE.digits, folder, lambda *_: _run.steps.put(1))
+    train.train(setup, setups.base_model(setup.recipe), setup.recipe.digits, folder, lambda *_: _run.steps.put(1))
 
 
 class _Rate:
@@ -168,9 +168,11 @@ def run_jobs(jobs: Sequence[Job], out: Path, workers: int, console: Console) -> 
     console.print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished, {workers} at a time, in {out}")
     if not missing:
         return []
-    from verl_m2po.one_process.setup import base_model
+    from verl_m2po.one_process import setup as setups
 
-    base_model()
+    # Once, not in every worker
+    for config in {job.config for job in missing}:
+        setups.base_model(setups.RECIPES[config])
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     total, rate, failed = sum(job.steps for job in missing), _Rate(), []

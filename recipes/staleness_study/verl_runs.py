@@ -17,7 +17,8 @@ from rich.console import Console
 from benchmarks.paced import SECONDS_PER_TOKEN, SECONDS_PER_UPDATE
 from staleness_study.run import RECORD, last_step
 from verl_m2po.cli import quickstart
-from verl_m2po.tasks import arithmetic
+from verl_m2po.one_process.setup import CONFIG, RECIPE
+from verl_m2po.tasks import arithmetic, tiny_model
 
 STEPS = 120
 CHECKPOINT_EVERY = 20
@@ -34,6 +35,16 @@ class Condition(NamedTuple):
     loss: str
     staleness: str
     replay: str = ""
+
+    @property
+    def bounds(self) -> tuple[str, ...]:
+        """Overrides that say how old what is trained may be, where the option of ``staleness`` does not."""
+        if self.staleness != "bounded_async":
+            return ()
+        bound = "trainer.v1.bounded_async"
+        if not self.replay:
+            return (f"{bound}.staleness_updates={AHEAD}",)
+        return (f"replay={self.replay}", f"{bound}.staleness_updates={REPLAY_WINDOW}", f"{bound}.ahead_updates={AHEAD}")
 
 
 @dataclass(frozen=True)
@@ -62,14 +73,22 @@ REPLAY_CLOCK = (
     *(Condition("grpo", "on_policy"), Condition("m2po", "bounded_async")),
     Condition("m2po", "bounded_async", "x4"),
 )
-# Generation takes three times as long as training: about eight tokens, and eight updates that take 0.08 s by themselves
-SLOW_GENERATION = Pace(0.75, 0.15)
-# As wide as a rollout may be trained again; without replay generation is never that far ahead
-REPLAY_WINDOW = "trainer.v1.bounded_async.staleness_updates=256"
+# Generation takes three times as long as a trainer step without it: eight times four tokens against four updates and
+# what a step of verl takes on a small machine beside them, about 1.5 s. Tokens are short, since weights are pushed
+# between two of them: at 2 s a token a push took 8 s.
+SLOW_GENERATION = Pace(0.27, 0.35)
+# Optimizer updates: how far generation may run ahead, and how old a rollout may be when it is trained again
+AHEAD, REPLAY_WINDOW = 8, 128
+# Two-digit addition, which so few steps make a difference to
+REPLAY_CONFIG, REPLAY_RECIPE, REPLAY_CLOCK_STEPS = "arithmetic", tiny_model.Recipe(), 100
 REPLAY_TIMED = (
-    # At the study's rate 120 steps of sync are too few to learn anything that could be timed.
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    # At the config's 3e-4 batches of half its size learn less.
     "actor_rollout_ref.actor.optim.lr=1e-4",
-    # A validation takes as long as two steps.
+    "actor_rollout_ref.actor.optim.lr_scheduler_type=constant",
+    # An eighth of a batch at a time
+    "actor_rollout_ref.rollout.max_num_seqs=16",
+    # A validation takes longer than a step.
     "trainer.test_freq=10",
 )
 # Trainer steps of a run with replay for each of one without: it waits for a quarter of the rollouts
@@ -92,11 +111,13 @@ class VerlRun(quickstart.Run):
         condition: What it trains with.
         attempt: Number of this call, from 1; each has a log of its own, since verl's logger replaces its file.
         pace: None: as fast as the machine is.
+        config: verl's primary config.
     """
 
     condition: Condition = CLAIM[0]
     attempt: int = 1
     pace: Pace | None = None
+    config: str = CONFIG
 
     @property
     def name(self) -> str:
@@ -121,6 +142,7 @@ class VerlRun(quickstart.Run):
         steps: int,
         pace: Pace | None = None,
         more: tuple[str, ...] = (),
+        config: str = CONFIG,
     ) -> "VerlRun":
         """The run with the number of the next attempt."""
         overrides = (
@@ -128,15 +150,14 @@ class VerlRun(quickstart.Run):
             *(() if pace is None else PACED),
             *more,
             f"staleness={condition.staleness}",
-            *((REPLAY_WINDOW,) if condition.staleness == "bounded_async" else ()),
-            *((f"replay={condition.replay}",) if condition.replay else ()),
+            *condition.bounds,
             f"trainer.save_freq={CHECKPOINT_EVERY}",
             "trainer.max_actor_ckpt_to_keep=1",
             "trainer.resume_mode=auto",
             "trainer.logger=[file]",
             "ray_kwargs.ray_init.address=local",
         )
-        run = cls(out, steps, condition.loss, seed, overrides, condition, pace=pace)
+        run = cls(out, steps, condition.loss, seed, overrides, condition, pace=pace, config=config)
         made = [
             int(match[1]) for path in run.folder.glob("*.jsonl") if (match := re.match(r"attempt-(\d+)", path.name))
         ]
@@ -144,9 +165,9 @@ class VerlRun(quickstart.Run):
         return replace(run, overrides=(*overrides, folder), attempt=max(made, default=0) + 1)
 
     def command(self, model: Path, data: Path) -> list[str]:
-        """The command that trains: the quickstart's with the study's config."""
+        """The command that trains: the quickstart's with another config."""
         return [
-            word.replace("--config-name=arithmetic", "--config-name=arithmetic_staleness")
+            word.replace("--config-name=arithmetic", f"--config-name={self.config}")
             for word in super().command(model, data)
         ]
 
@@ -159,6 +180,8 @@ def run_verl(
     steps: int = STEPS,
     pace: Pace | None = None,
     more: tuple[str, ...] = (),
+    config: str = CONFIG,
+    recipe: tiny_model.Recipe = RECIPE,
 ) -> list[str]:
     """Train what is not finished, one run at a time; return a line for each that failed.
 
@@ -170,17 +193,18 @@ def run_verl(
         steps: Trainer steps; `REPLAY_STEPS` times as many with replay.
         pace: See `VerlRun`.
         more: Overrides of all of them.
+        config: verl's primary config.
+        recipe: Of the base model, and with it the problems.
     """
     from verl_m2po.one_process import train
-    from verl_m2po.one_process.setup import RECIPE, base_model
 
-    model, data = base_model(), out / "data"
-    arithmetic.write_parquet(data, train_rows=quickstart.TRAINING_ROWS, validation_rows=256, digits=RECIPE.digits)
+    model, data = tiny_model.build(recipe), out / "data"
+    arithmetic.write_parquet(data, train_rows=quickstart.TRAINING_ROWS, validation_rows=256, digits=recipe.digits)
     failed = []
     for seed in seeds:
         for condition in conditions:
             last = steps * REPLAY_STEPS if condition.replay else steps
-            run = VerlRun.next_attempt(out, condition, seed, last, pace, more)
+            run = VerlRun.next_attempt(out, condition, seed, last, pace, more, config)
             if any(last_step(log) >= last for log in run.folder.glob("attempt-*.jsonl")):
                 continue
             console.print(f"{run.name}, attempt {run.attempt}")

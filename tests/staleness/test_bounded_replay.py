@@ -88,6 +88,44 @@ def test_a_trainer_that_may_train_again_waits_for_its_first_batch_only():
     assert waited(BoundedAsync(1, BATCH)) > 5 * first_batch
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    bound=st.integers(0, 9),
+    ahead=st.integers(0, 9),
+    speed=st.sampled_from([SLOW, FAST, 1e9]),
+    seed=st.integers(0, 2**32),
+)
+def test_generation_runs_ahead_as_far_as_asked_however_wide_the_window(bound, ahead, speed, seed):
+    ahead = min(ahead, bound)
+    rule = BoundedReplay(bound, BATCH, Reuse(None, 1, seed=seed), ahead_steps=ahead)
+    begun, admissible = [], rule.admissible
+    rule.admissible = lambda version: begun.append(admissible(version) + rule.depth) or admissible(version)
+    trace = Simulation(rule, workload(speed), seed).run(30)
+    assert max(begun) == (ahead + 1) * BATCH
+    first: dict[str, int] = {}
+    for version, _, group in trace.trained:
+        # The youngest token: what it waited after it was finished
+        first.setdefault(group.ticket.uid, version - max(v for row in group.rows for v, _ in row.spans))
+    assert speed < 1e9 or max(first.values()) <= ahead + 1
+
+
+def test_a_wide_window_does_not_make_the_first_uses_old():
+    """Generation as fast as training: with the window as the only limit it runs ahead by all of it."""
+
+    def ages(ahead_steps: int | None) -> float:
+        rule = BoundedReplay(32, BATCH, Reuse(None, 1), ahead_steps=ahead_steps)
+        trace = Simulation(rule, workload(FAST), 1).run(200)
+        return max(version - group.min_version for version, _, group in trace.trained)
+
+    assert ages(1) <= 3
+    assert ages(None) == 32
+
+
+def test_generation_cannot_run_further_ahead_than_the_window():
+    with pytest.raises(ValueError, match=r"ahead_steps is 5; it is at most staleness_steps, 4"):
+        BoundedReplay(4, BATCH, Reuse(4, 2), ahead_steps=5)
+
+
 def test_where_generation_keeps_up_every_rollout_is_trained_once():
     rule = BoundedReplay(4, BATCH, Reuse(None, 1))
     trace = Simulation(rule, workload(FAST), 1).run(40)

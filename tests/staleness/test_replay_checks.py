@@ -157,6 +157,28 @@ def test_bounded_async_is_asked_the_same_but_for_the_mean_which_speeds_decide(re
     assert [problem.key for problem in found] == ([f"trainer.v1.bounded_async.replay.{key}"] if key else [])
 
 
+@pytest.mark.parametrize(
+    ("ahead_updates", "max_uses", "why"),
+    [
+        (None, None, None),
+        (0, None, None),
+        (64, None, None),
+        (68, None, "would be too old: trainer.v1.bounded_async.staleness_updates=64"),
+        (6, None, "Set it to 4 or 8"),
+        (-4, None, "optimizer updates"),
+        (4, 1, "without it trainer.v1.bounded_async.staleness_updates=64 says how far"),
+    ],
+)
+def test_how_far_generation_runs_ahead_is_a_number_of_trainer_steps_within_the_window(ahead_updates, max_uses, why):
+    asked = config("bounded_async")
+    replay = {"max_uses": max_uses, "fresh_share": 1.0 if max_uses == 1 else 0.25}
+    changes = {"staleness_updates": 64, "ahead_updates": ahead_updates, "replay": replay}
+    OmegaConf.update(asked, "trainer.v1.bounded_async", changes)
+    found = checks.check(asked)
+    assert {problem.key for problem in found} == ({"trainer.v1.bounded_async.ahead_updates"} if why else set())
+    assert why is None or why in str(found[0])
+
+
 def test_what_is_kept_for_another_use_needs_memory_beside_what_waits():
     asked = config("bounded_async")
     OmegaConf.update(asked, "trainer.v1.bounded_async", {"staleness_updates": 16, "prefetch": False})
@@ -168,3 +190,5 @@ def test_what_is_kept_for_another_use_needs_memory_beside_what_waits():
     unpacked = 256 * 8 * (1024 * 48 + 512 * 24 + memory.ROW_OVERHEAD_BYTES)
     assert memory.estimate_buffer_bytes(asked, 4) == 2 * once + unpacked
     assert memory.buffer_rows(asked, 4) == (4 + 3 + 5) * 256 * 9
+    OmegaConf.update(asked, "trainer.v1.bounded_async.ahead_updates", 4)
+    assert memory.buffer_rows(asked, 4) == (2 + 2 + 5) * 256 * 9, "one step ahead: two batches wait"

@@ -41,3 +41,10 @@ def test_stopped_early_all_conditions_of_the_claim_have_as_many_seeds():
     for i in range(0, len(first), 4):
         assert {(job.loss, job.staleness_updates) for job in first[i : i + 4]} == set(plan.CLAIM)
         assert len({job.seed for job in first[i : i + 4]}) == 1
+
+
+def test_the_docs_say_how_many_runs_there_are():
+    root = Path(__file__).parents[2]
+    count = len(plan.jobs())
+    assert f"all {count} runs" in (root / "recipes/staleness_study/README.md").read_text()
+    assert f"is {count} runs" in (root / "docs/results.md").read_text()

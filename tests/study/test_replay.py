@@ -25,11 +25,37 @@ def test_every_run_has_its_own_folder_and_the_most_telling_ones_come_first(tmp_p
     assert sum(seeds.values()) == len(jobs)
 
 
-def test_an_epoch_is_a_use_so_every_run_makes_as_many_updates():
+def test_an_epoch_is_a_use_so_all_are_compared_after_as_many_updates():
     """Four updates a trainer step, times the epochs."""
     for condition in replay_plan.conditions():
-        job = replay_plan.job(condition, 1)
-        assert job.steps * (4 if "epochs" in job.variant else 1) == 1000
+        job, shown = replay_plan.job(condition, 1), replay_plan.steps_shown(condition)
+        assert shown * (4 if "epochs" in job.variant else 1) == 1000
+        assert job.steps >= shown
+
+
+def test_four_uses_run_until_a_third_of_the_prompts_of_on_policy_training():
+    """32 prompts a batch; 8 of them new with four uses, but for the first batch."""
+    on_policy, *replayed = (replay_plan.job(condition, 1) for condition in replay_plan.CORE)
+    for job in replayed:
+        assert 0.99 / 3 < (32 + 8 * (job.steps - 1)) / (32 * on_policy.steps) <= 1 / 3
+
+
+def test_what_ran_longer_is_compared_at_the_step_of_the_others():
+    longer = result("m2po", "x4", 256, 1, [0.3 + 0.01 * i for i in range(54)], prompts=8)
+    (shown,) = replay_page.compared([longer], ("m2po", "x4", 256))
+    assert (longer.steps[-1], shown.steps[-1], shown.curves[PROMPTS][-1]) == (1325, 1000, 8000)
+    assert shown.final == pytest.approx(0.3 + 0.01 * 38.5)
+
+
+def test_prompts_until_as_good_as_on_policy_training_at_its_end():
+    """It ends at 0.45; four validations have that mean at step 125 for the first time, or never."""
+    reference = result("grpo", "", 0, 1, [0.3, 0.45, 0.45, 0.45, 0.45], prompts=32)
+    there = result("m2po", "x4", 256, 1, [0.3, 0.3, 0.4, 0.4, 0.5, 0.5, 0.5], prompts=8)
+    never = result("grpo", "x4", 256, 1, [0.3] * 7, prompts=8)
+    assert replay_page.prompts_to_match(there, reference) == pytest.approx(8 * 125 / (32 * 100))
+    m2po, grpo = replay_page.shares_to_match([reference, there, never])
+    assert "on 1 of 1 seeds, with 31% of its prompts (run until 150 trainer steps)" in m2po
+    assert "on 0 of 1 seeds (run" in grpo
 
 
 def test_accuracy_after_prompts_is_of_the_validations_until_then():
@@ -81,8 +107,10 @@ def test_times_to_an_accuracy_are_shares_of_syncs():
 def test_the_timed_runs_differ_in_replay_alone_and_each_has_its_folder(tmp_path):
     runs = [verl_runs.VerlRun.next_attempt(tmp_path, each, 1, 120) for each in verl_runs.REPLAY_CLOCK]
     assert len({run.folder for run in runs}) == 3
-    without, with_replay = (set(run.overrides) for run in runs[1:])
-    assert {each for each in with_replay ^ without if "default_local_dir" not in each} == {"replay=x4"}
+    once, again = ({each for each in run.overrides if "default_local_dir" not in each} for run in runs[1:])
+    bound = "trainer.v1.bounded_async"
+    assert once - again == {f"{bound}.staleness_updates=8"}
+    assert again - once == {"replay=x4", f"{bound}.staleness_updates=128", f"{bound}.ahead_updates=8"}
     assert [run.attempt for run in runs] == [1, 1, 1]
     runs[2].metrics.parent.mkdir(parents=True)
     runs[2].metrics.touch()

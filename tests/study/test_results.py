@@ -63,11 +63,19 @@ def test_runs_of_other_settings_are_not_put_into_one_table(key):
 
 @pytest.mark.parametrize("key", ["config", "model", "versions", "config_files"])
 def test_runs_under_one_folder_are_of_the_same_settings(key):
-    record = {name: COMMON[name] for name in ("config", "model", "versions", "machine")}
-    assert studied._common({"old": record, "new": record | {"machine": "another", "config_files": "0"}}) == record
+    common = {name: COMMON[name] for name in ("config", "model", "versions", "machine")}
+    record = common | {"overrides": ["loss=grpo", "data.seed=1"]}
+    assert studied._common({"old": record, "new": record | {"machine": "another", "config_files": "0"}}) == common
     record["config_files"] = "0"
     with pytest.raises(ValueError, match=f"old has {key} .*, and new has other"):
-        studied._common({"old": record, "new": record | {key: "other"}})
+        studied._common({"old": record, "new": record | {"overrides": ["loss=grpo", "data.seed=2"], key: "other"}})
+
+
+def test_the_config_files_of_runs_with_other_options_are_others():
+    """The hash leaves out the options that a run did not choose."""
+    common = {name: COMMON[name] for name in ("config", "model", "versions", "machine")}
+    record = common | {"overrides": ["loss=grpo"], "config_files": "0"}
+    assert studied._common({"a": record, "b": record | {"overrides": ["loss=m2po"], "config_files": "1"}}) == common
 
 
 def test_what_earlier_results_have_in_full_is_not_in_the_queue(tmp_path):

@@ -25,6 +25,7 @@ FAMILIES = {
     "mix_ppg": {},
     "vespo": {},
     "ctpo": {},
+    "drpo": {},
 }
 
 

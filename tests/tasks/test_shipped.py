@@ -14,8 +14,14 @@ from verl_m2po.tasks.made import TASKS
 from verl_m2po.tasks.tiny_model import Recipe
 
 RECIPES = pytest.mark.parametrize("recipe", ship.RECIPES, ids=lambda recipe: recipe.name)
-# What the recipe promises on any machine, and what the order of additions changes in a mean over 512 problems
-TOLERANCE, ROUNDING = 0.01, 1e-4
+# What the recipe promises on any machine: half of a step near the target, where it was full or a tenth
+TOLERANCE, TOLERANCE_OF_SMALL_STEPS = 0.03, 0.01
+# What the order of additions changes in a mean over 512 problems
+ROUNDING = 1e-4
+
+
+def tolerance(recipe: Recipe) -> float:
+    return TOLERANCE if recipe.rate_near_target == 1 else TOLERANCE_OF_SMALL_STEPS
 
 
 def shipped(recipe: Recipe) -> tuple[Path, dict]:
@@ -63,7 +69,7 @@ def test_shipped_weights_are_the_recipes_in_shape_and_accuracy(recipe: Recipe, t
     )
     accuracy = supervision.sampled_accuracy(model, *held_out)
     assert accuracy == pytest.approx(summary["sampled_accuracy"], abs=ROUNDING)
-    assert accuracy == pytest.approx(recipe.target_accuracy, abs=TOLERANCE)
+    assert accuracy == pytest.approx(recipe.target_accuracy, abs=tolerance(recipe))
 
 
 def test_another_recipe_is_supervised():
@@ -76,4 +82,4 @@ def test_another_recipe_is_supervised():
 def test_the_recipe_lands_at_its_target_on_this_machine(recipe: Recipe):
     """Not that of the long responses: a step near its target is worth 0.06, and it takes minutes."""
     _, summary = tiny_model.supervised(recipe, tiny_model.make_tokenizer(recipe.max_length))
-    assert summary["sampled_accuracy"] == pytest.approx(recipe.target_accuracy, abs=TOLERANCE)
+    assert summary["sampled_accuracy"] == pytest.approx(recipe.target_accuracy, abs=tolerance(recipe))

@@ -37,8 +37,9 @@ def build_rule(
             until = settings.reference.reincarnate_after_steps
             reused = _reused(settings.replay, batch_size, seed)
             return Replay(steps, batch_size, updates=updates, steps_of_reuse=until, **reused)
-        case BoundedAsyncConfig() if settings.replay.max_uses != 1:
-            bounded = {"min_usable_share": settings.min_usable_share, "updates": updates}
+        case BoundedAsyncConfig() if settings.reuses:
+            ahead = settings.ahead_steps(clock)
+            bounded = {"min_usable_share": settings.min_usable_share, "updates": updates, "ahead_steps": ahead}
             return BoundedReplay(steps, batch_size, **bounded, **_reused(settings.replay, batch_size, seed))
         case BoundedAsyncConfig():
             return _bounded(settings, clock, updates)

@@ -13,7 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_m2po.ground.problem import Problem, WrongValue
 from verl_m2po.ground.verl_config import TRAINER_MODE, read
-from verl_m2po.staleness.rule.units import UpdateClock
+from verl_m2po.staleness.rule.units import StalenessUnitsError, UpdateClock
+
+AHEAD_STEPS = 8
+"""Trainer steps that generation runs ahead where rollouts are trained again: verl's own bound of eight versions."""
+
+AHEAD = "trainer.v1.bounded_async.ahead_updates"
 
 ON_FAILED_TRAJECTORY = ("refill", "mask")
 
@@ -196,12 +201,38 @@ class BoundedAsyncConfig(SeparateConfig):
         adaptive: lets the bound move below `staleness_updates`.
         replay: how often a rollout is trained where generation is late. `max_uses` other than 1: instead of waiting the
             trainer fills its batch with what was trained before, down to `fresh_share` of new prompts.
+        ahead_updates: with replay, how far generation runs ahead of training, in optimizer updates: the batches of so
+            many and one more are generated or wait for their first use. null: eight trainer steps, or
+            `staleness_updates` where that is less.
     """
 
     staleness_updates: int = 0
     min_usable_share: float = 0.25
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    ahead_updates: int | None = None
+
+    @property
+    def reuses(self) -> bool:
+        """Whether a rollout may be trained more than once."""
+        return self.replay.max_uses != 1
+
+    def ahead_steps(self, clock: UpdateClock) -> int:
+        """Trainer steps that generation runs ahead; without replay those of the bound.
+
+        Raises:
+            WrongValue: `ahead_updates` is no whole number of trainer steps.
+        """
+        bound, updates = clock.steps(self.staleness_updates), self.ahead_updates
+        if not self.reuses:
+            return bound
+        if updates is None:
+            return min(AHEAD_STEPS, bound)
+        try:
+            return clock.steps(updates, AHEAD)
+        except StalenessUnitsError as error:
+            remedy = "See the table of units in docs/staleness.md"
+            raise WrongValue(Problem(AHEAD, updates, str(error), remedy)) from error
 
 
 @dataclass

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 # Label of a position that carries no loss; torch's own convention.
 NO_TOKEN = -100
-# Share of the target accuracy from which on it is measured after every step, and steps are smaller by this factor: ten
-# full ones may then be worth 0.15, and kernels that add in another order would end elsewhere.
-NEAR, SLOWER = 0.5, 0.1
+# Share of the target accuracy from which on it is measured after every step: ten may then be worth 0.15.
+NEAR = 0.5
 
 
 def encode_problems(
@@ -91,7 +90,7 @@ def supervise(
     target, best, weights = recipe.target_accuracy, 0.0, {}
 
     def pace() -> float:
-        return SLOWER if best >= NEAR * target else 1.0
+        return recipe.rate_near_target if best >= NEAR * target else 1.0
 
     for step in _steps(model, data, recipe, pace):
         if step % recipe.evaluate_every_steps and best < NEAR * target:

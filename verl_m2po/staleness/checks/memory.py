@@ -25,6 +25,7 @@ from verl_m2po.staleness.rows.codec import (
     UNPACKED_BYTES_PER_PROMPT_TOKEN,
     UNPACKED_BYTES_PER_RESPONSE_TOKEN,
 )
+from verl_m2po.staleness.rule.units import UpdateClock
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +55,19 @@ def _replayed_batches(config: DictConfig) -> int:
     return _steps_between_checkpoints(config) or TOTAL_STEPS.of(config) or 0
 
 
-def _kept_batches(config: DictConfig, staleness_steps: int) -> int:
-    """Batches that were trained and may be again, beside those that wait for their first use.
+def _clock(config: DictConfig) -> UpdateClock:
+    return staleness_steps(config)[0]
+
+
+def _held_batches(config: DictConfig, staleness_steps: int) -> int:
+    """Batches that wait for their first use, and those that were trained and may be again.
 
     The mode replay generates a batch when it trains one, so that together they are no more than its window has steps.
     """
-    settings = mode_and_settings(config)[1]
-    is_reusing = isinstance(settings, BoundedAsyncConfig) and settings.replay.max_uses != 1
-    return staleness_steps + 1 if is_reusing else 0
+    settings, kept = mode_and_settings(config)[1], staleness_steps + 1
+    if not isinstance(settings, BoundedAsyncConfig) or not settings.reuses:
+        return kept
+    return settings.ahead_steps(_clock(config)) + 1 + kept
 
 
 def _unpacked_bytes(config: DictConfig, image_bytes: int) -> int:
@@ -85,7 +91,7 @@ def estimate_buffer_bytes(config: DictConfig, staleness_steps: int, image_bytes:
         image_bytes: of a prompt's token if it is one of an image, which is stored once for all responses; 0 without.
     """
     replayed = _steps_between_checkpoints(config) if mode_and_settings(config)[1].journal else 0
-    batches = staleness_steps + 1 + _kept_batches(config, staleness_steps) + replayed
+    batches = _held_batches(config, staleness_steps) + replayed
     response_bytes = RESPONSE_LENGTH.of(config) * BYTES_PER_RESPONSE_TOKEN
     prompt_bytes = PROMPT_LENGTH.of(config) * BYTES_PER_PROMPT_TOKEN
     of_group = RESPONSES.of(config) * (response_bytes + prompt_bytes + ROW_OVERHEAD_BYTES)
@@ -100,7 +106,7 @@ def buffer_rows(config: DictConfig, staleness_steps: int) -> int:
     response; validation comes on top.
     """
     ahead = int(mode_and_settings(config)[1].prefetch)
-    batches = staleness_steps + 2 + ahead + _kept_batches(config, staleness_steps) + _replayed_batches(config)
+    batches = _held_batches(config, staleness_steps) + 1 + ahead + _replayed_batches(config)
     return batches * TRAIN_BATCH_SIZE.of(config) * (1 + RESPONSES.of(config))
 
 

@@ -39,6 +39,7 @@ OF_A_MODE = (
     Number("served_within_nats", 0, is_whole=False, excludes_least=True, may_be_null=True, meaning="nats"),
     Number("stop_wait_s", 0, is_whole=False, may_be_null=True, meaning="seconds"),
     Number("min_usable_share", **_SHARE, meaning="a share"),
+    Number("ahead_updates", 0, may_be_null=True, meaning="optimizer updates"),
 )
 """Under `trainer.v1.<mode>`, as far as the mode has them. The staleness itself: units.py."""
 

@@ -11,7 +11,7 @@ from verl_m2po.ground.problem import Problem
 from verl_m2po.ground.settings import Number
 from verl_m2po.ground.verl_config import TRAINER_MODE, read
 from verl_m2po.staleness.checks.numbers import mode_and_settings, staleness_steps
-from verl_m2po.staleness.config import BoundedAsyncConfig, ReplayConfig, ReplayModeConfig, first_uses
+from verl_m2po.staleness.config import AHEAD, BoundedAsyncConfig, ReplayConfig, ReplayModeConfig, first_uses
 from verl_m2po.staleness.rule.reuse import SAMPLING
 from verl_m2po.staleness.rule.units import UpdateClock
 
@@ -75,7 +75,9 @@ def problems(config: DictConfig) -> Iterator[Problem]:
     clock, bound_steps = staleness_steps(config)
     window = f"trainer.v1.{mode}.staleness_updates={settings.staleness_updates}"
     asked = Asked(mode, settings.replay, clock, window, bound_steps)
-    if isinstance(settings, BoundedAsyncConfig) and settings.adaptive.enable and settings.replay.max_uses != 1:
+    if isinstance(settings, BoundedAsyncConfig):
+        yield from _ahead(settings, clock)
+    if isinstance(settings, BoundedAsyncConfig) and settings.adaptive.enable and settings.reuses:
         why = "what is kept for another use has the age of a bound that stays"
         remedy = f"Leave out staleness=adaptive or replay=: set {asked.key('max_uses')} to 1"
         yield asked.problem("max_uses", why, remedy)
@@ -95,6 +97,18 @@ def in_another_mode(config: DictConfig) -> Iterator[Problem]:
             remedy = f"Set staleness=replay or staleness=bounded_async beside it; {OFF}"
             yield Problem(f"{key}.max_uses", asked.get("max_uses"), why, remedy)
             return
+
+
+def _ahead(settings: BoundedAsyncConfig, clock: UpdateClock) -> Iterator[Problem]:
+    """Yield how far generation should run ahead where the window, or the lack of replay, forbids it."""
+    updates = settings.ahead_updates
+    window = f"trainer.v1.bounded_async.staleness_updates={settings.staleness_updates}"
+    if updates is not None and not settings.reuses:
+        why = f"it is of replay; without it {window} says how far"
+        yield Problem(AHEAD, updates, why, "Set it to null, or replay=x4 beside it")
+    elif settings.ahead_steps(clock) > clock.steps(settings.staleness_updates):
+        why = f"what runs ahead that far would be too old: {window}"
+        yield Problem(AHEAD, updates, why, "Lower it to that, or set it to null")
 
 
 def _ranges(asked: Asked) -> Iterator[Problem]:

@@ -1,0 +1,41 @@
+"""The runs of the stage `long`: the same questions where a response has 60 to 120 tokens."""
+
+from collections.abc import Iterable, Iterator
+
+from staleness_study.plan import CLAIM, FEW_SEEDS, SEEDS, STALEST, TRIAL_SEED, Job
+
+STAGE, TRIAL_STAGE = "long", "long_rate"
+CONFIG = "column_addition_staleness"
+STEPS = 200
+# Of these the one is taken at which GRPO clips about 1% at the largest staleness, as in the paper.
+TRIAL_LEARNING_RATES = (3e-6, 1e-5, 3e-5)
+AGES = (STALEST, 64, 0)
+# Compared with the claim's own
+RIVALS = ("gspo", "topr", "vespo", "ctpo", "drpo", "vcpo", "dppo", "decoupled_ppo")
+
+Condition = tuple[str, int]
+"""(loss, staleness in optimizer updates)."""
+
+
+def job(condition: Condition, seed: int) -> Job:
+    """The run of one condition."""
+    loss, updates = condition
+    return Job(STAGE, loss, updates, seed, steps=STEPS, config=CONFIG)
+
+
+def trials() -> Iterator[Job]:
+    """GRPO on the stalest data at several learning rates, with a seed that is not reported."""
+    for rate in TRIAL_LEARNING_RATES:
+        overrides = (f"actor_rollout_ref.actor.optim.lr={rate}",)
+        yield Job(TRIAL_STAGE, "grpo", STALEST, TRIAL_SEED, overrides, f"lr{rate:g}", STEPS, config=CONFIG)
+
+
+def jobs() -> list[Job]:
+    """All runs: the claim with every seed, then its rivals, age by age, with fewer."""
+    own = tuple(dict.fromkeys(loss for loss, _ in CLAIM))
+    rest = [(loss, updates) for updates in AGES for loss in (*own, *RIVALS)]
+
+    def seeds_of(chosen: Iterable[Condition], seeds: Iterable[int]) -> Iterator[Job]:
+        yield from (job(condition, seed) for seed in seeds for condition in chosen)
+
+    return list(dict.fromkeys([*trials(), *seeds_of(CLAIM, SEEDS), *seeds_of(rest, FEW_SEEDS)]))

@@ -1,0 +1,52 @@
+"""The study's stage `long`: its queue, and its section of the page."""
+
+from collections import Counter
+
+import pytest
+
+from staleness_study import long_page, long_plan, plan
+from staleness_study import run as driver
+from staleness_study.results import CURVES, Result
+from staleness_study.run import CONFIG_FILES
+
+
+def result(stage: str, loss_name: str, updates: int, seed: int, variant: str = "") -> Result:
+    steps, accuracy = [0, 25, 50], [0.34, 0.4, 0.5]
+    curves = {name: [0.01, 0.01] for name in CURVES}
+    return Result(stage, loss_name, updates, 4, seed, variant, steps, accuracy, curves, 60.0)
+
+
+def test_every_run_has_its_own_folder_and_is_of_the_long_task(tmp_path):
+    jobs = long_plan.jobs()
+    assert max(Counter(job.folder(tmp_path) for job in jobs).values()) == 1
+    assert {job.config for job in jobs} == {"column_addition_staleness"}
+    assert [job.stage for job in jobs[:4]] == [long_plan.TRIAL_STAGE] * 3 + [long_plan.STAGE]
+
+
+def test_the_claim_has_every_seed_and_its_rivals_are_options_of_the_group_loss():
+    seeds = Counter((job.loss, job.staleness_updates) for job in long_plan.jobs() if job.stage == long_plan.STAGE)
+    assert all(seeds[condition] == len(plan.SEEDS) for condition in plan.CLAIM)
+    options = {path.stem for path in (CONFIG_FILES / "loss").glob("*.yaml")}
+    assert {name for name, _ in seeds} <= options
+
+
+def test_what_a_run_depends_on_is_that_of_its_own_task():
+    (trial, *_), (short, *_) = long_plan.jobs(), plan.jobs()
+    assert driver.provenance(trial)["model"]["task"] == "column_addition"
+    assert driver.provenance(short)["model"]["digits"] == 3
+
+
+def test_the_section_has_the_trials_and_what_came_of_them(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- long: begin -->\n<!-- long: end -->\n")
+    runs = [
+        result(long_plan.TRIAL_STAGE, "grpo", 256, 101, "lr1e-05"),
+        *(result(long_plan.STAGE, "m2po", 256, seed) for seed in (1, 2, 3)),
+    ]
+    common = {"config": long_plan.CONFIG, "versions": {"verl": "0"}, "machine": "a machine"}
+    long_page.write(common, runs, page)
+    written = page.read_text()
+    assert "| GRPO, s=256, learning rate 1e-05 | 1 |" in written
+    assert "| M2PO, s=256 | 3 | 0.413 ± 0.000 |" in written
+    assert "`python -m staleness_study long`; 4 runs" in written
+    assert pytest.approx(runs[1].final) == 0.4133333
