@@ -8,7 +8,7 @@ STAGE, TRIAL_STAGE = "long", "long_rate"
 CONFIG = "column_addition_staleness"
 STEPS = 200
 # Of these the one is taken at which GRPO clips about 1% at the largest staleness, as in the paper.
-TRIAL_LEARNING_RATES = (3e-6, 1e-5, 3e-5)
+TRIAL_LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 AGES = (STALEST, 64, 0)
 # Compared with the claim's own
 RIVALS = ("gspo", "topr", "vespo", "ctpo", "drpo", "vcpo", "dppo", "decoupled_ppo")

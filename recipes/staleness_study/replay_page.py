@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from pages import replace_section
 
+from staleness_study import replay_figures
 from staleness_study.figures import NAMES
 from staleness_study.page import TARGETS
 from staleness_study.replay_plan import CORE, EPOCHS, EPOCHS_NAME, USES, Condition, conditions, steps_shown
@@ -177,6 +178,16 @@ def write(data: dict[str, Any], results: Sequence[Result], timed: Sequence[Resul
         timed: Of the timed runs through verl.
         page: docs/replay.md.
     """
-    lines = [*table(results), "", *comparisons(results), "", *shares_to_match(results), "", provenance(data, results)]
+    shown = replay_figures.save(results, timed, page.parent / "figures" / "results")
+    lines = [
+        *shown,
+        *table(results),
+        "",
+        *comparisons(results),
+        "",
+        *shares_to_match(results),
+        "",
+        provenance(data, results),
+    ]
     replace_section(page, SECTION, "\n".join(lines))
     replace_section(page, CLOCK_SECTION, "\n".join(wall_clock(timed)))

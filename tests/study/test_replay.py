@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from staleness_study import replay_page, replay_plan, verl_runs
+from staleness_study import replay_figures, replay_page, replay_plan, verl_runs
 from staleness_study.plan import REPLAY_CLOCK, SEEDS
 from staleness_study.results import PROMPTS, SECONDS, Result, load, variant_of, write
 from staleness_study.verl_runs import Condition
@@ -82,6 +82,22 @@ def test_the_table_compares_with_on_policy_training_after_as_many_prompts(tmp_pa
     assert "| M2PO, 4 uses, window 256 updates | 1 | 500 | 1,000 | 0.625 | 0.400 |" in written
     assert "against on-policy GRPO: -2.5 points (1 seed)" in written
     assert "Not run yet." in written
+
+
+def test_the_figure_has_a_line_for_each_condition_by_prompts_and_by_updates_and_the_times_where_there_are_any(tmp_path):
+    assert replay_figures.save([], [], tmp_path) == []
+    runs = [
+        result("grpo", "", 0, 1, [0.3, 0.4, 0.5], prompts=32),
+        *(result("m2po", "x4", 256, seed, [0.3, 0.4, 0.5, 0.6], prompts=8) for seed in (1, 2)),
+    ]
+    figure = replay_figures.draw(runs, [])
+    assert figure is not None
+    by_prompts, by_updates = ([list(line.get_xdata()) for line in axes.lines] for axes in figure.axes)
+    assert by_prompts == [[800, 1600], [200, 400, 600]]
+    assert by_updates == [[100, 200], [100, 200, 300]]
+    with_times = replay_figures.draw(runs, [timed(verl_runs.REPLAY_CLOCK[0], [0.3] * 6, 9.0)])
+    assert with_times is not None and list(with_times.axes[2].lines[0].get_xdata()) == [135.0, 180.0, 225.0]
+    assert replay_figures.save(runs, [], tmp_path) and (tmp_path / "replay.svg").is_file()
 
 
 def timed(condition: Condition, accuracy: list[float], a_step_s: float) -> Result:
