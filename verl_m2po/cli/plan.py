@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -98,7 +98,9 @@ def buffer_bytes(facts: "Facts", setting: "Setting") -> int:
 
     if setting.mode == "sync":
         return 0
-    of_mode = {"replay": asdict(setting.replay_config)} if setting.is_replaying else {}
+    of_mode: dict[str, Any] = {"staleness_updates": setting.staleness_steps}
+    if setting.is_replaying:
+        of_mode["replay"] = asdict(setting.replay_config)
     config = {
         "trainer": {"v1": {"trainer_mode": setting.mode, setting.mode: of_mode}},
         "data": {
@@ -106,7 +108,8 @@ def buffer_bytes(facts: "Facts", setting: "Setting") -> int:
             "max_response_length": facts.longest,
             "max_prompt_length": max(1, facts.prompt_tokens or 0),
         },
-        "actor_rollout_ref": {"rollout": {"n": facts.responses}},
+        # One update a trainer step, as in `Setting.rule`
+        "actor_rollout_ref": {"rollout": {"n": facts.responses}, "actor": {"ppo_mini_batch_size": facts.groups}},
     }
     return estimate_buffer_bytes(OmegaConf.create(config), setting.staleness_steps)
 
