@@ -276,7 +276,14 @@ def test_the_cache_is_where_xdg_says(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert tiny_model.default_cache() == tmp_path / "home" / ".cache" / "verl-m2po"
 
 
-@pytest.mark.parametrize(("name", "value"), [("target_accuracy", 0.0), ("target_accuracy", 1.0), ("batch_size", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("target_accuracy", 0.0), ("target_accuracy", 1.0)),
+        *(("rate_near_target", 0.0), ("rate_near_target", 1.5)),
+        ("batch_size", 0),
+    ],
+)
 def test_a_recipe_that_makes_no_sense_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name}={value}"):
         Recipe(**{name: value})  # pyright: ignore[reportArgumentType]

@@ -96,6 +96,8 @@ class Recipe:
             raise ValueError(f"task={self.task!r} is not one of {', '.join(TASKS)}")
         if not 0 < self.target_accuracy < 1:
             raise ValueError(f"target_accuracy={self.target_accuracy} is not between 0 and 1")
+        if not 0 < self.rate_near_target <= 1:
+            raise ValueError(f"rate_near_target={self.rate_near_target} is not above 0 and at most 1")
         for name in ("max_steps", "evaluate_every_steps", "evaluation_problems", "training_problems", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
