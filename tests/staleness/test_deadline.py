@@ -98,26 +98,19 @@ def test_without_an_error_in_a_log_it_says_where_to_look(logs):
 
 
 @pytest.mark.ray
-def test_the_silent_are_those_that_wait_on_something_else(tmp_path):
-    import ray
+def test_the_silent_are_those_that_wait_on_something_else(cluster, tmp_path):
+    @cluster.remote(num_cpus=0)
+    class Process:
+        async def push(self):
+            (tmp_path / "begun").touch()
+            time.sleep(3600)  # as verl's sender does, in its event loop
 
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, _node_ip_address="127.0.0.1")
-    try:
-
-        @ray.remote(num_cpus=0)
-        class Process:
-            async def push(self):
-                (tmp_path / "begun").touch()
-                time.sleep(3600)  # as verl's sender does, in its event loop
-
-        answers, waits = Process.remote(), Process.remote()
-        ray.get([answers.__ray_ready__.remote(), waits.__ray_ready__.remote()])
-        waits.push.remote()
-        while not (tmp_path / "begun").exists():
-            time.sleep(0.05)
-        watch = Watch()
-        watch.add("rollout worker", [answers, waits])
-        assert watch.find_silent(3.0) == ["rollout worker 1 of 2"]
-        assert deadline._logs_folder().is_dir()
-    finally:
-        ray.shutdown()
+    answers, waits = Process.remote(), Process.remote()
+    cluster.get([answers.__ray_ready__.remote(), waits.__ray_ready__.remote()])
+    waits.push.remote()
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    watch = Watch()
+    watch.add("rollout worker", [answers, waits])
+    assert watch.find_silent(3.0) == ["rollout worker 1 of 2"]
+    assert deadline._logs_folder().is_dir()

@@ -18,15 +18,6 @@ pytestmark = pytest.mark.ray
 WITHIN_S = 60.0
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    import ray
-
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1")
-    yield ray
-    ray.shutdown()
-
-
 class Actor:
     """verl's worker group of the actor, reduced to the name of the weights that it has."""
 

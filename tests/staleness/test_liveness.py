@@ -22,15 +22,6 @@ from verl_m2po.staleness.watch.liveness import RunActors, Watch, WorkerDied
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    import ray
-
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1")
-    yield ray
-    ray.shutdown()
-
-
 @pytest.fixture
 def actor(cluster):
     """An actor that can be killed, and one that is busy for ever."""

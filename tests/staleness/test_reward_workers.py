@@ -20,11 +20,8 @@ ORIGINAL = RewardLoopManager._init_reward_loop_workers
 
 
 @pytest.fixture(scope="module")
-def start():
+def start(cluster):
     """Starts the workers as verl does, inside `ours`."""
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1")
 
     class Worker(reward_workers.RestartableRewardLoopWorker):
         """As verl's, with a reward function that takes a while, or kills."""
@@ -41,14 +38,13 @@ def start():
         manager = SimpleNamespace(
             config=OmegaConf.create({"reward": {"num_workers": 1}}),
             reward_router_address=None,
-            reward_loop_workers_class=ray.remote(RewardLoopWorker),
+            reward_loop_workers_class=cluster.remote(RewardLoopWorker),
         )
         with verl_patches.reward_workers_of(reward_workers.ActorClass(Worker, options)):
             RewardLoopManager._init_reward_loop_workers(manager)
-        return ray, manager
+        return cluster, manager
 
-    yield start
-    ray.shutdown()
+    return start
 
 
 def test_what_a_dead_worker_was_scoring_is_scored_by_the_one_in_its_place(start):

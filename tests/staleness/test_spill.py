@@ -21,20 +21,15 @@ LONG, SHORT = 2000, 20
 
 
 @pytest.fixture
-def folder(tmp_path: Path):
+def folder(cluster, tmp_path: Path):
     """Where a real TransferQueue keeps what is larger than 1,024 bytes."""
-    import ray
     import transfer_queue as tq
     from omegaconf import OmegaConf
 
-    ray.init(
-        "local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, _node_ip_address="127.0.0.1"
-    )
     offload = {"enabled": True, "path": str(tmp_path), "threshold_bytes": 1024}
     tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1, "ssd_offload": offload}}}))
     yield tmp_path
     tq.close()
-    ray.shutdown()
 
 
 def on_disk(folder: Path) -> int:
