@@ -99,7 +99,8 @@ class FakeServer:
         self.aborted: list[str] = []
         self.generate = SimpleNamespace(remote=self._generate)
         self.abort_request = self.generate  # that there is one tells vLLM's server from others
-        self.engine = SimpleNamespace(abort=self._abort)
+        handler = SimpleNamespace(get_loop=asyncio.get_running_loop)
+        self.engine = SimpleNamespace(abort=self._abort, output_handler=handler)
         self.__ray_call__ = SimpleNamespace(remote=lambda what, *args: what(self, *args))
         self.on_generate = lambda: None
         self.asked: list[tuple[int, int]] = []
@@ -110,6 +111,7 @@ class FakeServer:
     async def _generate(self, prompt_ids, sampling_params, **_) -> TokenOutput:
         self.asked.append((len(prompt_ids), sampling_params["max_tokens"]))
         self.on_generate()
+        await asyncio.to_thread(int)  # the loop's next turn, in which what is given up is aborted
         version, tokens, stop_reason = self._attempts.pop(0)
         return TokenOutput(
             token_ids=[7] * tokens,

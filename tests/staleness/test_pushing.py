@@ -1,11 +1,14 @@
 """A push in which a server dies, or that a server misses: who generates afterwards, and who is given up."""
 
 import asyncio
+import time
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
 from verl.checkpoint_engine import CheckpointEngineManager
 
+from verl_m2po.patches import verl as verl_patches
 from verl_m2po.staleness.heal.lent import Lent
 from verl_m2po.staleness.heal.pushing import GatedCheckpointManager
 from verl_m2po.staleness.watch.liveness import WorkerDied
@@ -124,36 +127,71 @@ def test_a_lent_server_that_does_not_serve_the_present_weights_ends_the_run(monk
     assert not good.generates and not late.generates
 
 
-def state(name: str):
-    """Of a request that came as `name`, and waits."""
-    return SimpleNamespace(is_prefilling=True, external_req_id=name)
+@pytest.fixture
+def closing(cluster):
+    """verl's server and vLLM's engine in it as far as a push waits for them, and none of whose requests has a token.
+
+    In a process of Ray's, where what we call runs in another thread than its requests.
+    """
+
+    class Closing:
+        def __init__(self) -> None:
+            self.engine = self
+            self.output_handler: asyncio.Task | None = None
+            self.output_processor = SimpleNamespace(request_states={})
+            self._submission_paused, self._admitting = False, 0
+
+        async def generate(self, request: str) -> str:
+            self.output_handler = self.output_handler or asyncio.create_task(asyncio.Event().wait())
+            state = SimpleNamespace(is_prefilling=True, external_req_id=request, aborted=asyncio.Event())
+            self.output_processor.request_states[f"{request}-of vLLM"] = state
+            self._admitting += 1
+            await state.aborted.wait()
+            self._admitting -= 1
+            return request
+
+        async def abort(self, requests: list[str]) -> None:
+            for request in requests:
+                if state := self.output_processor.request_states.pop(f"{request}-of vLLM", None):
+                    state.aborted.set()
+
+        async def queued(self) -> int:
+            return self._admitting
+
+        async def close(self) -> None:
+            self._submission_paused = True
+            while self._admitting:
+                await asyncio.sleep(0.01)
+
+    return cluster.remote(max_concurrency=64)(Closing).remote()
 
 
-class ClosingServer(Replica):
-    """One that closes once its queue has been handed back, as verl's does a minute later by itself."""
-
-    def __init__(self, queued: int) -> None:
-        super().__init__("closing")
-        self._submission_paused, self._admitting = False, queued
-        self.server_handle = self.servers[0]
-        states = {f"{number}-of vLLM": state(f"{number}") for number in range(queued)}
-        self.engine = SimpleNamespace(output_processor=SimpleNamespace(request_states=states), abort=self._abort)
-
-    async def _abort(self, requests: list[str]) -> None:
-        for request in requests:
-            if self.engine.output_processor.request_states.pop(f"{request}-of vLLM", None):
-                self._admitting -= 1
-
-    async def abort_all_requests(self, reject_request: bool) -> None:
-        self._submission_paused = True
-        while self._admitting:
-            await asyncio.sleep(0.01)
+def abort_replicas(self, reject_request: bool = False):
+    return asyncio.wait_for(self.replicas[0].server_handle.close.remote(), 60)
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.ray
 @pytest.mark.parametrize("queued", [0, 40])
-def test_a_push_does_not_wait_for_what_a_server_has_in_its_queue(monkeypatch, queued):
-    server = ClosingServer(queued)
-    run = Run(monkeypatch, server)
+def test_a_push_does_not_wait_for_what_a_server_has_in_its_queue(cluster, closing, monkeypatch, queued):
+    monkeypatch.setattr(CheckpointEngineManager, "abort_replicas", abort_replicas)
+    requests = [closing.generate.remote(str(number)) for number in range(queued)]
+    while cluster.get(closing.queued.remote()) < queued:
+        time.sleep(0.05)
+    run = Run(monkeypatch, SimpleNamespace(server_handle=closing))
     run.manager.abort_replicas()
-    assert server._submission_paused and not server._admitting
+    assert cluster.get(requests, timeout=60) == [str(number) for number in range(queued)]
+
+
+@pytest.mark.ray
+def test_a_server_that_cannot_hand_back_says_why(cluster, closing, monkeypatch):
+    monkeypatch.setattr(CheckpointEngineManager, "abort_replicas", abort_replicas)
+    monkeypatch.setattr(verl_patches, "waiting_requests", attrgetter("no_such_thing"))
+    closing.generate.remote("a")
+    run = Run(monkeypatch, SimpleNamespace(server_handle=closing))
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        run.manager.abort_replicas()
+
+
+@pytest.mark.ray
+def test_before_its_first_request_there_is_nothing_to_cancel(cluster, closing):
+    cluster.get(closing.__ray_call__.remote(verl_patches.cancel, ["a"]), timeout=60)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -212,7 +213,7 @@ def waiting_requests(server: Any) -> list[str]:
     return [getattr(state, "external_req_id", request) for request, state in states if state.is_prefilling]
 
 
-_cancelling: set[asyncio.Future[None]] = set()
+_cancelling: set[Future[None]] = set()
 """Python itself keeps no reference to what runs beside."""
 
 
@@ -229,7 +230,10 @@ def cancel(server: Any, requests: list[str]) -> None:
         server: verl's vLLM server.
         requests: one that is not there, or not any more, is left out.
     """
-    cancelling = asyncio.ensure_future(server.engine.abort(requests))
+    if (handler := server.engine.output_handler) is None:
+        return  # nothing has been asked of this engine yet
+    # Ray calls this in a thread without an event loop: the engine's own is the one of its requests.
+    cancelling = asyncio.run_coroutine_threadsafe(server.engine.abort(requests), handler.get_loop())
     _cancelling.add(cancelling)
     cancelling.add_done_callback(_cancelling.discard)
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from ray.exceptions import RayTaskError
 from verl.checkpoint_engine import CheckpointEngineManager
 from verl.utils.ray_utils import auto_await
 
@@ -21,7 +22,7 @@ HAND_BACK_EVERY_S = 0.1
 
 async def _hand_back(server: Any) -> None:
     if waiting := await server.__ray_call__.remote(verl_patches.waiting_requests):
-        server.__ray_call__.remote(verl_patches.cancel, waiting)
+        await server.__ray_call__.remote(verl_patches.cancel, waiting)
 
 
 class Attendance(Protocol):
@@ -90,8 +91,10 @@ class GatedCheckpointManager(CheckpointEngineManager):
         closing = asyncio.ensure_future(CheckpointEngineManager.abort_replicas(self, reject_request=reject_request))
         while not (await asyncio.wait({closing}, timeout=HAND_BACK_EVERY_S))[0]:
             # A server that is gone says so to `closing`.
-            handed_back = [_hand_back(replica.server_handle) for replica in self.replicas]
-            await asyncio.gather(*handed_back, return_exceptions=True)
+            handing_back = [_hand_back(replica.server_handle) for replica in self.replicas]
+            for outcome in await asyncio.gather(*handing_back, return_exceptions=True):
+                if isinstance(outcome, RayTaskError):
+                    raise outcome
         await closing
 
     @auto_await
