@@ -88,11 +88,12 @@ REPLAY_TIMED = (
     "actor_rollout_ref.actor.optim.lr_scheduler_type=constant",
     # An eighth of a batch at a time
     "actor_rollout_ref.rollout.max_num_seqs=16",
-    # A validation takes longer than a step.
+    # At this pace a validation takes longer than a step.
     "trainer.test_freq=10",
+    "data.val_max_samples=128",
 )
 # Trainer steps of a run with replay for each of one without: it waits for a quarter of the rollouts
-REPLAY_STEPS = 3
+REPLAY_STEPS = 2
 PACED = (
     # The engine is full with one batch of 16 x 8: more in flight do not come for nothing.
     "actor_rollout_ref.rollout.max_num_seqs=128",
