@@ -133,7 +133,7 @@ study-replay: $(STAMP) ## The study's runs that train each rollout several times
 	$(WORKSHOP) -m staleness_study replay $(if $(RUNS),--most $(RUNS))
 	$(WORKSHOP) -m staleness_study replay-results
 
-study-replay-wall-clock: $(STAMP) ## Time to an accuracy with replay, generation three times training (about 40 minutes; wants a quiet machine)
+study-replay-wall-clock: $(STAMP) ## Time to an accuracy with replay, generation three times training (about 50 minutes; wants a quiet machine)
 	$(WORKSHOP) -m staleness_study replay-wall-clock
 	$(WORKSHOP) -m staleness_study replay-results
 

@@ -144,6 +144,7 @@ def replay_wall_clock(
         more=verl_runs.REPLAY_TIMED,
         config=verl_runs.REPLAY_CONFIG,
         recipe=verl_runs.REPLAY_RECIPE,
+        measured=True,
     )
     _finish(failed)
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from staleness_study.replay_plan import CORE
-from staleness_study.results import FINAL_POINTS, PROMPTS, SECONDS, Result
+from staleness_study.results import PROMPTS, SECONDS, Result
 from verl_m2po.report.drawing.style import COLOURS, ON_POLICY, RC
 
 NAME = "replay"
@@ -66,16 +66,15 @@ def _lines(axes: Axes, results: Sequence[Result], measure: Callable[[Result], Se
 
 
 def _times(axes: Axes, timed: Sequence[Result]) -> None:
-    """Means of the last validations, as in the table, seed by seed."""
+    """Seed by seed."""
     labelled: set[str] = set()
     for run in timed:
         label, colour = TIMED[run.variant]
-        means = run.series.rolling(FINAL_POINTS).mean().iloc[FINAL_POINTS - 1 :]
-        seconds = [0.0, *run.curves[SECONDS]][FINAL_POINTS - 1 :]
-        axes.plot(seconds, means, color=colour, linewidth=1.6, label=None if label in labelled else label)
+        seconds = [0.0, *run.curves[SECONDS]]
+        axes.plot(seconds, run.accuracy, color=colour, linewidth=1.6, label=None if label in labelled else label)
         labelled.add(label)
     axes.set_xlabel("seconds of trainer steps, through verl")
-    axes.set_ylabel(f"mean of {FINAL_POINTS} validations")
+    axes.set_ylabel("accuracy on held-out problems")
     axes.legend(loc="lower right", fontsize=8)
 
 

@@ -161,10 +161,10 @@ def wall_clock(results: Sequence[Result]) -> list[str]:
 
 
 def _to(target: float, run: Result, sync: Result | None) -> str:
-    step = run.first_reaching(target)
+    step = run.first_reaching(target, points=1)
     if step is None:
         return "not reached"
-    first = None if sync is None else sync.first_reaching(target)
+    first = None if sync is None else sync.first_reaching(target, points=1)
     share = "" if sync is None or first is None else f" ({run.seconds_at(step) / sync.seconds_at(first):.0%})"
     return f"{run.seconds_at(step):.0f} s{share}"
 

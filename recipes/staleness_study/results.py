@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from staleness_study import replay_plan
+from staleness_study import exact, replay_plan
 from staleness_study.plan import REPLAY_CLOCK, WALL_CLOCK, Job
 from staleness_study.run import CONFIG_FILES, LOG, RECORD, is_whole
 from staleness_study.verl_runs import REPLAY_CLOCK as CONDITIONS
@@ -117,15 +117,15 @@ class Result:
         curves = {name: values[: kept - 1] for name, values in self.curves.items()}
         return replace(self, steps=self.steps[:kept], accuracy=self.accuracy[:kept], curves=curves)
 
-    def first_reaching(self, target: float) -> int | None:
-        """Step of the first validation that brings the mean of the last `FINAL_POINTS` to `target`; None for none."""
-        means = self.series.rolling(FINAL_POINTS).mean()
+    def first_reaching(self, target: float, points: int = FINAL_POINTS) -> int | None:
+        """Step of the first validation that brings the mean of the last `points` to `target`; None for none."""
+        means = self.series.rolling(points).mean()
         reached = means.index[means >= target]
         return int(reached[0]) if len(reached) else None
 
     def seconds_at(self, step: int) -> float:
         """Seconds of the trainer steps up to the validation at `step`, without validations. For timed runs."""
-        return self.curves[SECONDS][self.steps.index(step) - 1]
+        return [0.0, *self.curves[SECONDS]][self.steps.index(step)]
 
     def mean(self, curve: str) -> float:
         """Mean of a curve after the ramp, without NaN; NaN where the run is not that long or the curve not kept."""
@@ -153,6 +153,14 @@ def _curves(run: Run, steps: list[int], wanted: dict[str, str]) -> dict[str, lis
     return curves
 
 
+def _accuracy(run: Run, folder: Path) -> pd.Series:
+    """By trainer step: of its checkpoints where these were measured, of its validations elsewhere."""
+    if measured := exact.read(folder):
+        return pd.Series(measured, dtype=float).sort_index()
+    names = [name for name in sorted(run.logged) if metrics.VALIDATION.match(name)]
+    return run.series(names[0]) if names else pd.Series(dtype=float)
+
+
 def _seconds(run: Run, steps: list[int]) -> list[float]:
     """Seconds of the trainer steps up to each of `steps` but the first; verl's step time is without validation."""
     return _rounded(run.series("timing_s/step").cumsum().loc[steps[1:]], 5)
@@ -177,8 +185,7 @@ def _read(
     if not runs:
         return None
     run = runs[0]
-    names = [name for name in sorted(run.logged) if metrics.VALIDATION.match(name)]
-    accuracy = run.series(names[0]).loc[:most] if names else pd.Series(dtype=float)
+    accuracy = _accuracy(run, folder).loc[:most]
     if len(accuracy) < 2:
         return None
     steps, known = accuracy.index.tolist(), run.settings

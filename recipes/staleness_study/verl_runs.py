@@ -15,6 +15,7 @@ from pages import processor
 from rich.console import Console
 
 from benchmarks.paced import SECONDS_PER_TOKEN, SECONDS_PER_UPDATE
+from staleness_study import exact
 from staleness_study.run import RECORD, last_step
 from verl_m2po.cli import quickstart
 from verl_m2po.one_process.setup import CONFIG, RECIPE
@@ -88,9 +89,10 @@ REPLAY_TIMED = (
     "actor_rollout_ref.actor.optim.lr_scheduler_type=constant",
     # An eighth of a batch at a time
     "actor_rollout_ref.rollout.max_num_seqs=16",
-    # At this pace a validation takes longer than a step.
-    "trainer.test_freq=10",
-    "data.val_max_samples=128",
+    # Not validated: at this pace that would take longer than a step, and its sampling is noise. Each checkpoint is
+    # measured when the run is over.
+    *("trainer.test_freq=-1", "trainer.val_before_train=false"),
+    *("trainer.save_freq=10", "trainer.max_actor_ckpt_to_keep=null", exact.WITH_MODEL),
 )
 # Trainer steps of a run with replay for each of one without: it waits for a quarter of the rollouts
 REPLAY_STEPS = 2
@@ -149,7 +151,6 @@ class VerlRun(quickstart.Run):
         overrides = (
             *SIZE,
             *(() if pace is None else PACED),
-            *more,
             f"staleness={condition.staleness}",
             *condition.bounds,
             f"trainer.save_freq={CHECKPOINT_EVERY}",
@@ -157,6 +158,7 @@ class VerlRun(quickstart.Run):
             "trainer.resume_mode=auto",
             "trainer.logger=[file]",
             "ray_kwargs.ray_init.address=local",
+            *more,
         )
         run = cls(out, steps, condition.loss, seed, overrides, condition, pace=pace, config=config)
         made = [
@@ -183,6 +185,7 @@ def run_verl(
     more: tuple[str, ...] = (),
     config: str = CONFIG,
     recipe: tiny_model.Recipe = RECIPE,
+    measured: bool = False,
 ) -> list[str]:
     """Train what is not finished, one run at a time; return a line for each that failed.
 
@@ -196,6 +199,7 @@ def run_verl(
         more: Overrides of all of them.
         config: verl's primary config.
         recipe: Of the base model, and with it the problems.
+        measured: Measure the checkpoints of a run when it is over; see `exact`.
     """
     from verl_m2po.one_process import train
 
@@ -207,6 +211,7 @@ def run_verl(
             last = steps * REPLAY_STEPS if condition.replay else steps
             run = VerlRun.next_attempt(out, condition, seed, last, pace, more, config)
             if any(last_step(log) >= last for log in run.folder.glob("attempt-*.jsonl")):
+                _measure(run, measured, model, recipe.digits)
                 continue
             console.print(f"{run.name}, attempt {run.attempt}")
             command = run.command(model.absolute(), data.absolute())
@@ -215,4 +220,11 @@ def run_verl(
             (run.folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             if status := quickstart.train(run, command, console):
                 failed.append(f"{run.name}: exit status {status}, see {run.folder / 'console.log'}")
+            else:
+                _measure(run, measured, model, recipe.digits)
     return failed
+
+
+def _measure(run: VerlRun, measured: bool, base_model: Path, digits: int) -> None:
+    if measured and not exact.read(run.folder):
+        exact.measure(run.folder, base_model, digits)

@@ -1,10 +1,12 @@
 """The study's stage `replay`: its queue, and what its table makes of the runs."""
 
+import json
+import shutil
 from collections import Counter
 
 import pytest
 
-from staleness_study import replay_figures, replay_page, replay_plan, verl_runs
+from staleness_study import exact, replay_figures, replay_page, replay_plan, verl_runs
 from staleness_study.plan import REPLAY_CLOCK, SEEDS
 from staleness_study.results import PROMPTS, SECONDS, Result, load, variant_of, write
 from staleness_study.verl_runs import Condition
@@ -96,7 +98,8 @@ def test_the_figure_has_a_line_for_each_condition_by_prompts_and_by_updates_and_
     assert by_prompts == [[800, 1600], [200, 400, 600]]
     assert by_updates == [[100, 200], [100, 200, 300]]
     with_times = replay_figures.draw(runs, [timed(verl_runs.REPLAY_CLOCK[0], [0.3] * 6, 9.0)])
-    assert with_times is not None and list(with_times.axes[2].lines[0].get_xdata()) == [135.0, 180.0, 225.0]
+    assert with_times is not None
+    assert list(with_times.axes[2].lines[0].get_xdata()) == [0.0, 45.0, 90.0, 135.0, 180.0, 225.0]
     assert replay_figures.save(runs, [], tmp_path) and (tmp_path / "replay.svg").is_file()
 
 
@@ -107,17 +110,17 @@ def timed(condition: Condition, accuracy: list[float], a_step_s: float) -> Resul
 
 
 def test_times_to_an_accuracy_are_shares_of_syncs():
-    """In sync the mean of four validations reaches 0.40 at step 15, in the others one step earlier or never."""
+    """Exact accuracies: the first that reaches it counts."""
     sync, without, with_replay = verl_runs.REPLAY_CLOCK
     runs = [
-        timed(with_replay, [0.4, 0.4, 0.4, 0.4, 0.4], 3.0),
+        timed(with_replay, [0.3, 0.4, 0.4, 0.4, 0.4], 3.0),
         timed(sync, [0.3, 0.38, 0.42, 0.5, 0.6], 9.0),
         timed(without, [0.3, 0.3, 0.3, 0.3, 0.4], 6.0),
     ]
     first, second, third = replay_page.wall_clock(runs)[2:]
-    assert first.startswith("| GRPO, `sync` | 1 | 20 | 9.00 s |") and "| 135 s (100%) |" in first
-    assert second.startswith("| M2PO, `bounded_async` | 1 |") and "| not reached |" in second
-    assert "`bounded_async replay=x4` | 1 | 20 | 3.00 s | 0.400 | 45 s (33%) | not reached |" in third
+    assert first.startswith("| GRPO, `sync` | 1 | 20 | 9.00 s |") and "| 90 s (100%) |" in first
+    assert second.startswith("| M2PO, `bounded_async` | 1 |") and "| 120 s (133%) | not reached |" in second
+    assert "`bounded_async replay=x4` | 1 | 20 | 3.00 s | 0.400 | 15 s (17%) | not reached |" in third
 
 
 def test_the_timed_runs_differ_in_replay_alone_and_each_has_its_folder(tmp_path):
@@ -131,3 +134,14 @@ def test_the_timed_runs_differ_in_replay_alone_and_each_has_its_folder(tmp_path)
     runs[2].metrics.parent.mkdir(parents=True)
     runs[2].metrics.touch()
     assert verl_runs.VerlRun.next_attempt(tmp_path, verl_runs.REPLAY_CLOCK[2], 1, 120).attempt == 2
+
+
+def test_checkpoints_are_measured_as_the_bench_measures(tiny, tmp_path):
+    folder = tmp_path / "checkpoints" / "global_step_10" / "actor" / "huggingface"
+    shutil.copytree(tiny, folder)
+    (tmp_path / "checkpoints" / "global_step_20").mkdir()
+    assert exact.read(tmp_path) == {}
+    exact.measure(tmp_path, tiny, digits=2)
+    measured = exact.read(tmp_path)
+    assert measured.keys() == {0, 10} and measured[0] == measured[10]
+    assert measured[0] == pytest.approx(json.loads((tiny / "recipe.json").read_text())["sampled_accuracy"], abs=1e-3)
