@@ -4,7 +4,9 @@ For every preset of the group `loss` this composes verl's config, calls the regi
 and reads from the gradient how hard each token is pushed. Nothing here knows a formula.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -109,14 +111,26 @@ def push(name: str, ratio: Tensor | None = None) -> Push:
         tokens |= _decoupled(log_prob.detach(), tokens, config.algorithm.rollout_correction)
     actor.global_batch_info.update(dp_size=1, batch_num_tokens=len(advantages), global_batch_size=len(advantages))
     policy_loss: Callable[..., Any] = get_policy_loss_fn(actor.policy_loss.loss_mode)
-    loss, _ = policy_loss(
-        log_prob=log_prob, advantages=advantages, loss_agg_mode=actor.loss_agg_mode, config=actor, **tokens
-    )
+    with _looked_ahead(actor.policy_loss.loss_mode, log_prob.detach()):
+        loss, _ = policy_loss(
+            log_prob=log_prob, advantages=advantages, loss_agg_mode=actor.loss_agg_mode, config=actor, **tokens
+        )
     loss.backward()
     assert log_prob.grad is not None
     pushes = (-log_prob.grad * len(advantages) * advantages).squeeze(-1)
     # Against the advantage's own direction, so that "as REINFORCE" is 1 for both signs.
     return Push(ratio, *pushes.chunk(2))
+
+
+def _looked_ahead(loss_mode: str, current: Tensor) -> AbstractContextManager[Any]:
+    """What the actor worker gives a loss around an average of weights, when these have not moved yet."""
+    from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
+    from verl_m2po.losses.kernel.registry import LOSSES
+
+    loss = LOSSES.get(loss_mode)
+    if loss is None or loss.averaging_decay is None:
+        return nullcontext()
+    return training(MiniBatch(averaged=deque([current])))
 
 
 def _decoupled(current: Tensor, tokens: dict[str, Tensor], correction: DictConfig) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """`python -m benchmarks.presets`: what the loss of each option of the group `loss` costs, against `vanilla`."""
 
 import sys
+from collections import deque
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -47,7 +48,8 @@ class PresetCall:
 
     def __call__(self) -> None:
         log_prob = self.batch.log_prob.detach().requires_grad_()
-        with training(MiniBatch(decision=self.decision)) as mini_batch:
+        averaged = deque([self.batch.old_log_prob])
+        with training(MiniBatch(decision=self.decision, averaged=averaged)) as mini_batch:
             loss, _ = self.loss(
                 old_log_prob=self.batch.old_log_prob,
                 log_prob=log_prob,

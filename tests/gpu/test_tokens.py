@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from host_transfers import no_host_transfers, without_values
+from method_losses import looked_ahead
 from token_batches import heavy_tailed
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import FSDPActorConfig
@@ -39,15 +40,16 @@ def gradient(name, log_prob, old_log_prob, advantages, response_mask, compiled_b
     if compiled_by is not None:
         loss_fn = torch.compile(loss_fn, backend=compiled_by)
     log_prob = log_prob.clone().requires_grad_()
-    loss, _ = loss_fn(
-        old_log_prob=old_log_prob,
-        log_prob=log_prob,
-        advantages=advantages,
-        response_mask=response_mask,
-        loss_agg_mode="seq-mean-token-sum",
-        config=config,
-        rollout_is_weights=torch.ones_like(advantages),
-    )
+    with looked_ahead(name, old_log_prob):
+        loss, _ = loss_fn(
+            old_log_prob=old_log_prob,
+            log_prob=log_prob,
+            advantages=advantages,
+            response_mask=response_mask,
+            loss_agg_mode="seq-mean-token-sum",
+            config=config,
+            rollout_is_weights=torch.ones_like(advantages),
+        )
     loss.backward()
     return log_prob.grad
 

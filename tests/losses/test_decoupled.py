@@ -1,11 +1,14 @@
 """Decoupled PPO and ReMix's shifted clip: reference values and their common limit, PPO's clip."""
 
+import math
+
 import pytest
 import torch
-from method_losses import PROXIMAL_LOG_PROB, evaluate, random_tensors, shared_tensors
+from method_losses import PROXIMAL_LOG_PROB, actor_config, evaluate, random_tensors, shared_tensors
 from torch.testing import assert_close
 
-from verl_m2po.losses.family.decoupled_loglinear import DecoupledLoglinearConfig, decoupled_tokens
+from verl_m2po.losses.family.decoupled_loglinear import DecoupledLoglinearConfig
+from verl_m2po.losses.kernel.decoupled import decoupled_tokens
 from verl_m2po.losses.kernel.tokens import tokens_of
 
 
@@ -40,6 +43,7 @@ def test_reference_value_of_mix_ppg():
 @pytest.mark.parametrize(
     ("name", "values"),
     [
+        ("ppo_ewma", {}),
         ("decoupled_loglinear", {"alpha": 0.0}),
         ("decoupled_loglinear", {"staleness_updates": 0}),
         ("decoupled_loglinear", {"staleness_updates": 1}),
@@ -121,3 +125,57 @@ def test_mix_ppg_without_the_proximal_policy_is_refused():
 
     with pytest.raises(ValueError, match="rollout_is=token"):
         get_policy_loss_fn("mix_ppg")(**shared_tensors(), config=actor_config("mix_ppg"))
+
+
+def test_reference_value_of_ppo_ewma():
+    loss, _, _ = evaluate("ppo_ewma", averaged_log_prob=proximal())
+    assert_close(loss.item(), -0.107357, atol=1e-6, rtol=0)
+
+
+def authors_loss(tensors, averaged, clip=0.2, cap=100.0):
+    """As `compute_losses` of openai/ppo-ewma has it, differentiated by torch."""
+    log_prob = tensors["log_prob"].clone().requires_grad_()
+    behaviour, mask, advantages = tensors["old_log_prob"], tensors["response_mask"], tensors["advantages"]
+    adjusted = torch.maximum(behaviour, log_prob.detach() - math.log(cap))
+    plain = -advantages * (log_prob - adjusted).exp()
+    clipped = (log_prob - averaged).clamp(math.log(1 - clip), math.log(1 + clip))
+    losses = torch.maximum(plain, -advantages * (clipped + averaged - adjusted).exp())
+    loss = losses[mask].sum() / mask.sum()
+    loss.backward()
+    return loss.detach(), log_prob.grad
+
+
+@pytest.mark.parametrize("cap", [100.0, 1.5])
+@pytest.mark.parametrize("seed", range(4))
+def test_ppo_ewma_is_its_authors_loss(seed, cap):
+    tensors = random_tensors(seed)
+    averaged = random_tensors(seed + 100)["log_prob"] - 1
+    found = evaluate("ppo_ewma", tensors, settings={"ratio_cap": cap}, averaged_log_prob=averaged)
+    expected = authors_loss(tensors, averaged, cap=cap)
+    assert_close(found[:2], expected)
+    assert 0 < int((expected[1] == 0)[tensors["response_mask"]].sum()) < int(tensors["response_mask"].sum())
+
+
+def test_around_the_present_policy_ppo_ewma_clips_nothing():
+    tensors = random_tensors(1)
+    found = evaluate("ppo_ewma", tensors, settings={"ratio_cap": math.inf}, averaged_log_prob=tensors["log_prob"])
+    assert_close(found[:2], evaluate("no_trust_region", tensors)[:2])
+
+
+def test_a_token_that_the_average_has_no_log_prob_for_has_no_gradient():
+    tensors = random_tensors(2)
+    tensors["response_mask"][0, 0] = True
+    averaged = tensors["old_log_prob"].clone()
+    averaged[0, 0] = -math.inf
+    loss, gradient, _ = evaluate("ppo_ewma", tensors, averaged_log_prob=averaged)
+    _, expected, _ = evaluate("ppo_ewma", tensors)
+    assert loss.isfinite() and gradient[0, 0] == 0
+    expected[0, 0] = 0
+    assert_close(gradient, expected)
+
+
+def test_without_our_actor_worker_there_is_no_average():
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+
+    with pytest.raises(RuntimeError, match=r"loss_mode=ppo_ewma needs the actor worker .* loss=decoupled_ppo"):
+        get_policy_loss_fn("ppo_ewma")(**shared_tensors(), config=actor_config("ppo_ewma"))

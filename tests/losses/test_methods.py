@@ -4,7 +4,15 @@ import inspect
 
 import pytest
 import torch
-from method_losses import FAMILIES, actor_config, evaluate, on_policy, random_tensors, reinforce_gradient
+from method_losses import (
+    FAMILIES,
+    actor_config,
+    evaluate,
+    looked_ahead,
+    on_policy,
+    random_tensors,
+    reinforce_gradient,
+)
 from torch.testing import assert_close
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 
@@ -78,12 +86,13 @@ def test_a_micro_batch_with_everything_masked(name, mode):
     config = actor_config(name, **{name: FAMILIES[name]})
     # As verl trains: sizes are those of the whole mini-batch.
     config.global_batch_info.update(dp_size=1, batch_num_tokens=10, global_batch_size=4)
-    loss, _ = get_policy_loss_fn(name)(
-        **{**tensors, "log_prob": log_prob},
-        loss_agg_mode="seq-mean-token-sum" if name == "oapl" else mode,
-        config=config,
-        rollout_is_weights=torch.ones(6, 9) if name == "mix_ppg" else None,
-    )
+    with looked_ahead(name, tensors["old_log_prob"]):
+        loss, _ = get_policy_loss_fn(name)(
+            **{**tensors, "log_prob": log_prob},
+            loss_agg_mode="seq-mean-token-sum" if name == "oapl" else mode,
+            config=config,
+            rollout_is_weights=torch.ones(6, 9) if name == "mix_ppg" else None,
+        )
     loss.backward()
     assert loss == 0 and (log_prob.grad == 0).all()
 
@@ -130,12 +139,13 @@ def test_micro_batches_add_up_to_the_mini_batch(name):
     total = 0.0
     for rows in (slice(0, 2), slice(2, 6), slice(0, 6)):
         part = {key: value[rows] for key, value in tensors.items()}
-        loss, _ = get_policy_loss_fn(name)(
-            **part,
-            loss_agg_mode="seq-mean-token-sum" if name == "oapl" else "token-mean",
-            config=config,
-            rollout_is_weights=torch.ones_like(part["log_prob"]) if name == "mix_ppg" else None,
-        )
+        with looked_ahead(name, part["old_log_prob"]):
+            loss, _ = get_policy_loss_fn(name)(
+                **part,
+                loss_agg_mode="seq-mean-token-sum" if name == "oapl" else "token-mean",
+                config=config,
+                rollout_is_weights=torch.ones_like(part["log_prob"]) if name == "mix_ppg" else None,
+            )
         whole = loss.item()
         if rows != slice(0, 6):
             total += whole

@@ -1,5 +1,7 @@
 """No loss of this package makes the host wait for the accelerator under our actor worker."""
 
+from collections import deque
+
 import pytest
 import torch
 from host_transfers import HostTransferError, no_host_transfers, without_values
@@ -37,7 +39,7 @@ def run(name, settings, log_prob, old_log_prob, advantages, response_mask, weigh
     if decision is not None:
         decision = decision(*(log_prob.new_full((), value) for value in (0.4, 0.3, 0.5)))
     log_prob = log_prob.clone().requires_grad_()
-    with training(MiniBatch(decision=decision)) as mini_batch:
+    with training(MiniBatch(decision=decision, averaged=deque([old_log_prob]))) as mini_batch:
         loss, metrics = get_policy_loss_fn(name)(
             old_log_prob=old_log_prob,
             log_prob=log_prob,

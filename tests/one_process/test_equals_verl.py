@@ -6,7 +6,7 @@ from ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 
-LOSSES = ("m2po", "grpo", "gspo", "decoupled_ppo", "vcpo", "m2po_by_micro_batch")
+LOSSES = ("m2po", "grpo", "gspo", "decoupled_ppo", "ppo_ewma", "vcpo", "m2po_by_micro_batch")
 STEPS = 3
 # Their denominators count tokens by the sign of log r, which rounding decides where a probability has not moved.
 BY_SIGN = {

@@ -60,7 +60,9 @@ def rollouts(rows, seed, ages=None):
     return data
 
 
-def build_worker(model_folder, policy_loss, ours=True, lr=0.0, optim=None, sequence_parallel=None, dtype="fp32"):
+def build_worker(
+    model_folder, policy_loss, ours=True, lr=0.0, optim=None, sequence_parallel=None, dtype="fp32", strategy="fsdp2"
+):
     """verl's training worker (or ours); at learning rate 0 it can train on data again. `optim` wins over `lr`.
 
     `sequence_parallel` ranks share each sequence, all sequences of a micro-batch in one row; None: one row each.
@@ -91,7 +93,7 @@ def build_worker(model_folder, policy_loss, ours=True, lr=0.0, optim=None, seque
     )
     precision = {"param_dtype": dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     engine_config = FSDPEngineConfig(
-        strategy="fsdp2",
+        strategy=strategy,
         use_torch_compile=False,
         mixed_precision=precision,
         use_remove_padding=sequence_parallel is not None,
@@ -108,7 +110,7 @@ def build_worker(model_folder, policy_loss, ours=True, lr=0.0, optim=None, seque
     )
     worker.reset()
     actor_config = FSDPActorConfig(
-        strategy="fsdp2",
+        strategy=strategy,
         rollout_n=1,
         use_dynamic_bsz=True,
         use_torch_compile=False,
@@ -435,3 +437,81 @@ def run_reincarnation(model_folder, rows, folder):
     found["restarted"] = distance()
     train(worker.actor, rows, behaviour)
     return found | {"states later": len(worker.actor.engine.optimizer.state)}
+
+
+def run_averaging(model_folder, rows, folder, decay, strategy="fsdp2", updates=3):
+    """Updates of `ppo_ewma`: whole weights after each, log-probs of the average before it; the last once more anew."""
+    worker = _averaging_worker(model_folder, decay, strategy)
+    behaviour = behaviour_log_probs(worker, rows)
+    pack(worker, micro_batch_size=2)
+    found = {"weights": [whole_weights(worker)], "ahead": [], "loss": []}
+
+    def update(worker):
+        record = train(worker, rows, behaviour)
+        found["ahead"].append(record["log_probs_ahead"])
+        found["loss"].append(record["loss"])
+        found["weights"].append(whole_weights(worker))
+
+    for _ in range(updates):
+        update(worker)
+    worker.save_checkpoint(str(folder))
+    update(worker)
+    restarted = _averaging_worker(model_folder, decay, strategy)
+    restarted.load_checkpoint(str(folder))
+    pack(restarted, micro_batch_size=2)
+    update(restarted)
+    return found
+
+
+def _averaging_worker(model_folder, decay, strategy):
+    policy_loss = {"selected": "ppo_ewma", "ppo_ewma": {"decay": decay}}
+    return build_worker(model_folder, policy_loss, lr=0.01, strategy=strategy)
+
+
+def whole_weights(worker):
+    """{name: parameter} of all ranks together."""
+    tensors, _ = worker.engine.get_per_tensor_param()
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def run_averaging_kinds():
+    """{kind of sharding: outputs with the mean of two weights in place, and with its own weights before and after}."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def second_version(gives_up):
+        def make(module):
+            for part in (module[0], module):
+                fully_shard(part, mesh=mesh, reshard_after_forward=gives_up)
+            return module
+
+        return make
+
+    kinds = {
+        "none": lambda module: module,
+        "fsdp2": second_version(True),
+        "fsdp2 that keeps what it has gathered": second_version(False),
+        "fsdp": lambda module: FullyShardedDataParallel(module, device_id=torch.device("cpu")),
+    }
+    return {name: _outputs_around_a_mean(make) for name, make in kinds.items()}
+
+
+def _outputs_around_a_mean(make):
+    from types import SimpleNamespace
+
+    from verl_m2po.actor.averaged import AveragedPolicy
+
+    torch.manual_seed(0)
+    rows = torch.randn(5, 4)
+    module = make(torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)))
+    policy = AveragedPolicy(SimpleNamespace(module=module), decay=0.5, state=None)
+    module(rows).square().sum().backward()
+    torch.optim.SGD(module.parameters(), lr=0.01).step()
+    policy.weights.update()
+    with torch.no_grad():
+        before = module(rows)
+        with policy.in_place():
+            mean = module(rows)
+        return mean, before, module(rows)

@@ -1,5 +1,8 @@
 """Call any registered policy loss on small tensors, the way verl's engines do."""
 
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
@@ -7,6 +10,8 @@ from verl.workers.config import FSDPActorConfig
 
 import verl_m2po.losses  # noqa: F401
 from verl_m2po.losses.config import M2POPolicyLossConfig
+from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
+from verl_m2po.losses.kernel.registry import LOSSES
 
 # The shared test tensors of the method comparison.
 LOG_PROB = [[-0.5, -1.0, -2.0], [-0.4, -1.5, -3.0]]
@@ -26,7 +31,16 @@ FAMILIES = {
     "vespo": {},
     "ctpo": {},
     "drpo": {},
+    "ppo_ewma": {},
 }
+
+
+def looked_ahead(name: str, averaged_log_prob: Tensor) -> AbstractContextManager:
+    """What the actor worker has found before the loss `name` is called, where that asks for an average of weights."""
+    loss = LOSSES.get(name)
+    if loss is None or loss.averaging_decay is None:
+        return nullcontext()
+    return training(MiniBatch(averaged=deque([averaged_log_prob.detach()])))
 
 
 def actor_config(loss_mode: str = "vanilla", actor: dict | None = None, **policy_loss) -> FSDPActorConfig:
@@ -58,21 +72,26 @@ def evaluate(
     loss_agg_mode: str = "token-mean",
     rollout_is_weights: Tensor | None = None,
     actor: dict | None = None,
+    averaged_log_prob: Tensor | None = None,
     **policy_loss,
 ) -> tuple[Tensor, Tensor, dict]:
-    """Loss, its gradient with respect to the log-probs, and the metrics of the loss registered as `name`."""
+    """Loss, its gradient with respect to the log-probs, and the metrics of the loss registered as `name`.
+
+    Of a loss around an average of weights: with the behaviour policy as that average, unless another one is given.
+    """
     if settings is not None:
         policy_loss = {name: settings, **policy_loss}
     tensors = dict(tensors or shared_tensors())
     log_prob = tensors["log_prob"].clone().requires_grad_()
     if name == "mix_ppg" and rollout_is_weights is None:
         rollout_is_weights = torch.ones_like(log_prob)
-    loss, metrics = get_policy_loss_fn(name)(
-        **{**tensors, "log_prob": log_prob},
-        loss_agg_mode="seq-mean-token-sum" if name == "oapl" else loss_agg_mode,
-        config=actor_config(name, actor, **policy_loss),
-        rollout_is_weights=rollout_is_weights,
-    )
+    with looked_ahead(name, tensors["old_log_prob"] if averaged_log_prob is None else averaged_log_prob):
+        loss, metrics = get_policy_loss_fn(name)(
+            **{**tensors, "log_prob": log_prob},
+            loss_agg_mode="seq-mean-token-sum" if name == "oapl" else loss_agg_mode,
+            config=actor_config(name, actor, **policy_loss),
+            rollout_is_weights=rollout_is_weights,
+        )
     loss.backward()
     assert log_prob.grad is not None
     return loss.detach(), log_prob.grad, metrics

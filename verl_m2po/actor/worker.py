@@ -6,8 +6,9 @@ data-parallel ranks together. Importing this module puts it into verl's seam for
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import ActorConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
+from verl_m2po.actor.averaged import Averaging
 from verl_m2po.actor.observed import Observed, Seen, age_zero_sums, response_tokens
 from verl_m2po.actor.proof import ProvenTrainingWorker
 from verl_m2po.advantages.finite import require_finite
@@ -46,6 +48,10 @@ class M2POTrainingWorker(ProvenTrainingWorker):
     _mismatch_floor: float | None = None
     _updates_in_call: int = 0
 
+    @cached_property
+    def _averaging(self) -> Averaging:
+        return Averaging()
+
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def train_mini_batch(self, data: TensorDict) -> TensorDict:
         """As verl's; ages of rows count from its start, and advantages must be finite where a loss is observed."""
@@ -63,13 +69,17 @@ class M2POTrainingWorker(ProvenTrainingWorker):
             return super().train_batch(data)
         mini_batch = MiniBatch()
         self._decide(data, config, mini_batch)
+        average = self._averaging.policy(self.engine, config)
+        if average is not None:
+            mini_batch.averaged.extend(seen.tokens.raw_log_prob for seen in self.look_ahead(data, average.in_place))
+        moving = nullcontext() if average is None else average.moved_by_updates()
         # Asked here, where the ages are in host memory: past the ramp of stale data no micro-batch has to be looked at.
         is_age_zero = self._is_age_zero(data)
         some_are_new = is_age_zero is not None and bool(is_age_zero.any())
         ages = self._is_age_zero if some_are_new else lambda _rows: None
         self.loss_fn = Observed(loss_fn, mini_batch, _observes_every_loss(config), ages)
         try:
-            with training(mini_batch), self._scaling_step(_step_scale_of(config), mini_batch):
+            with training(mini_batch), self._scaling_step(_step_scale_of(config), mini_batch), moving:
                 output = super().train_batch(data)
         finally:
             self.loss_fn = loss_fn
@@ -78,8 +88,9 @@ class M2POTrainingWorker(ProvenTrainingWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # pyright: ignore[reportAttributeAccessIssue]
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        """As verl's, and the mismatch floor, which rows of age zero will not come again to measure."""
+        """As verl's, with the averaged weights and the mismatch floor, which no row of age zero will measure again."""
         super().save_checkpoint(local_path, *args, **kwargs)
+        self._averaging.save(Path(local_path))
         # Rank 0 of a pipeline has no outputs, and so no floor.
         writes = self.engine.is_mp_src_rank_with_outputs() and self.engine.get_data_parallel_rank() == 0
         if self._mismatch_floor is not None and writes:
@@ -87,10 +98,12 @@ class M2POTrainingWorker(ProvenTrainingWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # pyright: ignore[reportAttributeAccessIssue]
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        """As verl's, and the mismatch floor, where the checkpoint has one."""
+        """As verl's, with the averaged weights and the mismatch floor, where the checkpoint has them."""
         super().load_checkpoint(local_path, *args, **kwargs)
-        state = Path(local_path) / WORKER_STATE_FILE if local_path else None
-        if state is not None and state.exists():
+        if not local_path:
+            return
+        self._averaging.load(Path(local_path))
+        if (state := Path(local_path) / WORKER_STATE_FILE).exists():
             self._mismatch_floor = json.loads(state.read_text())["mismatch_floor"]
 
     def _decide(self, data: TensorDict, config: ActorConfig, mini_batch: MiniBatch) -> None:
@@ -137,10 +150,13 @@ class M2POTrainingWorker(ProvenTrainingWorker):
         with around_optimizer_step(engine, scaled):
             yield
 
-    def look_ahead(self, data: TensorDict) -> list[Seen]:
-        """Response tokens of all micro-batches of `data` under the current policy, packed as verl will train on them.
+    def look_ahead(
+        self, data: TensorDict, weights: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> list[Seen]:
+        """Response tokens of all micro-batches of `data`, packed as verl will train on them.
 
-        Empty on a rank that computes no log-probs (pipeline stages before the last).
+        Under the current policy, or what the engine has in the context that `weights` makes. Empty on a rank that
+        computes no log-probs (pipeline stages before the last).
         """
         # A shallow copy: the engine writes its own keys.
         data = data.copy()
@@ -162,7 +178,7 @@ class M2POTrainingWorker(ProvenTrainingWorker):
             seen.append(Seen(tokens, self._is_age_zero(data)))
             return torch.zeros((), device=tokens.mask.device), {}
 
-        with self.engine.eval_mode(disable_auto_offload=auto_offload_off):
+        with self.engine.eval_mode(disable_auto_offload=auto_offload_off), weights():
             self.engine.infer_batch(data, loss_function=remember)
         return seen
 

@@ -21,6 +21,7 @@ from verl.utils.torch_functional import (
 from verl.workers.config import build_optimizer
 from verl.workers.utils.losses import ppo_loss
 
+from verl_m2po.actor.averaged import AveragedWeights
 from verl_m2po.actor.observed import Observed
 from verl_m2po.ground.fields import AGE_FIELD
 from verl_m2po.losses.kernel import diagnostics
@@ -62,6 +63,12 @@ class Learner:
         self._micro_rows = self._rows if is_one else setup.actor.ppo_micro_batch_size_per_gpu
         self._mismatch_floor: float | None = None
         self._step_scale = setup.actor.policy_loss.step_scale
+        decay = (
+            None
+            if loss is None or loss.averaging_decay is None
+            else loss.averaging_decay(loss.settings_in(setup.actor))
+        )
+        self._average = None if decay is None else AveragedWeights(model.named_parameters, decay)
         self._optimizer = build_optimizer(model.parameters(), setup.actor.optim)
         self._schedule = _schedule(self._optimizer, setup.actor.optim)
 
@@ -98,6 +105,9 @@ class Learner:
             bool(self._actor.policy_loss.get("diagnostics", False)),
             lambda rows: _is_age_zero(rows, updates_before),
         )
+        if self._average is not None:
+            with self._average.in_place():
+                mini_batch.averaged.extend(self.log_probs(data).split(self._micro_rows))
         self._optimizer.zero_grad()
         metrics: dict[str, Any] = {}
         with training(mini_batch):
@@ -110,6 +120,8 @@ class Learner:
         with self._scaled_step(mini_batch):
             if torch.isfinite(norm):
                 self._optimizer.step()
+        if self._average is not None:
+            self._average.update()
         if mini_batch.sums:
             statistics = diagnostics.mini_batch_metrics(diagnostics.added_up(mini_batch.sums), self._mismatch_floor)
             self._mismatch_floor = statistics.get("mismatch_floor")

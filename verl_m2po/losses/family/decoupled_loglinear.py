@@ -7,15 +7,14 @@ See "Batch size-invariance for policy optimization" (arXiv:2110.00641) for the o
 
 from dataclasses import dataclass
 
-from torch import Tensor
 from verl.base_config import BaseConfig
 
-from verl_m2po.losses.kernel.clipped import clipped_surrogate
+from verl_m2po.losses.kernel.decoupled import decoupled_tokens
 from verl_m2po.losses.kernel.needs import BEHAVIOUR
 from verl_m2po.losses.kernel.record import Loss, TokenLoss
 from verl_m2po.losses.kernel.registry import register
 from verl_m2po.losses.kernel.settings import KEY, check_number
-from verl_m2po.losses.kernel.tokens import LOG_RATIO_LIMIT, Tokens, importance_weight
+from verl_m2po.losses.kernel.tokens import Tokens
 
 
 @dataclass
@@ -70,22 +69,6 @@ def loglinear_tokens(tokens: Tokens, settings: DecoupledLoglinearConfig) -> Toke
         ValueError: Not exactly one of `alpha` and `staleness_updates` is set.
     """
     return decoupled_tokens(tokens, settings.proximal_alpha() * tokens.log_ratio, settings)
-
-
-def decoupled_tokens(tokens: Tokens, log_weight: Tensor, settings: DecoupledLoglinearConfig) -> TokenLoss:
-    """w max(-A r, -A clip(r)) with r = current / proximal and w = proximal / behaviour, w detached.
-
-    Args:
-        tokens: The tokens of a micro-batch.
-        log_weight: log(proximal / behaviour) of any proximal policy, [batch, response].
-        settings: Clip range and cap.
-    """
-    ratio = tokens.importance_weight
-    shrink = (settings.ratio_cap / ratio.clamp(min=1e-30)).clamp(max=1.0)
-    proximal_ratio = (tokens.log_ratio - log_weight).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    value, keep = clipped_surrogate(proximal_ratio, tokens.advantages, 1 - settings.clip_low, 1 + settings.clip_high)
-    weight = importance_weight(log_weight) * shrink
-    return TokenLoss(weight * value, -tokens.advantages * ratio * shrink, keep)
 
 
 register(

@@ -15,7 +15,7 @@ from verl.trainer.ppo.core_algos import agg_loss
 from verl.workers.config import ActorConfig
 
 from verl_m2po.losses.kernel import diagnostics
-from verl_m2po.losses.kernel.mini_batch import decision_of
+from verl_m2po.losses.kernel.mini_batch import averaged_log_prob, decision_of
 from verl_m2po.losses.kernel.record import Call, Loss, TokenLoss
 from verl_m2po.losses.kernel.sequence_mask import sequences_kept
 from verl_m2po.losses.kernel.settings import KEY
@@ -58,7 +58,7 @@ def evaluate(loss: Loss, call: Call) -> tuple[Tensor, dict[str, Any]]:
     """
     with torch.no_grad():
         settings = loss.settings_in(call.config)
-        micro_batch = _MicroBatch(call)
+        micro_batch = _MicroBatch(call, _averaged(loss))
         decided = _decision(loss, micro_batch, settings, call.config)
         result = _Result(call.log_prob.shape)
         for rows, tokens in micro_batch.groups():
@@ -74,8 +74,8 @@ class _MicroBatch:
     group are kept.
     """
 
-    def __init__(self, call: Call):
-        self._call = call
+    def __init__(self, call: Call, averaged: Tensor | None):
+        self._call, self._averaged = call, averaged
         self._rows = row_groups(call.log_prob)
         self._only: Tokens | None = None
 
@@ -96,6 +96,7 @@ class _MicroBatch:
             call.advantages[rows],
             call.response_mask[rows],
             None if weights is None else weights[rows],
+            None if self._averaged is None else self._averaged[rows],
         )
 
 
@@ -118,6 +119,10 @@ class _Result:
         if name not in self.tensors:
             self.tensors[name] = torch.empty(self._shape, dtype=dtype, device=device)
         return self.tensors[name][rows]
+
+
+def _averaged(loss: Loss) -> Tensor | None:
+    return None if loss.averaging_decay is None else averaged_log_prob(f"{KEY}.loss_mode={loss.name}")
 
 
 def _decision(loss: Loss, micro_batch: _MicroBatch, settings: Any, config: ActorConfig) -> tuple[Any, ...]:

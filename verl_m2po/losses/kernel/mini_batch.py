@@ -4,6 +4,7 @@ The actor worker opens a `MiniBatch` around verl's `train_batch`; the losses rea
 sums in it. Nothing is open under an actor worker that is not ours.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -62,6 +63,8 @@ class MiniBatch:
         weighs_responses: Whether `log_weights` are to be left.
         log_weights: log of current over behaviour policy of each response so far, [responses] for each micro-batch.
         metrics: What was found about the whole mini-batch on the way, the same on every rank.
+        averaged: log-probs under an average of weights, [batch, response], of each micro-batch whose loss is still to
+            be called, in the order of these calls.
     """
 
     decision: Any = None
@@ -72,6 +75,7 @@ class MiniBatch:
     weighs_responses: bool = False
     log_weights: list[Tensor] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    averaged: deque[Tensor] = field(default_factory=deque)
 
 
 _current: ContextVar[MiniBatch | None] = ContextVar("verl_m2po_mini_batch", default=None)
@@ -117,3 +121,21 @@ def decision_of(key: str, scope: str, search: Callable[[], Search[Decision]]) ->
             f"{key}=micro_batch works with any actor worker: each micro-batch then decides for itself."
         )
     return mini_batch.decision
+
+
+def averaged_log_prob(key: str) -> Tensor:
+    """log-probs of the micro-batch at hand under the average of weights, [batch, response].
+
+    Args:
+        key: Full name of the setting that asks for the average, for messages.
+
+    Raises:
+        RuntimeError: Nobody has looked at it with the average.
+    """
+    mini_batch = current_mini_batch()
+    if mini_batch is None or not mini_batch.averaged:
+        raise RuntimeError(
+            f"{key} needs the actor worker verl_m2po.actor.worker.M2POTrainingWorker, which averages the weights of "
+            "past updates, but the loss was called without it. loss=decoupled_ppo has a proximal policy without it."
+        )
+    return mini_batch.averaged.popleft()

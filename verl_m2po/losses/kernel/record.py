@@ -101,6 +101,8 @@ class Loss:
             `log_ratio`.
         weights_in_rule: The rule makes use of the rollout correction weights itself; otherwise they multiply each
             token.
+        averaging_decay: (settings) to the decay of an average over the weights of past updates; the rule then finds the
+            log-probs under that average in the tokens. None: it has no use for them.
         masks_sequences_first: The rule sees only what sequence masking leaves. Otherwise masked tokens still have a
             say in statistics of the batch.
     """
@@ -117,6 +119,7 @@ class Loss:
     accepts: Callable[[Call], None] = _accepts_all
     behaviour_log_ratio: Callable[[Tokens], Tensor] | None = None
     weights_in_rule: bool = False
+    averaging_decay: Callable[[Any], float] | None = None
     masks_sequences_first: bool = False
     module: str = field(init=False, default="")
 

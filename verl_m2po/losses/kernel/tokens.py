@@ -28,6 +28,7 @@ class Tokens:
         response_mask: bool; all response tokens, which count in denominators.
         raw_log_prob: log-probs under the current policy as they came.
         rollout_is_weights: verl's rollout correction weights, same dtype as `log_ratio`; 0 outside `mask`. None: 1.
+        averaged_log_prob: log-probs under an average of weights as they came; None for a loss that has no use for them.
         is_ordinary: All |log r| are known to be at most 20, as in all batches but broken ones; never on an accelerator,
             which would have to be waited for.
     """
@@ -39,6 +40,7 @@ class Tokens:
     response_mask: Tensor
     raw_log_prob: Tensor
     rollout_is_weights: Tensor | None = None
+    averaged_log_prob: Tensor | None = None
     is_ordinary: bool = False
 
     @cached_property
@@ -90,6 +92,7 @@ def tokens_of(
     advantages: Tensor,
     response_mask: Tensor,
     rollout_is_weights: Tensor | None = None,
+    averaged_log_prob: Tensor | None = None,
 ) -> Tokens:
     """The arguments of a loss as `Tokens`. The one place where log pi - log pi_old is taken.
 
@@ -99,6 +102,7 @@ def tokens_of(
         advantages: Advantage of each token, same shape.
         response_mask: bool or 0/1, same shape. Whatever the others hold outside it does not matter.
         rollout_is_weights: verl's rollout correction weights, same shape; None: 1.
+        averaged_log_prob: log-probs under an average of weights, same shape; None: not needed.
 
     Raises:
         ValueError: Shapes or devices differ, or a tensor requires grad that must not; names the argument.
@@ -108,6 +112,8 @@ def tokens_of(
     named = {"old_log_prob": old_log_prob, "advantages": advantages, "response_mask": response_mask}
     if rollout_is_weights is not None:
         named["rollout_is_weights"] = rollout_is_weights
+    if averaged_log_prob is not None:
+        named["averaged_log_prob"] = averaged_log_prob
     check_tokens("log_prob", log_prob, **named)
     dtype = torch.promote_types(torch.promote_types(log_prob.dtype, old_log_prob.dtype), torch.float32)
     response_mask = mask = response_mask.bool()
@@ -128,6 +134,7 @@ def tokens_of(
         response_mask,
         log_prob,
         None if rollout_is_weights is None else zero_outside(mask, rollout_is_weights.to(dtype), counted),
+        averaged_log_prob,
         is_ordinary,
     )
 
