@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from verl_m2po.one_process.rollouts import Problems
 from verl_m2po.one_process.train import VALIDATION_PROBLEMS
@@ -24,7 +24,7 @@ def measure(run: Path, base_model: Path, digits: int) -> None:
     held_out = Problems.make(tokenizer, arithmetic.TASK, VALIDATION_PROBLEMS, "validation", digits)
 
     def accuracy(folder: Path) -> float:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return supervision.sampled_accuracy(model, held_out.prompts, held_out.answers)
 
     found = {step: accuracy(folder) for step, folder in sorted({0: base_model, **_models(run)}.items())}
