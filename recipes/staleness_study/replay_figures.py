@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from staleness_study.replay_plan import CORE
 from staleness_study.results import PROMPTS, SECONDS, Result
@@ -48,6 +48,7 @@ def draw(results: Sequence[Result], timed: Sequence[Result]) -> Figure | None:
         by_updates.set_xlabel("optimizer updates")
         by_updates.legend(loc="lower right", fontsize=8)
         for axes in (by_prompts, by_updates):
+            axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
         for axes in by_time:
             _times(axes, timed)
