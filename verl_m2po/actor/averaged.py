@@ -53,7 +53,13 @@ class AveragedWeights:
     ) -> None:
         self._parameters = parameters
         self.decay = decay
-        self.state = state or State({name: _at_least_float32(shard.clone()) for name, shard in self._shards()}, 1.0)
+        if state is None:
+            self.state = State({name: _at_least_float32(shard.clone()) for name, shard in self._shards()}, 1.0)
+        else:
+            # A checkpoint is read into host memory.
+            self.state = State(
+                {name: state.means[name].to(shard.device) for name, shard in self._shards()}, state.total
+            )
 
     def _shards(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters():
@@ -117,6 +123,14 @@ class AveragedPolicy:
             yield
 
 
+def decay_of(config: ActorConfig) -> float | None:
+    """Of the average that the loss of `config` looks at; None where it looks at none."""
+    loss = LOSSES.get(config.policy_loss.loss_mode)
+    if loss is None or loss.averaging_decay is None:
+        return None
+    return loss.averaging_decay(loss.settings_in(config))
+
+
 class Averaging:
     """The averaged policy of a worker from the first loss on that looks at it, over restarts too."""
 
@@ -126,11 +140,10 @@ class Averaging:
 
     def policy(self, engine: Any, config: ActorConfig) -> AveragedPolicy | None:
         """What the loss of `config` looks at, of `engine`; None where it looks at none."""
-        loss = LOSSES.get(config.policy_loss.loss_mode)
-        if loss is None or loss.averaging_decay is None:
+        if (decay := decay_of(config)) is None:
             return None
         if self._policy is None:
-            self._policy = AveragedPolicy(engine, loss.averaging_decay(loss.settings_in(config)), self._saved)
+            self._policy = AveragedPolicy(engine, decay, self._saved)
         return self._policy
 
     def save(self, folder: Path) -> None:

@@ -21,7 +21,7 @@ from verl.utils.torch_functional import (
 from verl.workers.config import build_optimizer
 from verl.workers.utils.losses import ppo_loss
 
-from verl_m2po.actor.averaged import AveragedWeights
+from verl_m2po.actor.averaged import AveragedWeights, decay_of
 from verl_m2po.actor.observed import Observed
 from verl_m2po.ground.fields import AGE_FIELD
 from verl_m2po.losses.kernel import diagnostics
@@ -63,11 +63,7 @@ class Learner:
         self._micro_rows = self._rows if is_one else setup.actor.ppo_micro_batch_size_per_gpu
         self._mismatch_floor: float | None = None
         self._step_scale = setup.actor.policy_loss.step_scale
-        decay = (
-            None
-            if loss is None or loss.averaging_decay is None
-            else loss.averaging_decay(loss.settings_in(setup.actor))
-        )
+        decay = decay_of(setup.actor)
         self._average = None if decay is None else AveragedWeights(model.named_parameters, decay)
         self._optimizer = build_optimizer(model.parameters(), setup.actor.optim)
         self._schedule = _schedule(self._optimizer, setup.actor.optim)
