@@ -1,6 +1,7 @@
 """Builds what a run builds, without starting one: a name in a registry does not show that what it stands for works."""
 
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from importlib import resources
 from typing import Any
@@ -16,11 +17,6 @@ _RUN = (
     "trainer.save_freq=-1",
     "trainer.resume_mode=disable",
 )
-# What the preset of a loss leaves to the run: nothing has decided over a mini-batch here.
-_LOSSES = {
-    "m2po": "actor_rollout_ref.actor.policy_loss.m2po.scope=micro_batch",
-    "bapo": "actor_rollout_ref.actor.policy_loss.bapo.scope=micro_batch",
-}
 _MODES = {
     "stale_k": ("staleness=s8",),
     "stale_k_separate": ("staleness=s8_separate", "hardware=eight_gpu_separate"),
@@ -62,24 +58,28 @@ def _call_loss(name: str) -> None:
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
     from verl.utils.config import omega_conf_to_dataclass
 
+    from verl_m2po.losses.kernel.mini_batch import MiniBatch, training
+
     has_preset = resources.files("verl_m2po.config").joinpath("loss", f"{name}.yaml").is_file()
     chosen = f"loss={name}" if has_preset else f"algorithm.policy_loss={name}"
-    config = _compose(chosen, *([_LOSSES[name]] if name in _LOSSES else []))
+    config = _compose(chosen)
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     actor.global_batch_info.update(dp_size=1, batch_num_tokens=2, global_batch_size=2)
     old_log_prob = torch.tensor([[-1.0], [-2.0]])
     log_prob = (old_log_prob + 0.1).requires_grad_()
     policy_loss: Callable[..., Any] = get_policy_loss_fn(actor.policy_loss.loss_mode)
-    loss, _metrics = policy_loss(
-        old_log_prob=old_log_prob,
-        log_prob=log_prob,
-        advantages=torch.tensor([[1.0], [-1.0]]),
-        response_mask=torch.ones(2, 1, dtype=torch.bool),
-        loss_agg_mode=actor.loss_agg_mode,
-        config=actor,
-        # As verl's trainer makes them of a batch whose proximal policy is the behaviour policy.
-        rollout_is_weights=torch.ones(2, 1) if config.algorithm.rollout_correction.rollout_is else None,
-    )
+    # As our actor worker opens it for a mini-batch of one piece.
+    with training(MiniBatch(decide_in_loss=True, averaged=deque([old_log_prob]))):
+        loss, _metrics = policy_loss(
+            old_log_prob=old_log_prob,
+            log_prob=log_prob,
+            advantages=torch.tensor([[1.0], [-1.0]]),
+            response_mask=torch.ones(2, 1, dtype=torch.bool),
+            loss_agg_mode=actor.loss_agg_mode,
+            config=actor,
+            # As verl's trainer makes them of a batch whose proximal policy is the behaviour policy.
+            rollout_is_weights=torch.ones(2, 1) if config.algorithm.rollout_correction.rollout_is else None,
+        )
     loss.backward()
     if log_prob.grad is None or not torch.isfinite(log_prob.grad).all():
         raise ValueError("its gradient on two tokens is not finite")
