@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from staleness_study import long_plan, plan, replay_plan
+from staleness_study import long_plan, plan, replay_plan, tried_plan
 from staleness_study.plan import REPLAY_CLOCK, WALL_CLOCK, Job
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -19,6 +19,8 @@ DATA = Path("results/one_process.json")
 CORRECTED_DATA = Path("results/corrected.json")
 REPLAY_PAGE, REPLAY_DATA = Path("docs/replay.md"), Path("results/replay.json")
 LONG_DATA = Path("results/long.json")
+# By the primary config of the task
+TRIED_DATA = {plan.ARITHMETIC: Path("results/tried.json"), long_plan.CONFIG: Path("results/tried_long.json")}
 REPLAY_CLOCK_DATA = Path(f"results/{REPLAY_CLOCK}.json")
 # Of runs through verl, by stage, which is also their folder's name
 VERL_DATA = {stage: Path(f"results/{stage}.json") for stage in ("verl", WALL_CLOCK)}
@@ -102,6 +104,40 @@ def long_results(
         _put(studied.collect(long_plan.jobs(), out / "one_process"), data, keep)
     long_page.write(*studied.load(data), page)
     typer.echo(f"written: {page}, {data}")
+
+
+@app.command()
+def tried(
+    out: Folder = OUT,
+    workers: Workers = CORES,
+    most: Most = None,
+    known: Known = None,
+    config: Annotated[str, typer.Option(help="Primary config of the task.")] = plan.ARITHMETIC,
+) -> None:
+    """Changes to M2PO that might win back what old data costs, on seeds that are not reported elsewhere."""
+    _run(tried_plan.jobs(config)[:most], out, workers, known)
+
+
+@app.command()
+def tried_results(
+    out: Folder = OUT,
+    page: Annotated[Path, typer.Option(help="Its marked section is rewritten.")] = PAGE,
+    collect: Annotated[bool, typer.Option(help="Read the runs; otherwise write from the JSON beside the page.")] = True,
+    keep: Keep = False,
+) -> None:
+    """Put what the stage `tried` has run so far into its JSON files and docs/results.md."""
+    from staleness_study import results as studied
+    from staleness_study import tried_page
+
+    found = []
+    for config, path in TRIED_DATA.items():
+        jobs, data = tried_plan.jobs(config), page.parent / path
+        if collect and any(job.folder(out / "one_process").is_dir() for job in jobs):
+            _put(studied.collect(jobs, out / "one_process"), data, keep)
+        if data.exists():
+            found.append(studied.load(data))
+    tried_page.write(found, page)
+    typer.echo(f"written: {page}, {', '.join(str(page.parent / path) for path in TRIED_DATA.values())}")
 
 
 @app.command()

@@ -36,7 +36,7 @@ CAPTIONS = {
 }
 
 
-def _accuracy(values: Sequence[float]) -> str:
+def accuracy_of(values: Sequence[float]) -> str:
     """Mean with its interval; that of two seeds is too wide to say anything."""
     interval = Interval.of(values)
     if interval is None:
@@ -46,11 +46,11 @@ def _accuracy(values: Sequence[float]) -> str:
     )
 
 
-def _percent(values: Sequence[float]) -> str:
+def percent(values: Sequence[float]) -> str:
     return f"{100 * np.mean(values):.2g}%" if len(values) else "-"
 
 
-def _against(runs: Sequence[Result], unchanged: Sequence[Result]) -> str:
+def points_against(runs: Sequence[Result], unchanged: Sequence[Result]) -> str:
     """Difference to `unchanged`, in points."""
     interval = difference(runs, unchanged)
     if interval is None or runs is unchanged:
@@ -70,7 +70,7 @@ def _collapse(runs: Sequence[Result]) -> str:
     return f"{np.mean(steps):.0f} ({len(steps)}/{len(runs)})" if steps else "none"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(header) + " |", "| --- " + "| ---: " * (len(header) - 1) + "|"]
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
 
@@ -94,15 +94,15 @@ def conditions(results: Sequence[Result], stage: str = "staleness", target: floa
     for variant, age, loss in sorted({(r.variant, r.staleness_updates, r.loss) for r in results if r.stage == stage}):
         runs = select(results, stage, loss, age, variant)
         curve = runs[0].left_out_name
-        scores = [_accuracy([run.final_score for run in runs if run.final_score is not None])] if has_scores else []
+        scores = [accuracy_of([run.final_score for run in runs if run.final_score is not None])] if has_scores else []
         rows.append(
             [
                 f"{NAMES.get(loss, loss)}, {'on-policy' if age == 0 else f's={age}'}{_suffix(variant)}",
                 str(len(runs)),
                 *scores,
-                _accuracy([run.final for run in runs]),
-                _accuracy([run.best for run in runs]),
-                _percent([run.mean(curve) for run in runs]),
+                accuracy_of([run.final for run in runs]),
+                accuracy_of([run.best for run in runs]),
+                percent([run.mean(curve) for run in runs]),
                 f"{np.mean([run.mean('second_moment') for run in runs]):.2g}",
                 _collapse(runs),
                 *([] if target is None else [_steps_to(runs, target)]),
@@ -111,7 +111,7 @@ def conditions(results: Sequence[Result], stage: str = "staleness", target: floa
     measured = ["score of the last 20 batches", "final accuracy"] if has_scores else ["final accuracy"]
     header = ["", "seeds", *measured, "best", "clipped or masked", "second moment before", "collapse step"]
     header += [] if target is None else [f"trainer steps to {target:.2f}"]
-    return _table(header, rows) if rows else ["Not run yet."]
+    return table(header, rows) if rows else ["Not run yet."]
 
 
 def _steps_to(runs: Sequence[Result], target: float) -> str:
@@ -145,7 +145,7 @@ def claim(results: Sequence[Result]) -> list[str]:
             f"{100 * clipped:.2g}% / {100 * masked:.2g}% = {clipped / masked:.0f}" if masked else f"{clipped:.2%} / 0"
         )
         rows.append(["tokens clipped by GRPO / masked by M2PO", ours, "1.22% / 0.06% = 20"])
-    return _table(["", "here", "the paper's"], rows)
+    return table(["", "here", "the paper's"], rows)
 
 
 def causes(results: Sequence[Result]) -> list[str]:
@@ -165,9 +165,9 @@ def causes(results: Sequence[Result]) -> list[str]:
     for change, runs in changes.items():
         if runs:
             finals = [run.final for run in runs]
-            masked = _percent([run.mean("masked") for run in runs])
+            masked = percent([run.mean("masked") for run in runs])
             share = _recovered(finals, grpo, reference) or "-"
-            rows.append([change, str(len(runs)), _accuracy(finals), _against(runs, unchanged), share, masked])
+            rows.append([change, str(len(runs)), accuracy_of(finals), points_against(runs, unchanged), share, masked])
     header = [
         "changed in M2PO's run at s=256",
         "seeds",
@@ -176,7 +176,7 @@ def causes(results: Sequence[Result]) -> list[str]:
         "of GRPO's gap recovered",
         "masked",
     ]
-    return _table(header, rows) if len(rows) > 1 else ["Not run yet."]
+    return table(header, rows) if len(rows) > 1 else ["Not run yet."]
 
 
 def methods(results: Sequence[Result]) -> list[str]:
@@ -185,14 +185,14 @@ def methods(results: Sequence[Result]) -> list[str]:
     rows = []
     for loss in by_accuracy(results, STALEST) if ages else ():
         stalest = of_method(results, loss, STALEST)
-        finals = [_accuracy([run.final for run in of_method(results, loss, age)]) for age in ages]
-        left_out = _percent([run.mean(run.left_out_name) for run in stalest if run.left_out_name in run.curves])
+        finals = [accuracy_of([run.final for run in of_method(results, loss, age)]) for age in ages]
+        left_out = percent([run.mean(run.left_out_name) for run in stalest if run.left_out_name in run.curves])
         seeds = "/".join(str(len(of_method(results, loss, age))) for age in ages)
         rows.append([f"`{loss}`", *finals, seeds, left_out, _collapse(stalest)])
     names = ["on-policy" if age == 0 else f"s={age}" for age in ages]
     at = f"at s={STALEST}"
     header = ["`loss=`", *names, "seeds", f"clipped or masked {at}", f"collapse step {at}"]
-    return _table(header, rows) if rows else ["Not run yet."]
+    return table(header, rows) if rows else ["Not run yet."]
 
 
 def learning_rates(results: Sequence[Result]) -> list[str]:
@@ -205,7 +205,7 @@ def learning_rates(results: Sequence[Result]) -> list[str]:
     if not rows:
         return ["The trials are not among the runs so far."]
     header = ["learning rate", "seed", "trainer steps", "clipped by GRPO after the ramp", "accuracy"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def thresholds(results: Sequence[Result]) -> list[str]:
@@ -218,8 +218,8 @@ def thresholds(results: Sequence[Result]) -> list[str]:
             runs = select(results, "staleness", "m2po", STALEST)
         if runs:
             masked = [run.mean("masked") for run in runs]
-            rows.append([f"{threshold:g}", str(len(runs)), _accuracy([run.final for run in runs]), _percent(masked)])
-    return _table(["threshold", "seeds", "final accuracy", "masked"], rows) if len(rows) > 1 else ["Not run yet."]
+            rows.append([f"{threshold:g}", str(len(runs)), accuracy_of([run.final for run in runs]), percent(masked)])
+    return table(["threshold", "seeds", "final accuracy", "masked"], rows) if len(rows) > 1 else ["Not run yet."]
 
 
 def provenance(data: dict[str, Any], results: Sequence[Result], command: str = "make study") -> list[str]:
@@ -271,7 +271,7 @@ def wall_clock(results: Sequence[Result]) -> list[str]:
         rows.append([name, str(run.seed), f"{first:.0f} s", f"{a_step:.2f} s", f"{run.final:.3f}", *cells])
     header = ["", "seed", f"{results[0].steps[1]} steps" if results else "", "each after them", "final accuracy"]
     header += [f"to {target:.2f}" for target in TARGETS]
-    return _table(header, rows) if rows else ["Not run yet."]
+    return table(header, rows) if rows else ["Not run yet."]
 
 
 def _mode(run: Result) -> str:

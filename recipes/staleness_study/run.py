@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import verl_m2po.config
+from staleness_study import tried
 from staleness_study.plan import Job
 
 # What is, or was, run in a folder.
@@ -91,11 +92,12 @@ def last_step(log: Path) -> int:
 
 
 def _start_worker(steps: Any) -> None:
-    """Once in each worker process: one thread of torch, and where to report each trainer step."""
+    """Once in each worker process: one thread of torch, the study's losses, and where to report each trainer step."""
     import torch
 
     torch.set_num_threads(1)
     os.environ["VERL_PLATFORM"] = "cpu"
+    tried.register_all()
     _run.steps = steps
 
 
