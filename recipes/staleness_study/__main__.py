@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from staleness_study import long_plan, plan, replay_plan, tried_plan
+from staleness_study import comparison_plan, long_plan, plan, replay_plan, tried_plan
 from staleness_study.plan import REPLAY_CLOCK, WALL_CLOCK, Job
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -19,6 +19,7 @@ DATA = Path("results/one_process.json")
 CORRECTED_DATA = Path("results/corrected.json")
 REPLAY_PAGE, REPLAY_DATA = Path("docs/replay.md"), Path("results/replay.json")
 LONG_DATA = Path("results/long.json")
+COMPARISON_DATA = Path("results/comparison.json")
 # By the primary config of the task
 TRIED_DATA = {plan.ARITHMETIC: Path("results/tried.json"), long_plan.CONFIG: Path("results/tried_long.json")}
 REPLAY_CLOCK_DATA = Path(f"results/{REPLAY_CLOCK}.json")
@@ -103,6 +104,47 @@ def long_results(
     if collect:
         _put(studied.collect(long_plan.jobs(), out / "one_process"), data, keep)
     long_page.write(*studied.load(data), page)
+    typer.echo(f"written: {page}, {data}")
+
+
+def _comparison(data: Path) -> list[Job]:
+    """The grid, and what it says to compare by the results in `data`, if there are any."""
+    from staleness_study import comparison_page
+    from staleness_study import results as studied
+
+    chosen = comparison_page.best_settings(studied.load(data)[1]) if data.exists() else {}
+    return [*comparison_plan.grid(), *comparison_plan.jobs(chosen)]
+
+
+@app.command()
+def compare(
+    out: Folder = OUT,
+    workers: Workers = CORES,
+    most: Most = None,
+    known: Known = None,
+    page: Annotated[Path, typer.Option(help="The results beside it say what the grid found best.")] = PAGE,
+) -> None:
+    """M2PO and its rivals on equal data: a small grid of settings first, then five seeds. `compare-results` after the
+    grid lets the next call run the best of it too.
+    """
+    _run(_comparison(page.parent / COMPARISON_DATA)[:most], out, workers, known)
+
+
+@app.command()
+def compare_results(
+    out: Folder = OUT,
+    page: Annotated[Path, typer.Option(help="Its marked sections are rewritten.")] = PAGE,
+    collect: Annotated[bool, typer.Option(help="Read the runs; otherwise write from the JSON beside the page.")] = True,
+    keep: Keep = False,
+) -> None:
+    """Put what the grid and the comparison have run so far into their JSON file and docs/results.md."""
+    from staleness_study import comparison_page
+    from staleness_study import results as studied
+
+    data = page.parent / COMPARISON_DATA
+    if collect:
+        _put(studied.collect(_comparison(data), out / "one_process"), data, keep)
+    comparison_page.write(*studied.load(data), page)
     typer.echo(f"written: {page}, {data}")
 
 

@@ -59,13 +59,13 @@ def points_against(runs: Sequence[Result], unchanged: Sequence[Result]) -> str:
     return f"{100 * interval.mean:+.2f}{width}"
 
 
-def _recovered(method: Sequence[float], grpo: Sequence[float], reference: Sequence[float]) -> str | None:
+def recovered(method: Sequence[float], grpo: Sequence[float], reference: Sequence[float]) -> str | None:
     """`recovered_gap` in percent; None where it has no answer."""
     gap = recovered_gap(method, grpo, reference)
     return f"{100 * gap[0]:.0f}% [{100 * gap[1]:.0f}%, {100 * gap[2]:.0f}%]" if gap else None
 
 
-def _collapse(runs: Sequence[Result]) -> str:
+def collapse(runs: Sequence[Result]) -> str:
     steps = [run.collapse_step for run in runs if run.collapse_step is not None]
     return f"{np.mean(steps):.0f} ({len(steps)}/{len(runs)})" if steps else "none"
 
@@ -104,7 +104,7 @@ def conditions(results: Sequence[Result], stage: str = "staleness", target: floa
                 accuracy_of([run.best for run in runs]),
                 percent([run.mean(curve) for run in runs]),
                 f"{np.mean([run.mean('second_moment') for run in runs]):.2g}",
-                _collapse(runs),
+                collapse(runs),
                 *([] if target is None else [_steps_to(runs, target)]),
             ]
         )
@@ -135,7 +135,7 @@ def claim(results: Sequence[Result]) -> list[str]:
         rows.append([f"GRPO at s={STALEST} below on-policy", f"{lost:.1f} points", "2.6 to 10.6 points (Table 1)"])
     paper = {"m2po": "86% to 238% on its six models (Table 1)"}
     for loss in ("m2po", "m2po_clip", "no_trust_region", "gspo"):
-        share = _recovered([r.final for r in stale[loss]], grpo, reference)
+        share = recovered([r.final for r in stale[loss]], grpo, reference)
         if share:
             rows.append([f"of that gap recovered by {NAMES[loss]}", share, paper.get(loss, "-")])
     if stale["grpo"] and stale["m2po"]:
@@ -166,7 +166,7 @@ def causes(results: Sequence[Result]) -> list[str]:
         if runs:
             finals = [run.final for run in runs]
             masked = percent([run.mean("masked") for run in runs])
-            share = _recovered(finals, grpo, reference) or "-"
+            share = recovered(finals, grpo, reference) or "-"
             rows.append([change, str(len(runs)), accuracy_of(finals), points_against(runs, unchanged), share, masked])
     header = [
         "changed in M2PO's run at s=256",
@@ -188,7 +188,7 @@ def methods(results: Sequence[Result]) -> list[str]:
         finals = [accuracy_of([run.final for run in of_method(results, loss, age)]) for age in ages]
         left_out = percent([run.mean(run.left_out_name) for run in stalest if run.left_out_name in run.curves])
         seeds = "/".join(str(len(of_method(results, loss, age))) for age in ages)
-        rows.append([f"`{loss}`", *finals, seeds, left_out, _collapse(stalest)])
+        rows.append([f"`{loss}`", *finals, seeds, left_out, collapse(stalest)])
     names = ["on-policy" if age == 0 else f"s={age}" for age in ages]
     at = f"at s={STALEST}"
     header = ["`loss=`", *names, "seeds", f"clipped or masked {at}", f"collapse step {at}"]

@@ -1,0 +1,93 @@
+"""The tables of docs/results.md that compare M2PO with its rivals, each as published and at the best of a grid."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pages import replace_section
+
+from staleness_study import page as pages
+from staleness_study.comparison_plan import AGES, ALTERNATIVES, CHOSEN, GRID, STAGE
+from staleness_study.figures import NAMES
+from staleness_study.plan import STALEST
+from staleness_study.results import Result, select
+
+SECTION, GRID_SECTION = "comparison", "grid"
+
+
+def best_settings(results: Sequence[Result]) -> dict[str, str]:
+    """By method whose grid is whole: its setting with the highest final accuracy; empty for that of the preset."""
+    chosen = {}
+    for loss, alternatives in ALTERNATIVES.items():
+        found = {variant: select(results, GRID, loss, STALEST, variant) for variant in ("", *alternatives)}
+        if all(found.values()):
+            chosen[loss] = max(found, key=lambda variant: found[variant][0].final)
+    return chosen
+
+
+def grid_table(results: Sequence[Result]) -> list[str]:
+    """A row for each setting that was tried, and which one is taken."""
+    chosen, rows = best_settings(results), []
+    for loss, alternatives in ALTERNATIVES.items():
+        for variant in ("", *alternatives):
+            for run in select(results, GRID, loss, STALEST, variant):
+                left_out = [run.mean(run.left_out_name)] if run.left_out_name in run.curves else []
+                setting = "preset" if not variant else " ".join(_short(part) for part in alternatives[variant])
+                mark = "taken" if chosen.get(loss) == variant else ""
+                rows.append([_name(loss), setting, f"{run.final:.3f}", pages.percent(left_out), mark])
+    return pages.table(["", "setting", "final accuracy", "clipped or masked", ""], rows) if rows else ["Not run yet."]
+
+
+def comparison_table(results: Sequence[Result]) -> list[str]:
+    """A row for each method, the best on the stalest data first."""
+    grpo, reference = ([run.final for run in select(results, STAGE, "grpo", age)] for age in (STALEST, 0))
+    ran = [loss for loss in ALTERNATIVES if select(results, STAGE, loss, STALEST)]
+
+    def at_stalest(loss: str) -> float:
+        return float(np.mean([run.final for run in select(results, STAGE, loss, STALEST)]))
+
+    rows = []
+    for loss in sorted(ran, key=lambda loss: (-at_stalest(loss), loss)):
+        stalest = select(results, STAGE, loss, STALEST)
+        finals = [pages.accuracy_of([run.final for run in select(results, STAGE, loss, age)]) for age in AGES]
+        chosen = [run.final for run in select(results, STAGE, loss, STALEST, CHOSEN)]
+        share = pages.recovered([run.final for run in stalest], grpo, reference) or "-"
+        left_out = [run.mean(run.left_out_name) for run in stalest if run.left_out_name in run.curves]
+        rows.append(
+            [
+                _name(loss),
+                str(len(stalest)),
+                *finals,
+                pages.accuracy_of(chosen),
+                share,
+                pages.percent(left_out),
+                pages.collapse(stalest),
+            ]
+        )
+    names = ["on-policy" if age == 0 else f"s={age}" for age in AGES]
+    header = ["", "seeds", *names, f"s={STALEST}, best of the grid", f"of GRPO's gap recovered at s={STALEST}"]
+    header += ["clipped or masked", "collapse step"]
+    return pages.table(header, rows) if rows else ["Not run yet."]
+
+
+def _name(loss: str) -> str:
+    return NAMES.get(loss, f"`{loss}`")
+
+
+def _short(override: str) -> str:
+    key, _, value = override.partition("=")
+    return f"`{key.rpartition('.')[2]}={value}`"
+
+
+def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
+    """Bring the marked sections of `page` up to date.
+
+    Args:
+        data: What the runs have in common.
+        results: Of both stages.
+        page: docs/results.md.
+    """
+    replace_section(page, GRID_SECTION, "\n".join(grid_table(results)))
+    about = pages.provenance(data, results, "python -m staleness_study compare")
+    replace_section(page, SECTION, "\n".join([*comparison_table(results), "", *about]))

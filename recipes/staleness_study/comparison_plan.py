@@ -1,0 +1,91 @@
+"""The stages `grid` and `comparison`: M2PO and its rivals on equal data, as published and at the best of a grid."""
+
+from collections.abc import Iterator, Mapping
+
+from staleness_study.plan import CLAIM_STEPS, STALEST, STEPS, TRIAL_SEED, Job
+from staleness_study.plan import SEEDS as REPORTED
+
+GRID, STAGE = "grid", "comparison"
+# Variant of a run with the setting that was the best of the grid
+CHOSEN = "chosen"
+AGES = (STALEST, 64, 0)
+_ACTOR = "actor_rollout_ref.actor"
+_LOSS = f"{_ACTOR}.policy_loss"
+
+
+def _clips(*bounds: tuple[float, float]) -> dict[str, tuple[str, ...]]:
+    """Below and above a ratio of 1."""
+    return {
+        f"clip{low:g}_{high:g}": (f"{_ACTOR}.clip_ratio_low={low}", f"{_ACTOR}.clip_ratio_high={high}")
+        for low, high in bounds
+    }
+
+
+def _one(key: str, *values: float | str) -> dict[str, tuple[str, ...]]:
+    return {f"{key.rpartition('.')[2]}{value}": (f"{_LOSS}.{key}={value}",) for value in values}
+
+
+def _vespo(k_positive: float, lambda_positive: float, k_negative: float, lambda_negative: float) -> tuple[str, ...]:
+    values = {
+        "k_positive": k_positive,
+        "lambda_positive": lambda_positive,
+        "k_negative": k_negative,
+        "lambda_negative": lambda_negative,
+    }
+    return tuple(f"{_LOSS}.vespo.{name}={value}" for name, value in values.items())
+
+
+def _ctpo(factor: int) -> tuple[str, ...]:
+    bounds = {"clip_low": 0.025, "clip_high": 0.05, "dual_clip": 0.05}
+    return tuple(f"{_LOSS}.ctpo.{name}={factor * value:g}" for name, value in bounds.items())
+
+
+# Settings beside those of the preset, three of each method that has any: what decides how far a policy may move.
+ALTERNATIVES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "m2po": _one("m2po.threshold", 0.01, 0.16, 0.64),
+    "grpo": _clips((0.1, 0.1), (0.4, 0.4), (0.8, 0.8)),
+    "no_trust_region": {},
+    "topr": _one("topr.level", "token", "geometric"),
+    "gspo": _clips((3e-3, 4e-3), (3e-2, 4e-2), (3e-1, 4e-1)),
+    "vespo": {
+        # Those of the docstring of its code, then half and twice the defaults
+        "docstring": _vespo(2.0, 1.5, 4.0, 2.5),
+        "half": _vespo(1.0, 1.5, 1.5, 1.0),
+        "twice": _vespo(4.0, 6.0, 6.0, 4.0),
+    },
+    "ctpo": {f"bounds_x{factor}": _ctpo(factor) for factor in (4, 16, 64)},
+    "drpo": _one("drpo.delta", 0.15, 0.5, 2.0),
+    "vcpo": _one("step_scale.base_share", 0.25, 0.5) | _one("step_scale.power", 1.0),
+    "dppo": _clips((0.05, 0.05), (0.3, 0.3), (0.6, 0.6)),
+    "decoupled_ppo": _clips((0.1, 0.1), (0.4, 0.4), (0.8, 0.8)),
+    "ppo_ewma": _one("ppo_ewma.decay", 0.5, 0.97, 0.99),
+}
+
+
+def grid() -> list[Job]:
+    """Every setting of every method on the stalest data, with a seed that is not reported."""
+
+    def of_method(loss: str) -> Iterator[Job]:
+        yield Job(GRID, loss, STALEST, TRIAL_SEED, steps=STEPS)
+        for variant, overrides in ALTERNATIVES[loss].items():
+            yield Job(GRID, loss, STALEST, TRIAL_SEED, overrides, variant, STEPS)
+
+    return [job for loss in ALTERNATIVES for job in of_method(loss)]
+
+
+def jobs(chosen: Mapping[str, str]) -> list[Job]:
+    """The comparison, seed by seed and the stalest data first.
+
+    Args:
+        chosen: By method: the setting that the grid found best, a key of `ALTERNATIVES`; empty: the preset's, which is
+            run anyway. A method that is missing has no runs of its own choice yet.
+    """
+
+    def of_seed(seed: int) -> Iterator[Job]:
+        for age in AGES:
+            for loss, alternatives in ALTERNATIVES.items():
+                yield Job(STAGE, loss, age, seed, steps=CLAIM_STEPS)
+                if age == STALEST and (variant := chosen.get(loss)):
+                    yield Job(STAGE, loss, age, seed, alternatives[variant], CHOSEN, CLAIM_STEPS)
+
+    return [job for seed in REPORTED for job in of_seed(seed)]
