@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from pages import replace_section
 
-from staleness_study import replay_figures
+from staleness_study import page, replay_figures
 from staleness_study.figures import NAMES
-from staleness_study.page import TARGETS
-from staleness_study.replay_plan import CORE, EPOCHS, EPOCHS_NAME, USES, Condition, conditions, steps_shown
+from staleness_study.replay_plan import CORE, EPOCHS, EPOCHS_NAME, METHODS, USES, WINDOWS, Condition, steps_shown
 from staleness_study.results import FINAL_POINTS, LEAST_SEEDS, PROMPTS, Interval, Result, difference
 
 SECTION, CLOCK_SECTION = "replay results", "replay wall clock"
@@ -22,6 +21,8 @@ CLOCK_SHOWN = {
     "bounded_async x4": "bounded_async replay=x4",
 }
 CLOCK_NAMES = tuple(CLOCK_SHOWN)
+# (how a rollout is used again, window in optimizer updates)
+ROWS = (("", 0), (EPOCHS_NAME, 0), *((reuse, window) for window in WINDOWS for reuse in USES))
 
 
 def of_condition(results: Sequence[Result], condition: Condition) -> list[Result]:
@@ -54,36 +55,50 @@ def _values(values: Sequence[float], digits: int = 3) -> str:
     return f"{interval.mean:.{digits}f}{width}"
 
 
+def _method(loss: str) -> str:
+    return NAMES.get(loss, loss.upper())
+
+
 def _name(condition: Condition) -> str:
     loss, reuse, window = condition
-    name = NAMES.get(loss, loss)
+    name = _method(loss)
     if reuse == EPOCHS_NAME:
         return f"{name}, on-policy, {EPOCHS} epochs on each batch"
     return f"{name}, {USES[reuse]} uses, window {window} updates" if reuse else f"{name}, on-policy, one use"
 
 
+def _row_name(reuse: str, window: int) -> str:
+    return _name(("", reuse, window)).partition(", ")[2]
+
+
 def table(results: Sequence[Result]) -> list[str]:
-    """One row for each condition that has run, in the order of the plan."""
-    header = (
-        "",
-        "seeds",
-        "optimizer updates",
-        "prompts generated",
-        "final accuracy",
-        "on-policy GRPO after as many prompts",
-    )
-    rows = [header, ("---", *("---:",) * (len(header) - 1))]
+    """Final accuracy of each method: a row for each way to use a rollout, a column for each method."""
+    header = ["", "prompts generated", "seeds", *map(_method, METHODS), "on-policy GRPO after as many prompts"]
+    rows = []
     reference = of_condition(results, REFERENCE)
-    for condition in conditions():
-        runs = compared(results, condition)
-        if not runs:
+    for reuse, window in ROWS:
+        by_method = [compared(results, (loss, reuse, window)) for loss in METHODS]
+        ran = [run for runs in by_method for run in runs]
+        if not ran:
             continue
-        prompts = runs[0].curves[PROMPTS][-1]
+        prompts = ran[0].curves[PROMPTS][-1]
         after = [accuracy for run in reference if (accuracy := accuracy_after(run, prompts)) is not None]
-        updates = f"{runs[0].steps[-1] * runs[0].updates_per_step:,}"
-        finals = _values([run.final for run in runs])
-        rows.append((_name(condition), str(len(runs)), updates, f"{prompts:,.0f}", finals, _values(after)))
-    return ["| " + " | ".join(row) + " |" for row in rows]
+        seeds = "/".join(dict.fromkeys(str(len(runs)) for runs in by_method))
+        finals = [_values([run.final for run in runs]) for runs in by_method]
+        rows.append([_row_name(reuse, window), f"{prompts:,.0f}", seeds, *finals, _values(after)])
+    return page.table(header, rows)
+
+
+def against_m2po(results: Sequence[Result]) -> list[str]:
+    """Points by which each other method is above M2PO, on the same seeds; rows and columns as in `table`."""
+    others = [loss for loss in METHODS if loss != "m2po"]
+    rows = []
+    for reuse, window in ROWS:
+        own = compared(results, ("m2po", reuse, window))
+        found = [page.points_against(compared(results, (loss, reuse, window)), own) for loss in others]
+        if any(points != "-" for points in found):
+            rows.append([_row_name(reuse, window), *found])
+    return page.table(["points against M2PO", *map(_method, others)], rows) if rows else []
 
 
 def comparisons(results: Sequence[Result]) -> list[str]:
@@ -148,14 +163,14 @@ def wall_clock(results: Sequence[Result]) -> list[str]:
     rows = []
     sync = {run.seed: run for run in results if run.variant == CLOCK_NAMES[0]}
     for run in sorted(results, key=lambda run: (CLOCK_NAMES.index(run.variant), run.seed)):
-        cells = [_to(target, run, sync.get(run.seed)) for target in TARGETS]
+        cells = [_to(target, run, sync.get(run.seed)) for target in page.TARGETS]
         first, last = run.seconds_at(run.steps[1]), run.seconds_at(run.steps[-1])
         a_step = f"{(last - first) / (run.steps[-1] - run.steps[1]):.2f} s" if len(run.steps) > 2 else "-"
         name = f"{NAMES.get(run.loss, run.loss)}, `{CLOCK_SHOWN[run.variant]}`"
         rows.append((name, str(run.seed), str(run.steps[-1]), a_step, f"{run.final:.3f}", *cells))
     if not rows:
         return ["Not run yet."]
-    header = ("", "seed", "trainer steps", "each", "final accuracy", *(f"to {target:.2f}" for target in TARGETS))
+    header = ("", "seed", "trainer steps", "each", "final accuracy", *(f"to {target:.2f}" for target in page.TARGETS))
     lines = [header, ("---", *("---:",) * (len(header) - 1)), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
@@ -169,19 +184,21 @@ def _to(target: float, run: Result, sync: Result | None) -> str:
     return f"{run.seconds_at(step):.0f} s{share}"
 
 
-def write(data: dict[str, Any], results: Sequence[Result], timed: Sequence[Result], page: Path) -> None:
-    """Bring the marked sections of `page` up to date.
+def write(data: dict[str, Any], results: Sequence[Result], timed: Sequence[Result], path: Path) -> None:
+    """Bring the marked sections of the page up to date.
 
     Args:
         data: What the runs of the bench have in common.
         results: Of the bench.
         timed: Of the timed runs through verl.
-        page: docs/replay.md.
+        path: docs/replay.md.
     """
-    shown = replay_figures.save(results, timed, page.parent / "figures" / "results")
+    shown = replay_figures.save(results, timed, path.parent / "figures" / "results")
     lines = [
         *shown,
         *table(results),
+        "",
+        *against_m2po(results),
         "",
         *comparisons(results),
         "",
@@ -189,5 +206,5 @@ def write(data: dict[str, Any], results: Sequence[Result], timed: Sequence[Resul
         "",
         provenance(data, results),
     ]
-    replace_section(page, SECTION, "\n".join(lines))
-    replace_section(page, CLOCK_SECTION, "\n".join(wall_clock(timed)))
+    replace_section(path, SECTION, "\n".join(lines))
+    replace_section(path, CLOCK_SECTION, "\n".join(wall_clock(timed)))

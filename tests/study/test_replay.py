@@ -72,6 +72,7 @@ def test_the_table_compares_with_on_policy_training_after_as_many_prompts(tmp_pa
     runs = [
         result("grpo", "", 0, 1, [0.3, 0.4, 0.5, 0.6, 0.7, 0.8], prompts=32),
         result("m2po", "x4", 256, 1, [0.3, 0.4, 0.5, 0.6, 0.7, 0.7], prompts=8),
+        result("topr", "x4", 256, 1, [0.3, 0.4, 0.5, 0.6, 0.7, 0.8], prompts=8),
     ]
     common = {"config": "c", "model": {}, "versions": {"verl": "0"}, "machine": "a machine"}
     write(common | {"runs": [vars(run) for run in runs]}, tmp_path / "replay.json")
@@ -81,7 +82,9 @@ def test_the_table_compares_with_on_policy_training_after_as_many_prompts(tmp_pa
     page.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in sections))
     replay_page.write(data, loaded, [], page)
     written = page.read_text()
-    assert "| M2PO, 4 uses, window 256 updates | 1 | 500 | 1,000 | 0.625 | 0.400 |" in written
+    assert "|  | prompts generated | seeds | M2PO | GRPO | no trust region | TOPR | DPPO | on-policy" in written
+    assert "| 4 uses, window 256 updates | 1,000 | 1/0 | 0.625 | - | - | 0.650 | - | 0.400 |" in written
+    assert "| 4 uses, window 256 updates | - | - | +2.50 | - |" in written
     assert "against on-policy GRPO: -2.5 points (1 seed)" in written
     assert "Not run yet." in written
 
