@@ -7,10 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_simulation import Simulation, Trace, Workload, outcome
 
+from verl_m2po.staleness.build_rule import build_rule
+from verl_m2po.staleness.config import BoundedAsyncConfig, ReplayConfig
 from verl_m2po.staleness.rule.bounded import BoundedAsync
 from verl_m2po.staleness.rule.bounded_replay import BoundedReplay
 from verl_m2po.staleness.rule.reuse import SAMPLING, Reuse
 from verl_m2po.staleness.rule.rules import StalenessRule
+from verl_m2po.staleness.rule.units import UpdateClock
 
 pytestmark = pytest.mark.slow
 
@@ -130,6 +133,13 @@ def test_where_generation_keeps_up_every_rollout_is_trained_once():
     rule = BoundedReplay(4, BATCH, Reuse(None, 1))
     trace = Simulation(rule, workload(FAST), 1).run(40)
     assert len({group.ticket.uid for *_, group in trace.trained}) == 40 * BATCH
+
+
+@pytest.mark.parametrize(("max_uses", "fresh_share", "expected"), [(1, 1.0, BoundedAsync), (2, 0.5, BoundedReplay)])
+def test_one_use_is_the_rule_without_replay_and_costs_what_it_costs(max_uses, fresh_share, expected):
+    clock = UpdateClock(train_batch_size=BATCH, ppo_mini_batch_size=BATCH)
+    config = BoundedAsyncConfig(staleness_updates=4, replay=ReplayConfig(max_uses=max_uses, fresh_share=fresh_share))
+    assert type(build_rule(config, clock, seed=1)) is expected
 
 
 def test_a_checkpoint_with_replay_is_not_resumed_without_or_with_another():
