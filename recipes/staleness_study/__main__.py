@@ -1,6 +1,7 @@
 """`python -m staleness_study`: run the staleness study, or go on with it, and write docs/results.md."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ CORES = os.cpu_count() or 1
 Workers = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
 Most = Annotated[int | None, typer.Option(min=1, help="Only the first of the queue; all by default.")]
 Keep = Annotated[bool, typer.Option(help="Add to the JSON beside the page, whose runs stay unless they ran anew.")]
+Collect = Annotated[bool, typer.Option(help="Read the runs; otherwise write from the JSON beside the page.")]
 Folder = Annotated[Path, typer.Option(help="Folder of the runs; finished ones in it are skipped.")]
 
 
@@ -54,6 +56,16 @@ def _put(new: dict[str, Any], path: Path, keep: bool) -> None:
     from staleness_study import results as studied
 
     studied.write(studied.merge(new, studied.load(path)[0]) if keep and path.exists() else new, path)
+
+
+def _write(jobs: list[Job], out: Path, page: Path, data: Path, keep: bool, write: Callable[..., None]) -> None:
+    """Put what has run of `jobs` into `data`, unless there are none, and what `data` has into `page`."""
+    from staleness_study import results as studied
+
+    if jobs:
+        _put(studied.collect(jobs, out / "one_process"), data, keep)
+    write(*studied.load(data), page)
+    typer.echo(f"written: {page}, {data}")
 
 
 @app.command()
@@ -93,18 +105,13 @@ def long(
 def long_results(
     out: Folder = OUT,
     page: Annotated[Path, typer.Option(help="Its marked section is rewritten.")] = PAGE,
-    collect: Annotated[bool, typer.Option(help="Read the runs; otherwise write from the JSON beside the page.")] = True,
+    collect: Collect = True,
     keep: Keep = False,
 ) -> None:
     """Put what the stage `long` has run so far into its JSON file and docs/results.md."""
     from staleness_study import long_page
-    from staleness_study import results as studied
 
-    data = page.parent / LONG_DATA
-    if collect:
-        _put(studied.collect(long_plan.jobs(), out / "one_process"), data, keep)
-    long_page.write(*studied.load(data), page)
-    typer.echo(f"written: {page}, {data}")
+    _write(long_plan.jobs() if collect else [], out, page, page.parent / LONG_DATA, keep, long_page.write)
 
 
 def _comparison(data: Path) -> list[Job]:
@@ -134,18 +141,14 @@ def compare(
 def compare_results(
     out: Folder = OUT,
     page: Annotated[Path, typer.Option(help="Its marked sections are rewritten.")] = PAGE,
-    collect: Annotated[bool, typer.Option(help="Read the runs; otherwise write from the JSON beside the page.")] = True,
+    collect: Collect = True,
     keep: Keep = False,
 ) -> None:
     """Put what the grid and the comparison have run so far into their JSON file and docs/results.md."""
     from staleness_study import comparison_page
-    from staleness_study import results as studied
 
     data = page.parent / COMPARISON_DATA
-    if collect:
-        _put(studied.collect(_comparison(data), out / "one_process"), data, keep)
-    comparison_page.write(*studied.load(data), page)
-    typer.echo(f"written: {page}, {data}")
+    _write(_comparison(data) if collect else [], out, page, data, keep, comparison_page.write)
 
 
 @app.command()
@@ -164,7 +167,7 @@ def tried(
 def tried_results(
     out: Folder = OUT,
     page: Annotated[Path, typer.Option(help="Its marked section is rewritten.")] = PAGE,
-    collect: Annotated[bool, typer.Option(help="Read the runs; otherwise write from the JSON beside the page.")] = True,
+    collect: Collect = True,
     keep: Keep = False,
 ) -> None:
     """Put what the stage `tried` has run so far into its JSON files and docs/results.md."""
@@ -186,7 +189,7 @@ def tried_results(
 def replay_results(
     out: Folder = OUT,
     page: Annotated[Path, typer.Option(help="Its marked section is rewritten.")] = REPLAY_PAGE,
-    collect: Annotated[bool, typer.Option(help="Read the runs; otherwise write from the JSON beside the page.")] = True,
+    collect: Collect = True,
     keep: Keep = False,
 ) -> None:
     """Put what the stages `replay` and `replay-wall-clock` have run so far into JSON files and docs/replay.md."""

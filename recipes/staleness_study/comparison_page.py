@@ -42,6 +42,7 @@ def grid_table(results: Sequence[Result]) -> list[str]:
 def comparison_table(results: Sequence[Result]) -> list[str]:
     """A row for each method, the best on the stalest data first."""
     grpo, reference = ([run.final for run in select(results, STAGE, "grpo", age)] for age in (STALEST, 0))
+    settings = best_settings(results)
     ran = [loss for loss in ALTERNATIVES if select(results, STAGE, loss, STALEST)]
 
     def at_stalest(loss: str) -> float:
@@ -59,7 +60,7 @@ def comparison_table(results: Sequence[Result]) -> list[str]:
                 _name(loss),
                 str(len(stalest)),
                 *finals,
-                pages.accuracy_of(chosen),
+                "that of the preset" if settings.get(loss) == "" else pages.accuracy_of(chosen),
                 share,
                 pages.percent(left_out),
                 pages.collapse(stalest),

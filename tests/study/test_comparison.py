@@ -71,7 +71,7 @@ def test_of_a_grid_that_is_not_whole_nothing_is_taken():
 def test_the_tables_have_what_ran(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- grid: begin -->\n<!-- grid: end -->\n<!-- comparison: begin -->\n<!-- comparison: end -->\n")
-    grid = whole_grid({"m2po": "threshold0.16"})
+    grid = whole_grid({"m2po": "threshold0.16", "grpo": ""})
     seeds = (1, 2, 3)
     runs = [
         *(result(STAGE, "grpo", 0, seed, last=0.5 + seed / 1000) for seed in seeds),
@@ -85,7 +85,7 @@ def test_the_tables_have_what_ran(tmp_path):
     assert "| M2PO | `threshold=0.16` | 0.447 | 1% | taken |" in written
     first, second = (line for line in written.splitlines() if line.startswith(("| M2PO | 3", "| GRPO | 3")))
     assert first.startswith("| M2PO | 3 | 0.415 ± ") and "| 50% [" in first
-    assert second.startswith("| GRPO | 3 |")
+    assert second.startswith("| GRPO | 3 |") and "| that of the preset |" in second
 
 
 @pytest.mark.parametrize("loss", ALTERNATIVES)
