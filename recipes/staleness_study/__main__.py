@@ -14,8 +14,8 @@ from staleness_study.plan import REPLAY_CLOCK, WALL_CLOCK, Job
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 OUT = Path("outputs/study")
 PAGE = Path("docs/results.md")
-# Beside the page
-DATA = Path("results/one_process.json")
+# Beside the page: the claim with what explains it, and all that is compared with it
+CLAIM_DATA, DATA = Path("results/claim.json"), Path("results/one_process.json")
 # Methods whose preset was corrected after the other runs, from the base model that the package has shipped since
 CORRECTED_DATA = Path("results/corrected.json")
 REPLAY_PAGE, REPLAY_DATA = Path("docs/replay.md"), Path("results/replay.json")
@@ -56,6 +56,16 @@ def _put(new: dict[str, Any], path: Path, keep: bool) -> None:
     from staleness_study import results as studied
 
     studied.write(studied.merge(new, studied.load(path)[0]) if keep and path.exists() else new, path)
+
+
+def _collect(jobs: list[Job], out: Path, data: Path, keep: bool) -> bool:
+    """Put what has run of `jobs` into `data`; whether anything has."""
+    from staleness_study import results as studied
+    from staleness_study.run import is_whole
+
+    if has_run := any(is_whole(job, out / "one_process") for job in jobs):
+        _put(studied.collect(jobs, out / "one_process"), data, keep)
+    return has_run
 
 
 def _write(jobs: list[Job], out: Path, page: Path, data: Path, keep: bool, write: Callable[..., None]) -> None:
@@ -119,8 +129,9 @@ def _comparison(data: Path) -> list[Job]:
     from staleness_study import comparison_page
     from staleness_study import results as studied
 
-    chosen = comparison_page.best_settings(studied.load(data)[1]) if data.exists() else {}
-    return [*comparison_plan.grid(), *comparison_plan.jobs(chosen)]
+    known = studied.load(data)[1] if data.exists() else []
+    chosen, best = comparison_page.best_settings(known), comparison_page.best_methods(known)
+    return [*comparison_plan.grid(), *comparison_plan.jobs(chosen, best)]
 
 
 @app.command()
@@ -177,8 +188,8 @@ def tried_results(
     found = []
     for config, path in TRIED_DATA.items():
         jobs, data = tried_plan.jobs(config), page.parent / path
-        if collect and any(job.folder(out / "one_process").is_dir() for job in jobs):
-            _put(studied.collect(jobs, out / "one_process"), data, keep)
+        if collect:
+            _collect(jobs, out, data, keep)
         if data.exists():
             found.append(studied.load(data))
     tried_page.write(found, page)
@@ -197,8 +208,8 @@ def replay_results(
     from staleness_study import results as studied
 
     data, timed = page.parent / REPLAY_DATA, page.parent / REPLAY_CLOCK_DATA
-    if collect and (out / "one_process").is_dir():
-        _put(studied.collect(replay_plan.jobs(), out / "one_process"), data, keep)
+    if collect:
+        _collect(replay_plan.jobs(), out, data, keep)
     if collect and (out / REPLAY_CLOCK).is_dir():
         _put(studied.collect_replay_clock(out / REPLAY_CLOCK, plan.SEEDS), timed, keep)
     replay_page.write(*studied.load(data), studied.load(timed)[1] if timed.exists() else [], page)
@@ -260,18 +271,20 @@ def results(
     from staleness_study import page as pages
     from staleness_study import results as studied
 
-    data = page.parent / (CORRECTED_DATA if corrected else DATA)
-    if collect and (not keep or (out / "one_process").is_dir()):
-        _put(studied.collect(plan.jobs(), out / "one_process"), data, keep)
-    common, bench = studied.load(page.parent / DATA)
+    claim, rest = page.parent / CLAIM_DATA, page.parent / (CORRECTED_DATA if corrected else DATA)
+    if collect:
+        found = [_collect(jobs, out, path, keep) for path, jobs in ((claim, plan.claim()), (rest, plan.sweeps()))]
+        if not any(found) and not keep:
+            raise FileNotFoundError(f"no finished run of the study in {out}: run `python -m staleness_study run` first")
     through_verl = {}
     for stage, path in VERL_DATA.items():
         if collect and (out / stage).is_dir():
             _put(studied.collect_verl(out / stage, stage), page.parent / path, keep)
         through_verl[stage] = studied.load(page.parent / path)[1] if (page.parent / path).exists() else []
+    bench = [studied.load(path) for path in (claim, page.parent / DATA) if path.exists()]
     again = studied.load(page.parent / CORRECTED_DATA)[1] if (page.parent / CORRECTED_DATA).exists() else []
-    pages.write(common, bench, again, through_verl["verl"], through_verl[WALL_CLOCK], page)
-    typer.echo(f"written: {page}, {data}")
+    pages.write(bench, again, through_verl["verl"], through_verl[WALL_CLOCK], page)
+    typer.echo(f"written: {page}, {claim}, {rest}")
 
 
 @app.command()

@@ -8,7 +8,7 @@ import numpy as np
 from pages import replace_section
 
 from staleness_study import page as pages
-from staleness_study.comparison_plan import AGES, ALTERNATIVES, CHOSEN, GRID, STAGE
+from staleness_study.comparison_plan import AGES, ALTERNATIVES, AT_OLDEST, GRID, HOT_STAGE, STAGE
 from staleness_study.figures import NAMES
 from staleness_study.plan import STALEST
 from staleness_study.results import Result, select
@@ -24,6 +24,22 @@ def best_settings(results: Sequence[Result]) -> dict[str, str]:
         if all(found.values()):
             chosen[loss] = max(found, key=lambda variant: found[variant][0].final)
     return chosen
+
+
+def _by_accuracy(results: Sequence[Result]) -> list[str]:
+    """Methods that have run as published on the stalest data, the best first."""
+    finals = {
+        loss: float(np.mean([run.final for run in runs]))
+        for loss in ALTERNATIVES
+        if (runs := select(results, STAGE, loss, STALEST))
+    }
+    return sorted(finals, key=lambda loss: (-finals[loss], loss))
+
+
+def best_methods(results: Sequence[Result]) -> list[str]:
+    """The `AT_OLDEST` best on the stalest data, once all have as many seeds there; none before."""
+    seeds = {len(select(results, STAGE, loss, STALEST)) for loss in ALTERNATIVES}
+    return _by_accuracy(results)[:AT_OLDEST] if len(seeds) == 1 else []
 
 
 def grid_table(results: Sequence[Result]) -> list[str]:
@@ -42,17 +58,12 @@ def grid_table(results: Sequence[Result]) -> list[str]:
 def comparison_table(results: Sequence[Result]) -> list[str]:
     """A row for each method, the best on the stalest data first."""
     grpo, reference = ([run.final for run in select(results, STAGE, "grpo", age)] for age in (STALEST, 0))
-    settings = best_settings(results)
-    ran = [loss for loss in ALTERNATIVES if select(results, STAGE, loss, STALEST)]
-
-    def at_stalest(loss: str) -> float:
-        return float(np.mean([run.final for run in select(results, STAGE, loss, STALEST)]))
-
-    rows = []
-    for loss in sorted(ran, key=lambda loss: (-at_stalest(loss), loss)):
+    settings, rows = best_settings(results), []
+    for loss in _by_accuracy(results):
         stalest = select(results, STAGE, loss, STALEST)
         finals = [pages.accuracy_of([run.final for run in select(results, STAGE, loss, age)]) for age in AGES]
-        chosen = [run.final for run in select(results, STAGE, loss, STALEST, CHOSEN)]
+        setting = settings.get(loss)
+        chosen = [run.final for run in select(results, STAGE, loss, STALEST, setting)] if setting else []
         share = pages.recovered([run.final for run in stalest], grpo, reference) or "-"
         left_out = [run.mean(run.left_out_name) for run in stalest if run.left_out_name in run.curves]
         rows.append(
@@ -60,15 +71,17 @@ def comparison_table(results: Sequence[Result]) -> list[str]:
                 _name(loss),
                 str(len(stalest)),
                 *finals,
-                "that of the preset" if settings.get(loss) == "" else pages.accuracy_of(chosen),
+                "that of the preset" if setting == "" else pages.accuracy_of(chosen),
                 share,
                 pages.percent(left_out),
+                f"{np.mean([run.mean('effective') for run in stalest]):.3f}",
+                f"{np.mean([run.seconds for run in stalest]):.0f}",
                 pages.collapse(stalest),
             ]
         )
     names = ["on-policy" if age == 0 else f"s={age}" for age in AGES]
     header = ["", "seeds", *names, f"s={STALEST}, best of the grid", f"of GRPO's gap recovered at s={STALEST}"]
-    header += ["clipped or masked", "collapse step"]
+    header += ["clipped or masked", "effective sample size", "seconds", "collapse step"]
     return pages.table(header, rows) if rows else ["Not run yet."]
 
 
@@ -86,9 +99,10 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
 
     Args:
         data: What the runs have in common.
-        results: Of both stages.
+        results: Of all its stages.
         page: docs/results.md.
     """
     replace_section(page, GRID_SECTION, "\n".join(grid_table(results)))
     about = pages.provenance(data, results, "python -m staleness_study compare")
-    replace_section(page, SECTION, "\n".join([*comparison_table(results), "", *about]))
+    hot = ["At ten times the learning rate:", "", *pages.conditions(results, HOT_STAGE)]
+    replace_section(page, SECTION, "\n".join([*comparison_table(results), "", *hot, "", *about]))

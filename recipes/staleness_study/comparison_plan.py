@@ -1,14 +1,26 @@
-"""The stages `grid` and `comparison`: M2PO and its rivals on equal data, as published and at the best of a grid."""
+"""The comparison of M2PO with its rivals on equal data: as published, at the best of a grid, and where it is hard."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from staleness_study.plan import CLAIM_STEPS, STALEST, STEPS, TRIAL_SEED, Job
+from staleness_study.plan import (
+    CLAIM_STEPS,
+    FEW_SEEDS,
+    HOT_LEARNING_RATES,
+    HOT_SEEDS,
+    STALEST,
+    STEPS,
+    TRIAL_SEED,
+    Job,
+    hot,
+)
 from staleness_study.plan import SEEDS as REPORTED
 
-GRID, STAGE = "grid", "comparison"
-# Variant of a run with the setting that was the best of the grid
-CHOSEN = "chosen"
-AGES = (STALEST, 64, 0)
+GRID, STAGE, HOT_STAGE = "grid", "comparison", "comparison_hot"
+# Four times as old as the paper's, for the best `AT_OLDEST` methods
+OLDEST, AT_OLDEST = 1024, 8
+AGES = (OLDEST, STALEST, 64, 0)
+# Ten times the study's
+HOT_RATE = max(HOT_LEARNING_RATES)
 _ACTOR = "actor_rollout_ref.actor"
 _LOSS = f"{_ACTOR}.policy_loss"
 
@@ -73,19 +85,29 @@ def grid() -> list[Job]:
     return [job for loss in ALTERNATIVES for job in of_method(loss)]
 
 
-def jobs(chosen: Mapping[str, str]) -> list[Job]:
-    """The comparison, seed by seed and the stalest data first.
+def jobs(chosen: Mapping[str, str], best: Sequence[str] = ()) -> list[Job]:
+    """The comparison, the stalest data of all seeds first, then what is asked beyond it.
 
     Args:
         chosen: By method: the setting that the grid found best, a key of `ALTERNATIVES`; empty: the preset's, which is
             run anyway. A method that is missing has no runs of its own choice yet.
+        best: Methods that are to learn from data `OLDEST` updates old; none before they are known.
     """
 
-    def of_seed(seed: int) -> Iterator[Job]:
-        for age in AGES:
-            for loss, alternatives in ALTERNATIVES.items():
-                yield Job(STAGE, loss, age, seed, steps=CLAIM_STEPS)
-                if age == STALEST and (variant := chosen.get(loss)):
-                    yield Job(STAGE, loss, age, seed, alternatives[variant], CHOSEN, CLAIM_STEPS)
+    def at(age: int, seed: int) -> Iterator[Job]:
+        yield from (Job(STAGE, loss, age, seed, steps=CLAIM_STEPS) for loss in ALTERNATIVES)
 
-    return [job for seed in REPORTED for job in of_seed(seed)]
+    def at_chosen(seed: int) -> Iterator[Job]:
+        for loss, variant in chosen.items():
+            if variant:
+                yield Job(STAGE, loss, STALEST, seed, ALTERNATIVES[loss][variant], variant, CLAIM_STEPS)
+
+    queue = [
+        job
+        for seed in REPORTED
+        for job in (Job(STAGE, "grpo", 0, seed, steps=CLAIM_STEPS), *at(STALEST, seed), *at_chosen(seed))
+    ]
+    queue += [hot(HOT_STAGE, loss, STALEST, seed, HOT_RATE) for seed in HOT_SEEDS for loss in ALTERNATIVES]
+    queue += [Job(STAGE, loss, OLDEST, seed, steps=CLAIM_STEPS) for seed in FEW_SEEDS for loss in best]
+    queue += [job for seed in REPORTED for age in (64, 0) for job in at(age, seed)]
+    return list(dict.fromkeys(queue))

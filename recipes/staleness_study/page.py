@@ -279,8 +279,7 @@ def _mode(run: Result) -> str:
 
 
 def write(
-    data: dict[str, Any],
-    results: Sequence[Result],
+    bench: Sequence[tuple[dict[str, Any], Sequence[Result]]],
     corrected: Sequence[Result],
     verl: Sequence[Result],
     timed: Sequence[Result],
@@ -289,17 +288,17 @@ def write(
     """Bring the marked sections of `page`, and the figures beside it, up to date; names of the figures.
 
     Args:
-        data: What the runs of the bench have in common.
-        results: Of the bench.
+        bench: For each file of results of the bench, what its runs have in common, and the results.
         corrected: Of the bench, of methods whose preset has been corrected since, and what they compare with.
         verl: Of the runs through verl.
         timed: Of those whose time is compared.
         page: A Markdown file with all the markers.
     """
+    results = [result for _, found in bench for result in found]
     drawn = figures.save([*results, *timed], page.parent / "figures" / "results")
     shown = {name: f"![{CAPTIONS[name]}](figures/results/{name}.svg)\n\n*{CAPTIONS[name]}*\n" for name in drawn}
     sections = {
-        "provenance": provenance(data, results),
+        "provenance": [line for data, found in bench for line in (*provenance(data, found), "")][:-1],
         "claim": [*claim(results), "", *conditions(results, "claim", CLAIM_TARGET)],
         "conditions": conditions(results),
         "hot": conditions(results, "hot"),

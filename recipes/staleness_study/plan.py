@@ -35,6 +35,7 @@ MICRO_BATCH = (
 CAUSE_STALENESS = (64, 16, 0)
 # What the claim is about: (loss, staleness in optimizer updates); on-policy training first.
 CLAIM = (("grpo", 0), ("m2po", STALEST), ("grpo", STALEST), ("no_trust_region", STALEST))
+CLAIM_STAGES = ("claim", "causes")
 METHODS = ("grpo", "m2po", "no_trust_region", "gspo", "m2po_clip")
 # The other options of the Hydra group ``loss``, each as its preset has it.
 OTHER_METHODS = tuple(
@@ -49,7 +50,7 @@ class Job:
     """One run of the bench.
 
     Args:
-        stage: What it is run for; the folder that its own folder is in.
+        stage: What it is run for. A run that several stages want is made once: its folder does not depend on this.
         loss: Option of the Hydra group ``loss``.
         staleness_updates: Age of the data in optimizer updates; 0 is on-policy.
         seed: Seed of the order of the prompts and of the rollouts.
@@ -78,7 +79,7 @@ class Job:
 
     def folder(self, out: Path) -> Path:
         """Where it writes."""
-        return out / self.stage / self.name
+        return out / self.config / self.name
 
     @property
     def all_overrides(self) -> list[str]:
@@ -97,6 +98,10 @@ class Job:
         if self.replay:
             window = f"trainer.v1.replay.staleness_updates={self.staleness_updates}"
             return ["staleness=replay", f"replay={self.replay}", window]
+        if self.staleness_updates > STALEST:
+            # Older than any preset
+            age = f"trainer.v1.stale_k.staleness_updates={self.staleness_updates}"
+            return [f"staleness=s{STALEST}", age]
         return [f"staleness=s{self.staleness_updates}" if self.staleness_updates else "staleness=on_policy"]
 
 
@@ -139,14 +144,28 @@ def _causes(seed: int) -> Iterator[Job]:
         yield Job("causes", "m2po", updates, seed, steps=CLAIM_STEPS)
 
 
+def hot(stage: str, loss: str, updates: int, seed: int, rate: float) -> Job:
+    """A run at the learning rate `rate`."""
+    return Job(stage, loss, updates, seed, (f"actor_rollout_ref.actor.optim.lr={rate}",), f"lr{rate:g}")
+
+
 def _hot(seed: int) -> Iterator[Job]:
     for rate in HOT_LEARNING_RATES:
         for loss, updates in CLAIM:
-            yield Job("hot", loss, updates, seed, (f"actor_rollout_ref.actor.optim.lr={rate}",), f"lr{rate:g}")
+            yield hot("hot", loss, updates, seed, rate)
+
+
+def longest(jobs: Iterable[Job]) -> list[Job]:
+    """Of jobs that several stages want the longest, whose beginning serves them all, where the first of them stood."""
+    of_name: dict[tuple[str, str], Job] = {}
+    for job in jobs:
+        key = (job.config, job.name)
+        of_name[key] = max(of_name.get(key, job), job, key=lambda job: job.steps)
+    return list(of_name.values())
 
 
 def jobs() -> list[Job]:
-    """All runs on the bench, each once, in the order in which they are started."""
+    """All runs on the bench by stage, in the order in which they are started; what two stages want is in both."""
     sweeps = [job for seed in HOT_SEEDS for job in _hot(seed)]
     for seed in FEW_SEEDS:
         sweeps += _compare(("gspo", "m2po_clip"), (STALEST,), (seed,))
@@ -160,3 +179,13 @@ def jobs() -> list[Job]:
     thresholds = [job for seed in SEEDS for job in _thresholds(seed)]
     claims = [*_claim("claim", CLAIM_STEPS), *trials(), *_claim("staleness", STEPS)]
     return list(dict.fromkeys([*claims, *sweeps, *rest, *others, *causes, *thresholds, *between]))
+
+
+def claim() -> list[Job]:
+    """Those of `jobs` that carry the claim, and those that say why it does not hold whole."""
+    return [job for job in jobs() if job.stage in CLAIM_STAGES]
+
+
+def sweeps() -> list[Job]:
+    """The others of `jobs`: methods, ages, thresholds and learning rates."""
+    return [job for job in jobs() if job.stage not in CLAIM_STAGES]

@@ -47,6 +47,7 @@ CURVES = {
     "clipped": metrics.CLIP_FRACTION,
     "second_moment": metrics.SECOND_MOMENT_BEFORE,
     "gradient_norm": "actor/grad_norm",
+    "effective": metrics.EFFECTIVE_SAMPLE_SIZE,
 }
 
 

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 import verl_m2po.config
 from staleness_study import tried
-from staleness_study.plan import Job
+from staleness_study.plan import Job, longest
 
 # What is, or was, run in a folder.
 RECORD = "run.json"
@@ -166,6 +166,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, workers: int, console: Console) -> 
     Raises:
         BrokenProcessPool: A worker process was killed. What was finished stays, and the next call goes on from there.
     """
+    jobs = longest(jobs)
     missing = [job for job in jobs if not is_done(job, out)]
     console.print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished, {workers} at a time, in {out}")
     if not missing:

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from staleness_study import comparison_page, comparison_plan, plan
-from staleness_study.comparison_plan import ALTERNATIVES, CHOSEN, GRID, STAGE
+from staleness_study.comparison_plan import ALTERNATIVES, GRID, HOT_STAGE, STAGE
 from staleness_study.results import CURVES, Result
 from staleness_study.run import CONFIG_FILES
 from verl_m2po.one_process import setup as setups
@@ -38,9 +38,33 @@ def test_every_run_has_its_own_folder(tmp_path):
 
 def test_the_grid_has_a_seed_of_its_own_and_the_comparison_every_reported_one():
     assert {job.seed for job in comparison_plan.grid()} == {plan.TRIAL_SEED}
-    seeds = Counter((job.loss, job.staleness_updates) for job in comparison_plan.jobs({}))
+    jobs = [job for job in comparison_plan.jobs({}) if job.stage == STAGE]
+    seeds = Counter((job.loss, job.staleness_updates) for job in jobs)
     assert set(seeds.values()) == {len(plan.SEEDS)}
-    assert len(seeds) == len(ALTERNATIVES) * len(comparison_plan.AGES)
+    assert set(seeds) == {(loss, age) for loss in ALTERNATIVES for age in (0, 64, plan.STALEST)}
+
+
+def test_the_best_methods_learn_from_data_older_than_any_preset():
+    best = ("topr", "m2po")
+    oldest = [job for job in comparison_plan.jobs({}, best) if job.staleness_updates == comparison_plan.OLDEST]
+    assert Counter(job.loss for job in oldest) == dict.fromkeys(best, len(plan.FEW_SEEDS))
+    setup = setups.read(oldest[0].all_overrides, oldest[0].config)
+    assert setup.config.trainer.v1.stale_k.staleness_updates == comparison_plan.OLDEST
+
+
+def test_every_method_is_tried_at_ten_times_the_learning_rate():
+    hot = [job for job in comparison_plan.jobs({}) if job.stage == HOT_STAGE]
+    assert Counter(job.loss for job in hot) == dict.fromkeys(ALTERNATIVES, len(plan.HOT_SEEDS))
+    setup = setups.read(hot[0].all_overrides, hot[0].config)
+    assert setup.actor.optim.lr == pytest.approx(10 * setups.read([], plan.ARITHMETIC).actor.optim.lr)
+
+
+def test_the_best_methods_are_known_once_all_have_as_many_seeds():
+    worst_first = enumerate(reversed(ALTERNATIVES))
+    runs = [result(STAGE, loss, plan.STALEST, 1, last=0.4 + place / 100) for place, loss in worst_first]
+    assert comparison_page.best_methods(runs) == list(ALTERNATIVES)[: comparison_plan.AT_OLDEST]
+    assert comparison_page.best_methods([*runs, result(STAGE, "m2po", plan.STALEST, 2)]) == []
+    assert comparison_page.best_methods([]) == []
 
 
 def test_methods_and_settings_are_those_of_the_config():
@@ -56,7 +80,8 @@ def test_methods_and_settings_are_those_of_the_config():
 def test_what_is_best_of_a_whole_grid_is_taken_and_run_on_the_stalest_data():
     chosen = comparison_page.best_settings(whole_grid({"m2po": "threshold0.16", "grpo": ""}))
     assert (chosen["m2po"], chosen["grpo"]) == ("threshold0.16", "")
-    runs = [job for job in comparison_plan.jobs(chosen) if job.variant == CHOSEN and job.loss in ("m2po", "grpo")]
+    jobs = [job for job in comparison_plan.jobs(chosen) if job.stage == STAGE]
+    runs = [job for job in jobs if job.variant and job.loss in ("m2po", "grpo")]
     assert {(job.loss, job.staleness_updates, job.overrides) for job in runs} == {
         ("m2po", plan.STALEST, ALTERNATIVES["m2po"]["threshold0.16"])
     }
@@ -77,15 +102,16 @@ def test_the_tables_have_what_ran(tmp_path):
         *(result(STAGE, "grpo", 0, seed, last=0.5 + seed / 1000) for seed in seeds),
         *(result(STAGE, "grpo", plan.STALEST, seed, last=0.4 + seed / 1000) for seed in seeds),
         *(result(STAGE, "m2po", plan.STALEST, seed, last=0.45 + seed / 1000) for seed in seeds),
-        *(result(STAGE, "m2po", plan.STALEST, seed, CHOSEN, 0.46 + seed / 1000) for seed in seeds),
+        *(result(STAGE, "m2po", plan.STALEST, seed, "threshold0.16", 0.46 + seed / 1000) for seed in seeds),
     ]
     common = {"config": plan.ARITHMETIC, "versions": {"verl": "0"}, "machine": "a machine"}
     comparison_page.write(common, [*grid, *runs], page)
     written = page.read_text()
     assert "| M2PO | `threshold=0.16` | 0.447 | 1% | taken |" in written
     first, second = (line for line in written.splitlines() if line.startswith(("| M2PO | 3", "| GRPO | 3")))
-    assert first.startswith("| M2PO | 3 | 0.415 ± ") and "| 50% [" in first
-    assert second.startswith("| GRPO | 3 |") and "| that of the preset |" in second
+    assert first.startswith("| M2PO | 3 | - | 0.415 ± ") and "| 0.421 ± " in first and "| 50% [" in first
+    assert "| 1% | 0.010 | 60 | none |" in first
+    assert second.startswith("| GRPO | 3 | - |") and "| that of the preset |" in second
 
 
 @pytest.mark.parametrize("loss", ALTERNATIVES)

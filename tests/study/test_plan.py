@@ -4,12 +4,35 @@ from collections import Counter
 from pathlib import Path
 
 import verl_m2po
-from staleness_study import plan
+from staleness_study import comparison_plan, long_plan, plan, replay_plan, tried_plan
+from staleness_study.comparison_plan import ALTERNATIVES
 
 
-def test_every_run_has_its_own_folder(tmp_path):
-    folders = Counter(job.folder(tmp_path) for job in plan.jobs())
-    assert max(folders.values()) == 1
+def every_job() -> list[plan.Job]:
+    compared = comparison_plan.jobs({loss: next(iter(found), "") for loss, found in ALTERNATIVES.items()}, ["m2po"])
+    tried = [job for config in tried_plan.TASKS for job in tried_plan.jobs(config)]
+    return [*plan.jobs(), *comparison_plan.grid(), *compared, *tried, *long_plan.jobs(), *replay_plan.jobs()]
+
+
+def test_runs_with_one_folder_are_the_same_but_for_their_length(tmp_path):
+    """Whichever stages they are of."""
+    settings = {}
+    for job in every_job():
+        assert settings.setdefault(job.folder(tmp_path), job.all_overrides) == job.all_overrides, job.name
+
+
+def test_what_several_stages_want_is_run_once_and_as_long_as_any_of_them_wants(tmp_path):
+    jobs = every_job()
+    once = plan.longest(jobs)
+    assert {job.folder(tmp_path) for job in once} == {job.folder(tmp_path) for job in jobs}
+    assert max(Counter(job.folder(tmp_path) for job in once).values()) == 1
+    lengths = {job.folder(tmp_path): job.steps for job in once}
+    assert all(lengths[job.folder(tmp_path)] >= job.steps for job in jobs)
+
+
+def test_the_claim_and_the_sweeps_are_all_runs():
+    assert Counter([*plan.claim(), *plan.sweeps()]) == Counter(plan.jobs())
+    assert plan.claim()[: len(plan.CLAIM)] == plan.jobs()[: len(plan.CLAIM)]
 
 
 def test_reported_seeds_are_not_those_that_chose_the_learning_rate():

@@ -193,7 +193,7 @@ def test_page_from_results(tmp_path):
 
     page = tmp_path / "results.md"
     page.write_text(PAGE)
-    assert pages.write(common, loaded, [], [], [], page) == ["claim"]
+    assert pages.write([(common, loaded)], [], [], [], page) == ["claim"]
     text = page.read_text()
     assert "| GRPO at s=256 below on-policy | 4.0 points |" in text
     assert "| of that gap recovered by M2PO | 75% [" in text
@@ -201,7 +201,7 @@ def test_page_from_results(tmp_path):
     assert text.count("Not run yet.") == 8
     assert (tmp_path / "figures" / "results" / "claim.svg").is_file()
     written = page.read_text()
-    pages.write(common, loaded, [], [], [], page)
+    pages.write([(common, loaded)], [], [], [], page)
     assert page.read_text() == written, "writing again changes nothing"
 
 

@@ -16,6 +16,8 @@ MASKED_FRACTION = "actor/m2po/masked_fraction"
 CLIP_FRACTION = "actor/pg_clipfrac"
 SECOND_MOMENT_BEFORE = "actor/m2po/second_moment_before"
 SECOND_MOMENT_AFTER = "actor/m2po/second_moment_after"
+# Share of the tokens
+EFFECTIVE_SAMPLE_SIZE = "actor/m2po/effective_sample_size"
 
 # Share of the trained tokens by age in trainer steps: ".../steps_to_16" ends at 16, ".../steps_over_128" is the rest.
 AGE_BUCKET = re.compile(r"^staleness/age_share/steps_(?P<kind>to|over)_(?P<end>\d+)$")
@@ -70,9 +72,7 @@ HEALTH = (
         ("rollout_corr/rollout_is_max",),
         log=True,
     ),
-    Panel(
-        "effective sample size (share)", ("actor/m2po/effective_sample_size", "rollout_corr/rollout_is_eff_sample_size")
-    ),
+    Panel("effective sample size (share)", (EFFECTIVE_SAMPLE_SIZE, "rollout_corr/rollout_is_eff_sample_size")),
     Panel("largest |log ratio| kept", ("actor/m2po/threshold_log_ratio",)),
     Panel("KL, behaviour to current (nats)", ("actor/m2po/kl", "actor/ppo_kl")),
     Panel("response length (tokens)", ("response_length/mean",)),
