@@ -60,20 +60,21 @@ def _put(new: dict[str, Any], path: Path, keep: bool) -> None:
 
 def _collect(jobs: list[Job], out: Path, data: Path, keep: bool) -> bool:
     """Put what has run of `jobs` into `data`; whether anything has."""
-    from staleness_study import results as studied
+    from staleness_study.collect import collect_bench
     from staleness_study.run import is_whole
 
     if has_run := any(is_whole(job, out / "one_process") for job in jobs):
-        _put(studied.collect(jobs, out / "one_process"), data, keep)
+        _put(collect_bench(jobs, out / "one_process"), data, keep)
     return has_run
 
 
 def _write(jobs: list[Job], out: Path, page: Path, data: Path, keep: bool, write: Callable[..., None]) -> None:
     """Put what has run of `jobs` into `data`, unless there are none, and what `data` has into `page`."""
     from staleness_study import results as studied
+    from staleness_study.collect import collect_bench
 
     if jobs:
-        _put(studied.collect(jobs, out / "one_process"), data, keep)
+        _put(collect_bench(jobs, out / "one_process"), data, keep)
     write(*studied.load(data), page)
     typer.echo(f"written: {page}, {data}")
 
@@ -206,12 +207,13 @@ def replay_results(
     """Put what the stages `replay` and `replay-wall-clock` have run so far into JSON files and docs/replay.md."""
     from staleness_study import replay_page
     from staleness_study import results as studied
+    from staleness_study.collect import collect_replay_clock
 
     data, timed = page.parent / REPLAY_DATA, page.parent / REPLAY_CLOCK_DATA
     if collect:
         _collect(replay_plan.jobs(), out, data, keep)
     if collect and (out / REPLAY_CLOCK).is_dir():
-        _put(studied.collect_replay_clock(out / REPLAY_CLOCK, plan.SEEDS), timed, keep)
+        _put(collect_replay_clock(out / REPLAY_CLOCK, plan.SEEDS), timed, keep)
     replay_page.write(*studied.load(data), studied.load(timed)[1] if timed.exists() else [], page)
     typer.echo(f"written: {page}, {data}")
 
@@ -270,6 +272,7 @@ def results(
     """Put what has run so far into the JSON file, the page and its figures."""
     from staleness_study import page as pages
     from staleness_study import results as studied
+    from staleness_study.collect import collect_verl
 
     claim, rest = page.parent / CLAIM_DATA, page.parent / (CORRECTED_DATA if corrected else DATA)
     if collect:
@@ -279,7 +282,7 @@ def results(
     through_verl = {}
     for stage, path in VERL_DATA.items():
         if collect and (out / stage).is_dir():
-            _put(studied.collect_verl(out / stage, stage), page.parent / path, keep)
+            _put(collect_verl(out / stage, stage), page.parent / path, keep)
         through_verl[stage] = studied.load(page.parent / path)[1] if (page.parent / path).exists() else []
     bench = [studied.load(path) for path in (claim, page.parent / DATA) if path.exists()]
     again = studied.load(page.parent / CORRECTED_DATA)[1] if (page.parent / CORRECTED_DATA).exists() else []

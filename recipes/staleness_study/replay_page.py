@@ -9,8 +9,9 @@ from pages import replace_section
 
 from staleness_study import page, replay_figures
 from staleness_study.figures import NAMES
+from staleness_study.intervals import LEAST_SEEDS, Interval, difference
 from staleness_study.replay_plan import CORE, EPOCHS, EPOCHS_NAME, METHODS, USES, WINDOWS, Condition, steps_shown
-from staleness_study.results import FINAL_POINTS, LEAST_SEEDS, PROMPTS, Interval, Result, difference
+from staleness_study.results import FINAL_POINTS, PROMPTS, Result
 
 SECTION, CLOCK_SECTION = "replay results", "replay wall clock"
 REFERENCE = CORE[0]

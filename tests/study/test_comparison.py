@@ -5,15 +5,15 @@ from collections import Counter
 import pytest
 from omegaconf import OmegaConf
 
-from staleness_study import comparison_page, comparison_plan, plan
+from staleness_study import collect, comparison_page, comparison_plan, plan
 from staleness_study.comparison_plan import ALTERNATIVES, GRID, HOT_STAGE, STAGE
-from staleness_study.results import CURVES, Result
+from staleness_study.results import Result
 from staleness_study.run import CONFIG_FILES
 from verl_m2po.one_process import setup as setups
 
 
 def result(stage: str, loss: str, updates: int, seed: int, variant: str = "", last: float = 0.4) -> Result:
-    curves = {name: [0.01, 0.01] for name in CURVES}
+    curves = {name: [0.01, 0.01] for name in collect.CURVES}
     return Result(stage, loss, updates, 4, seed, variant, [0, 100, 200], [0.34, last, last], curves, 60.0)
 
 

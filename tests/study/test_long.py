@@ -4,15 +4,15 @@ from collections import Counter
 
 import pytest
 
-from staleness_study import long_page, long_plan, plan
+from staleness_study import collect, long_page, long_plan, plan
 from staleness_study import run as driver
-from staleness_study.results import CURVES, Result
+from staleness_study.results import Result
 from staleness_study.run import CONFIG_FILES
 
 
 def result(stage: str, loss_name: str, updates: int, seed: int, variant: str = "") -> Result:
     steps, accuracy = [0, 25, 50], [0.34, 0.4, 0.5]
-    curves = {name: [0.01, 0.01] for name in CURVES}
+    curves = {name: [0.01, 0.01] for name in collect.CURVES}
     return Result(stage, loss_name, updates, 4, seed, variant, steps, accuracy, curves, 60.0)
 
 

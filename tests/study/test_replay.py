@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 
 from staleness_study import exact, replay_figures, replay_page, replay_plan, verl_runs
+from staleness_study.collect import variant_of
 from staleness_study.plan import REPLAY_CLOCK, SEEDS
-from staleness_study.results import PROMPTS, SECONDS, Result, load, variant_of, write
+from staleness_study.results import PROMPTS, SECONDS, Result, load, write
 from staleness_study.verl_runs import Condition
 
 

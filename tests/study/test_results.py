@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from staleness_study import collect, plan
 from staleness_study import page as pages
-from staleness_study import plan
 from staleness_study import results as studied
-from staleness_study.results import Interval, Result, recovered_gap
+from staleness_study.intervals import Interval, difference, recovered_gap
+from staleness_study.results import Result
 
 COMMON = {"config": "arithmetic_staleness", "model": {}, "versions": {"verl": "0"}, "machine": "a machine"}
 PAGE = "\n".join(
@@ -39,7 +40,7 @@ def result(loss, staleness, seed, accuracy, curve="clipped", share=0.01, stage="
 
 
 def plain(*runs, machine="a machine", **common):
-    return COMMON | {"machine": machine, "runs": studied._plain(runs)} | common
+    return COMMON | {"machine": machine, "runs": studied.plain(runs)} | common
 
 
 def test_merging_keeps_what_did_not_run_anew_and_names_both_machines():
@@ -51,7 +52,7 @@ def test_merging_keeps_what_did_not_run_anew_and_names_both_machines():
     assert studied.merge(plain(again, machine="another"), merged) == merged
     shorter = result("grpo", 256, 2, [0.1])
     assert studied.merge(plain(shorter), merged)["runs"] == merged["runs"], "a run that is still going"
-    assert studied.merge({"runs": studied._plain([old])}, {"runs": studied._plain([other])}).keys() == {"runs"}
+    assert studied.merge({"runs": studied.plain([old])}, {"runs": studied.plain([other])}).keys() == {"runs"}
 
 
 @pytest.mark.parametrize("key", ["config", "model", "versions"])
@@ -65,17 +66,17 @@ def test_runs_of_other_settings_are_not_put_into_one_table(key):
 def test_runs_under_one_folder_are_of_the_same_settings(key):
     common = {name: COMMON[name] for name in ("config", "model", "versions", "machine")}
     record = common | {"overrides": ["loss=grpo", "data.seed=1"]}
-    assert studied._common({"old": record, "new": record | {"machine": "another", "config_files": "0"}}) == common
+    assert collect._common({"old": record, "new": record | {"machine": "another", "config_files": "0"}}) == common
     record["config_files"] = "0"
     with pytest.raises(ValueError, match=f"old has {key} .*, and new has other"):
-        studied._common({"old": record, "new": record | {"overrides": ["loss=grpo", "data.seed=2"], key: "other"}})
+        collect._common({"old": record, "new": record | {"overrides": ["loss=grpo", "data.seed=2"], key: "other"}})
 
 
 def test_the_config_files_of_runs_with_other_options_are_others():
     """The hash leaves out the options that a run did not choose."""
     common = {name: COMMON[name] for name in ("config", "model", "versions", "machine")}
     record = common | {"overrides": ["loss=grpo"], "config_files": "0"}
-    assert studied._common({"a": record, "b": record | {"overrides": ["loss=m2po"], "config_files": "1"}}) == common
+    assert collect._common({"a": record, "b": record | {"overrides": ["loss=m2po"], "config_files": "1"}}) == common
 
 
 def test_what_earlier_results_have_in_full_is_not_in_the_queue(tmp_path):
@@ -140,10 +141,10 @@ def test_the_interval_of_a_recovered_gap_covers_it_about_as_often_as_it_says():
 def test_differences_are_taken_seed_by_seed():
     method = [result("m2po", 256, seed, [0.3, 0.4 + 0.01 * seed]) for seed in (1, 2, 3, 9)]
     other = [result("grpo", 256, seed, [0.3, 0.38 + 0.01 * seed]) for seed in (1, 2, 3, 4)]
-    interval = studied.difference(method, other)
+    interval = difference(method, other)
     assert interval is not None and interval.seeds == 3
     assert interval.mean == pytest.approx(0.01) and interval.half_width == pytest.approx(0, abs=1e-9)
-    assert studied.difference(method, []) is None
+    assert difference(method, []) is None
 
 
 def test_means_leave_the_ramp_out():
@@ -154,15 +155,15 @@ def test_means_leave_the_ramp_out():
 
 
 def test_updates_of_a_trainer_step_are_those_of_all_its_epochs():
-    sizes = {"data.train_batch_size": 32, studied.MINI_BATCH_SIZE: 8, "actor_rollout_ref.actor.ppo_epochs": 3}
-    assert studied._updates_per_step(sizes) == 12
+    sizes = {"data.train_batch_size": 32, collect.MINI_BATCH_SIZE: 8, "actor_rollout_ref.actor.ppo_epochs": 3}
+    assert collect._updates_per_step(sizes) == 12
 
 
 def test_a_stretch_without_numbers_stays_a_gap(tmp_path):
     at = pd.RangeIndex(0, 16)
     frame = pd.DataFrame({"actor/grad_norm": [0.0] + [1.0] * 5 + [np.nan] * 5 + [3.0] * 5}, index=at)
     run = SimpleNamespace(logged={"actor/grad_norm"}, series=lambda name: frame[name].dropna())
-    curves = studied._curves(run, [0, 5, 10, 15], {"gradient_norm": "actor/grad_norm"})
+    curves = collect._curves(run, [0, 5, 10, 15], {"gradient_norm": "actor/grad_norm"})
     assert curves["gradient_norm"] == pytest.approx([1, np.nan, 3], nan_ok=True)
     kept = Result("staleness", "grpo", 0, 4, 1, "", [0, 5, 10, 15], [0.3] * 4, curves, 0.0)
     assert kept.mean("gradient_norm") == 2 and np.isnan(kept.mean("clipped"))
@@ -186,7 +187,7 @@ def test_page_from_results(tmp_path):
         for seed in (1, 2, 3)
     ]
     data = tmp_path / "results" / "one_process.json"
-    studied.write(COMMON | {"runs": studied._plain(runs)}, data)
+    studied.write(COMMON | {"runs": studied.plain(runs)}, data)
     assert json.loads(data.read_text())["machine"] == "a machine"
     common, loaded = studied.load(data)
     assert sorted(loaded, key=studied._order) == sorted(runs, key=studied._order)

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from staleness_study import long_plan, plan, tried, tried_page, tried_plan
-from staleness_study.results import CURVES, Result
+from staleness_study import collect, long_plan, plan, tried, tried_page, tried_plan
+from staleness_study.results import Result
 from staleness_study.tried import prefix_mask, present_baseline, without_solved
 from staleness_study.tried._groups import Tried, present_share
 from verl_m2po.losses.kernel.tokens import tokens_of
@@ -75,7 +75,7 @@ def test_the_tasks_share_no_folder(tmp_path):
 def test_the_table_has_what_ran_and_its_difference_to_m2po(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- tried: begin -->\n<!-- tried: end -->\n")
-    curves = {name: [0.01, 0.01] for name in CURVES}
+    curves = {name: [0.01, 0.01] for name in collect.CURVES}
     runs = [
         Result("tried", "m2po", 256, 4, seed, variant, [0, 25, 50], [0.34, last, last], curves, 60.0)
         for variant, last in (("", 0.4), ("tapered", 0.43))
