@@ -1,7 +1,8 @@
 """The results of the study as one small JSON file, from which its page and figures are made without the logs."""
 
 # Pandas annotates wider types than it returns.
-# pyright: reportOperatorIssue=false, reportReturnType=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import json
 from collections.abc import Iterable, Sequence
