@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from pages import replace_section
 
+from staleness_study import comparison_figures
 from staleness_study import page as pages
 from staleness_study.comparison_plan import AGES, ALTERNATIVES, AT_OLDEST, GRID, HOT_STAGE, STAGE
 from staleness_study.figures import NAMES
@@ -105,4 +106,6 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
     replace_section(page, GRID_SECTION, "\n".join(grid_table(results)))
     about = pages.provenance(data, results, "python -m staleness_study compare")
     hot = ["At ten times the learning rate:", "", *pages.conditions(results, HOT_STAGE)]
-    replace_section(page, SECTION, "\n".join([*comparison_table(results), "", *hot, "", *about]))
+    folder = page.parent / "figures" / "results"
+    shown = comparison_figures.save(results, _by_accuracy(results), best_settings(results), folder)
+    replace_section(page, SECTION, "\n".join([*shown, *comparison_table(results), "", *hot, "", *about]))

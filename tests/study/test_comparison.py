@@ -108,6 +108,9 @@ def test_the_tables_have_what_ran(tmp_path):
     comparison_page.write(common, [*grid, *runs], page)
     written = page.read_text()
     assert "| M2PO | `threshold=0.16` | 0.447 | 1% | taken |" in written
+    assert (
+        tmp_path / "figures" / "results" / "comparison.svg"
+    ).is_file() and "(figures/results/comparison.svg)" in written
     first, second = (line for line in written.splitlines() if line.startswith(("| M2PO | 3", "| GRPO | 3")))
     assert first.startswith("| M2PO | 3 | - | 0.415 ± ") and "| 0.421 ± " in first and "| 50% [" in first
     assert "| 1% | 0.010 | 60 | none |" in first
