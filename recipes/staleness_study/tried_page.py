@@ -1,6 +1,6 @@
 """The tables of docs/results.md about what was tried to win back what old data costs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,45 @@ SECTION = "tried"
 HEADER = ("loss", "seeds", "final accuracy", "points against M2PO, same seeds", "masked")
 
 
-def _shown() -> list[tuple[str, str, int, str]]:
-    """(name, loss, staleness in optimizer updates, variant) of each row."""
+Row = tuple[str, str, int, str]
+"""(name, loss, staleness in optimizer updates, variant)."""
+
+
+def _changes(variant_of: Callable[[str], str]) -> list[Row]:
+    return [(f"`{change}`", "m2po", STALEST, variant_of(change)) for change in tried.names()]
+
+
+def _shown() -> list[Row]:
+    """What ran as long as the claim, M2PO first."""
     around = [
-        (f"{NAMES.get(loss, loss)}, {f's={updates}' if updates else 'on-policy'}", loss, updates, "")
+        (f"{_name(loss)}, {f's={updates}' if updates else 'on-policy'}", loss, updates, "")
         for loss, updates in tried_plan.AROUND
     ]
-    return [*around, *((f"`{change}`", "m2po", STALEST, change) for change in tried.names())]
+    return [*around, *_changes(str)]
 
 
-def table(results: Sequence[Result]) -> list[str]:
-    """A row for each change to M2PO that has run, with what they are compared with; `results` are of one task."""
-    stage = results[0].stage
-    unchanged = select(results, stage, "m2po", STALEST)
-    rows = []
-    for name, loss, updates, variant in _shown():
-        runs = select(results, stage, loss, updates, variant)
+def _shown_hot() -> list[Row]:
+    """What ran at ten times the learning rate, M2PO first."""
+    unchanged = tried_plan.hot_variant("")
+    around = [(f"{_name(loss)}, s={STALEST}", loss, STALEST, unchanged) for loss in tried_plan.HOT_AROUND]
+    return [*around, *_changes(tried_plan.hot_variant)]
+
+
+def _name(loss: str) -> str:
+    return NAMES.get(loss, f"`{loss}`")
+
+
+def table(results: Sequence[Result], stage: str, rows: Sequence[Row]) -> list[str]:
+    """A line for each of `rows` that has run in `stage`, compared with the first; `results` are of one task."""
+    first, lines = select(results, stage, *rows[0][1:]), []
+    for row in rows:
+        runs = select(results, stage, *row[1:])
         if runs:
             finals = [run.final for run in runs]
-            masked = [run.mean("masked") for run in runs if loss == "m2po"]
-            against = "-" if name == _shown()[0][0] else pages.points_against(runs, unchanged)
-            rows.append([name, str(len(runs)), pages.accuracy_of(finals), against, pages.percent(masked)])
-    return pages.table(HEADER, rows)
+            masked = [run.mean("masked") for run in runs if run.loss == "m2po"]
+            against = "-" if row is rows[0] else pages.points_against(runs, first)
+            lines.append([row[0], str(len(runs)), pages.accuracy_of(finals), against, pages.percent(masked)])
+    return pages.table(HEADER, lines) if lines else []
 
 
 def write(found: Sequence[tuple[dict[str, Any], Sequence[Result]]], page: Path) -> None:
@@ -49,5 +66,10 @@ def write(found: Sequence[tuple[dict[str, Any], Sequence[Result]]], page: Path) 
     """
     lines = []
     for data, results in found:
-        lines += [*table(results), "", *pages.provenance(data, results, "python -m staleness_study tried"), ""]
+        stages = {result.stage for result in results}
+        for stage in sorted(stages - {tried_plan.HOT_STAGE}):
+            lines += [*table(results, stage, _shown()), ""]
+        if tried_plan.HOT_STAGE in stages:
+            lines += ["At ten times the learning rate:", "", *table(results, tried_plan.HOT_STAGE, _shown_hot()), ""]
+        lines += [*pages.provenance(data, results, "python -m staleness_study tried"), ""]
     replace_section(page, SECTION, "\n".join(lines[:-1]) if lines else "Not run yet.")

@@ -1,9 +1,10 @@
 """The runs of the stages `tried` and `tried_long`: can more be had from old data than with M2PO?"""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from staleness_study import long_plan, tried
-from staleness_study.plan import ARITHMETIC, CLAIM_STEPS, STALEST, TRIAL_SEED, Job
+from staleness_study.plan import ARITHMETIC, CLAIM_STEPS, HOT_LEARNING_RATES, STALEST, TRIAL_SEED, Job, hot
 
 # None of them is reported elsewhere: what is chosen here is measured on other seeds.
 SEEDS = (TRIAL_SEED, TRIAL_SEED + 1)
@@ -11,6 +12,9 @@ SEEDS = (TRIAL_SEED, TRIAL_SEED + 1)
 TASKS = {ARITHMETIC: ("tried", CLAIM_STEPS), long_plan.CONFIG: ("tried_long", long_plan.STEPS)}
 # What the changes are compared with: (loss, staleness in optimizer updates)
 AROUND = (("m2po", STALEST), ("grpo", STALEST), ("grpo", 0), ("topr", STALEST))
+# Do the changes still hold at ten times the learning rate? Of the short task
+HOT_STAGE, HOT_RATE = "tried_hot", max(HOT_LEARNING_RATES)
+HOT_AROUND = ("m2po", "topr")
 
 
 def jobs(config: str) -> list[Job]:
@@ -25,4 +29,19 @@ def jobs(config: str) -> list[Job]:
             chosen = (f"algorithm.policy_loss={change}",)
             yield Job(stage, "m2po", STALEST, seed, chosen, change, steps, config=config)
 
-    return [job for seed in SEEDS for job in of_seed(seed)]
+    return [job for seed in SEEDS for job in of_seed(seed)] + (_hot() if config == ARITHMETIC else [])
+
+
+def hot_variant(change: str) -> str:
+    """Variant of the run with `change` at `HOT_RATE`; empty: M2PO itself, or another method."""
+    return f"{change}-lr{HOT_RATE:g}" if change else f"lr{HOT_RATE:g}"
+
+
+def _hot() -> list[Job]:
+    def with_change(change: str, seed: int) -> Job:
+        unchanged = hot(HOT_STAGE, "m2po", STALEST, seed, HOT_RATE)
+        chosen = (*unchanged.overrides, f"algorithm.policy_loss={change}")
+        return replace(unchanged, overrides=chosen, variant=hot_variant(change))
+
+    around = [hot(HOT_STAGE, loss, STALEST, seed, HOT_RATE) for seed in SEEDS for loss in HOT_AROUND]
+    return around + [with_change(change, seed) for seed in SEEDS for change in tried.names()]
