@@ -278,13 +278,15 @@ def write(
     """Bring the marked sections of `page`, and the figures beside it, up to date; names of the figures.
 
     Args:
-        bench: For each file of results of the bench, what its runs have in common, and the results.
+        bench: For each file of results of the bench, what its runs have in common, and the results. What several files
+            have of a part of the study is taken from the first: they may be of other base models.
         corrected: Of the bench, of methods whose preset has been corrected since, and what they compare with.
         verl: Of the runs through verl.
         timed: Of those whose time is compared.
         page: A Markdown file with all the markers.
     """
-    results = [result for _, found in bench for result in found]
+    first = {stage: found for _, found in reversed(bench) for stage in {result.stage for result in found}}
+    results = [result for _, found in bench for result in found if first[result.stage] is found]
     drawn = figures.save([*results, *timed], page.parent / "figures" / "results")
     shown = {name: f"![{CAPTIONS[name]}](figures/results/{name}.svg)\n\n*{CAPTIONS[name]}*\n" for name in drawn}
     sections = {
@@ -296,7 +298,8 @@ def write(
         "corrected methods": methods(corrected),
         "learning rates": learning_rates(results),
         "thresholds": thresholds(results),
-        "causes": causes(results),
+        # Differences to the claim of the same file
+        "causes": causes(first.get("causes", ())),
         "through verl": through_verl(verl),
         "wall clock": wall_clock(timed),
         "claim figure": [shown[name] for name in drawn if name == "claim"],

@@ -206,6 +206,23 @@ def test_page_from_results(tmp_path):
     assert page.read_text() == written, "writing again changes nothing"
 
 
+def test_a_part_of_the_study_comes_from_the_first_file_that_has_it(tmp_path):
+    """Two files may be of other base models, whose runs must not share a table."""
+
+    def runs(loss, age, final, stage):
+        return [result(loss, age, seed, [final] * 5, "masked", stage=stage) for seed in (1, 2, 3)]
+
+    new = [*runs("grpo", 0, 0.7, "claim"), *runs("m2po", 256, 0.6, "claim")]
+    old = [*runs("grpo", 0, 0.5, "claim"), *runs("m2po", 256, 0.4, "claim"), *runs("m2po", 16, 0.45, "causes")]
+    page = tmp_path / "results.md"
+    page.write_text(PAGE)
+    pages.write([(COMMON, new), (COMMON, old)], [], [], [], page)
+    text = page.read_text()
+    claim, causes = (text.split(f"<!-- {name}: begin -->")[1].split("<!--")[0] for name in ("claim", "causes"))
+    assert "| M2PO, s=256 | 3 | 0.600 " in claim and "0.400" not in claim
+    assert "| nothing | 3 | 0.400 " in causes and "| data 16 updates old | 3 | 0.450 ± 0.000 | +5.00 " in causes
+
+
 def test_causes_are_measured_against_the_gap_of_the_claim():
     def runs(loss, age, final, stage, variant=""):
         curves = {"masked": [0.01], "second_moment": [0.02]}
