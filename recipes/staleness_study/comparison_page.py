@@ -10,7 +10,6 @@ from pages import replace_section
 from staleness_study import comparison_figures
 from staleness_study import page as pages
 from staleness_study.comparison_plan import AGES, ALTERNATIVES, AT_OLDEST, GRID, HOT_STAGE, STAGE
-from staleness_study.figures import NAMES
 from staleness_study.plan import STALEST
 from staleness_study.results import Result, select
 
@@ -52,7 +51,7 @@ def grid_table(results: Sequence[Result]) -> list[str]:
                 left_out = [run.mean(run.left_out_name)] if run.left_out_name in run.curves else []
                 setting = "preset" if not variant else " ".join(_short(part) for part in alternatives[variant])
                 mark = "taken" if chosen.get(loss) == variant else ""
-                rows.append([_name(loss), setting, f"{run.final:.3f}", pages.percent(left_out), mark])
+                rows.append([pages.name_of(loss), setting, f"{run.final:.3f}", pages.percent(left_out), mark])
     return pages.table(["", "setting", "final accuracy", "clipped or masked", ""], rows) if rows else ["Not run yet."]
 
 
@@ -69,7 +68,7 @@ def comparison_table(results: Sequence[Result]) -> list[str]:
         left_out = [run.mean(run.left_out_name) for run in stalest if run.left_out_name in run.curves]
         rows.append(
             [
-                _name(loss),
+                pages.name_of(loss),
                 str(len(stalest)),
                 *finals,
                 "that of the preset" if setting == "" else pages.accuracy_of(chosen),
@@ -84,10 +83,6 @@ def comparison_table(results: Sequence[Result]) -> list[str]:
     header = ["", "seeds", *names, f"s={STALEST}, best of the grid", f"of GRPO's gap recovered at s={STALEST}"]
     header += ["clipped or masked", "effective sample size", "seconds", "collapse step"]
     return pages.table(header, rows) if rows else ["Not run yet."]
-
-
-def _name(loss: str) -> str:
-    return NAMES.get(loss, f"`{loss}`")
 
 
 def _short(override: str) -> str:

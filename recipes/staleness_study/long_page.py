@@ -26,6 +26,8 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
         "",
         *pages.conditions(results, TRIAL_STAGE),
         "",
+        *pages.claim(results, STAGE),
+        "",
         *pages.conditions(results, STAGE),
         "",
         *pages.provenance(data, results, "python -m staleness_study long"),

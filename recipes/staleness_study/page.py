@@ -26,6 +26,11 @@ CAPTIONS = {
 }
 
 
+def name_of(loss: str) -> str:
+    """Of a method in a table."""
+    return NAMES.get(loss, f"`{loss}`")
+
+
 def accuracy_of(values: Sequence[float]) -> str:
     """Mean with its interval; that of two seeds is too wide to say anything."""
     interval = Interval.of(values)
@@ -87,7 +92,7 @@ def conditions(results: Sequence[Result], stage: str = "staleness", target: floa
         scores = [accuracy_of([run.final_score for run in runs if run.final_score is not None])] if has_scores else []
         rows.append(
             [
-                f"{NAMES.get(loss, loss)}, {'on-policy' if age == 0 else f's={age}'}{_suffix(variant)}",
+                f"{name_of(loss)}, {'on-policy' if age == 0 else f's={age}'}{_suffix(variant)}",
                 str(len(runs)),
                 *scores,
                 accuracy_of([run.final for run in runs]),
@@ -114,20 +119,21 @@ def _steps_to(runs: Sequence[Result], target: float) -> str:
     return f"{interval.mean:.0f}" + (f" ± {interval.half_width:.0f}" if interval.seeds >= LEAST_SEEDS else "")
 
 
-def claim(results: Sequence[Result]) -> list[str]:
+def claim(results: Sequence[Result], stage: str = "claim") -> list[str]:
     """Whether the paper's claim holds here, number by number, with the paper's beside it."""
-    reference = [r.final for r in select(results, "claim", "grpo", 0)]
-    stale = {loss: select(results, "claim", loss, STALEST) for loss in NAMES}
+    reference = [r.final for r in select(results, stage, "grpo", 0)]
+    ran = sorted({r.loss for r in results if r.stage == stage})
+    stale = {loss: select(results, stage, loss, STALEST) for loss in dict.fromkeys([*NAMES, *ran])}
     grpo = [r.final for r in stale["grpo"]]
     rows = []
     if reference and grpo:
         lost = 100 * (np.mean(reference) - np.mean(grpo))
         rows.append([f"GRPO at s={STALEST} below on-policy", f"{lost:.1f} points", "2.6 to 10.6 points (Table 1)"])
     paper = {"m2po": "86% to 238% on its six models (Table 1)"}
-    for loss in ("m2po", "m2po_clip", "no_trust_region", "gspo"):
-        share = recovered([r.final for r in stale[loss]], grpo, reference)
-        if share:
-            rows.append([f"of that gap recovered by {NAMES[loss]}", share, paper.get(loss, "-")])
+    for loss, runs in stale.items():
+        share = recovered([r.final for r in runs], grpo, reference)
+        if share and loss != "grpo":
+            rows.append([f"of that gap recovered by {name_of(loss)}", share, paper.get(loss, "-")])
     if stale["grpo"] and stale["m2po"]:
         clipped = np.mean([r.mean("clipped") for r in stale["grpo"]])
         masked = np.mean([r.mean("masked") for r in stale["m2po"]])
@@ -255,7 +261,7 @@ def wall_clock(results: Sequence[Result]) -> list[str]:
                 continue
             times = "" if first is None else f", {reference[run.seed].seconds_at(first) / run.seconds_at(step):.2f}x"
             cells.append(f"{step} steps, {run.seconds_at(step):.0f} s{times}")
-        name = f"{NAMES.get(run.loss, run.loss)}, {_mode(run)}"
+        name = f"{name_of(run.loss)}, {_mode(run)}"
         first, last = run.seconds_at(run.steps[1]), run.seconds_at(run.steps[-1])
         a_step = (last - first) / (run.steps[-1] - run.steps[1])
         rows.append([name, str(run.seed), f"{first:.0f} s", f"{a_step:.2f} s", f"{run.final:.3f}", *cells])

@@ -8,7 +8,6 @@ from pages import replace_section
 
 from staleness_study import page as pages
 from staleness_study import tried, tried_plan
-from staleness_study.figures import NAMES
 from staleness_study.plan import STALEST
 from staleness_study.results import Result, select
 
@@ -27,7 +26,7 @@ def _changes(variant_of: Callable[[str], str]) -> list[Row]:
 def _shown() -> list[Row]:
     """What ran as long as the claim, M2PO first."""
     around = [
-        (f"{_name(loss)}, {f's={updates}' if updates else 'on-policy'}", loss, updates, "")
+        (f"{pages.name_of(loss)}, {f's={updates}' if updates else 'on-policy'}", loss, updates, "")
         for loss, updates in tried_plan.AROUND
     ]
     return [*around, *_changes(str)]
@@ -36,12 +35,8 @@ def _shown() -> list[Row]:
 def _shown_hot() -> list[Row]:
     """What ran at ten times the learning rate, M2PO first."""
     unchanged = tried_plan.hot_variant("")
-    around = [(f"{_name(loss)}, s={STALEST}", loss, STALEST, unchanged) for loss in tried_plan.HOT_AROUND]
+    around = [(f"{pages.name_of(loss)}, s={STALEST}", loss, STALEST, unchanged) for loss in tried_plan.HOT_AROUND]
     return [*around, *_changes(tried_plan.hot_variant)]
-
-
-def _name(loss: str) -> str:
-    return NAMES.get(loss, f"`{loss}`")
 
 
 def table(results: Sequence[Result], stage: str, rows: Sequence[Row]) -> list[str]:
