@@ -61,10 +61,13 @@ def write(found: Sequence[tuple[dict[str, Any], Sequence[Result]]], page: Path) 
     """
     lines = []
     for data, results in found:
-        stages = {result.stage for result in results}
-        for stage in sorted(stages - {tried_plan.HOT_STAGE}):
-            lines += [*table(results, stage, _shown()), ""]
-        if tried_plan.HOT_STAGE in stages:
-            lines += ["At ten times the learning rate:", "", *table(results, tried_plan.HOT_STAGE, _shown_hot()), ""]
+        stage, steps = tried_plan.TASKS[data["config"]]
+        for title, of_stage, rows in (
+            (f"`{data['config']}`, {steps} trainer steps:", stage, _shown()),
+            (f"`{tried_plan.BEST}` on the seeds of the other results:", tried_plan.reported(stage), _shown()),
+            ("At ten times the learning rate:", tried_plan.HOT_STAGE, _shown_hot()),
+        ):
+            if shown := table(results, of_stage, rows):
+                lines += [title, "", *shown, ""]
         lines += [*pages.provenance(data, results, "python -m staleness_study tried"), ""]
     replace_section(page, SECTION, "\n".join(lines[:-1]) if lines else "Not run yet.")
