@@ -55,6 +55,7 @@ def _ctpo(factor: int) -> tuple[str, ...]:
 # Settings beside those of the preset, three of each method that has any: what decides how far a policy may move.
 ALTERNATIVES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "m2po": _one("m2po.threshold", 0.01, 0.16, 0.64),
+    "m2po_tapered": _one("m2po.threshold", 0.01, 0.16, 0.64),
     "grpo": _clips((0.1, 0.1), (0.4, 0.4), (0.8, 0.8)),
     "no_trust_region": {},
     "topr": _one("topr.level", "token", "geometric"),

@@ -212,7 +212,8 @@ def methods(results: Sequence[Result]) -> Figure | None:
     if not any(run.stage == "methods" for run in results):
         return None
     losses = by_accuracy(results, STALEST)[::-1]
-    base = float(np.mean([run.accuracy[0] for run in results]))
+    # Of their own base model
+    base = float(np.mean([run.accuracy[0] for run in results if run.stage in ("staleness", "methods")]))
     with mpl.rc_context(RC):
         figure = Figure(figsize=(7, 1.2 + 0.22 * len(losses)), layout="constrained")
         axes = figure.subplots()

@@ -64,7 +64,6 @@ def write(found: Sequence[tuple[dict[str, Any], Sequence[Result]]], page: Path) 
         stage, steps = tried_plan.TASKS[data["config"]]
         for title, of_stage, rows in (
             (f"`{data['config']}`, {steps} trainer steps:", stage, _shown()),
-            (f"`{tried_plan.BEST}` on the seeds of the other results:", tried_plan.reported(stage), _shown()),
             ("At ten times the learning rate:", tried_plan.HOT_STAGE, _shown_hot()),
         ):
             if shown := table(results, of_stage, rows):

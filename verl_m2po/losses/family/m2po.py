@@ -1,4 +1,4 @@
-"""The loss `m2po`: Algorithm 1 of M2PO (arXiv:2510.01161)."""
+"""The loss `m2po`: Algorithm 1 of M2PO (arXiv:2510.01161); its mask on other weights as an option."""
 
 import math
 from collections.abc import Iterator
@@ -15,9 +15,10 @@ from verl_m2po.losses.kernel.needs import BEHAVIOUR, MODE, VERL_MODES
 from verl_m2po.losses.kernel.record import Decision, Loss, TokenLoss
 from verl_m2po.losses.kernel.registry import register
 from verl_m2po.losses.kernel.settings import KEY, check_choice, check_positive_threshold
-from verl_m2po.losses.kernel.tokens import Tokens, at_most
+from verl_m2po.losses.kernel.tokens import Tokens, at_most, tapered
 from verl_m2po.second_moment import TrustRegion, TrustRegionSearch
 
+WEIGHTS = ("ratio", "tapered")
 MISMATCH_FLOOR = f"{KEY}.m2po.subtract_mismatch_floor"
 
 
@@ -33,15 +34,19 @@ class M2POConfig(BaseConfig):
         subtract_mismatch_floor: Count only what exceeds the second moment of tokens whose age is zero, which is due to
             the inference engine and not to staleness. Needs scope mini_batch, and a staleness mode of this package,
             which knows the ages. false subtracts nothing.
+        weight: What a kept token counts. "ratio": its importance ratio, as in the paper. "tapered": as in TOPR
+            (arXiv:2503.14286), 1 where A > 0, elsewhere the importance ratio of its response, at most 1.
     """
 
     threshold: float = 0.04
     scope: str = "mini_batch"
     subtract_mismatch_floor: bool = False
+    weight: str = "ratio"
 
     def __post_init__(self):
         check_positive_threshold(self.threshold, f"{KEY}.m2po.threshold")
         check_choice(self.scope, SCOPES, "m2po.scope")
+        check_choice(self.weight, WEIGHTS, "m2po.weight")
         if self.subtract_mismatch_floor and self.scope != "mini_batch":
             raise ValueError(
                 f"{MISMATCH_FLOOR}=true needs {KEY}.m2po.scope=mini_batch: "
@@ -49,10 +54,17 @@ class M2POConfig(BaseConfig):
             )
 
 
-def m2po_tokens(tokens: Tokens, _settings: M2POConfig, region: TrustRegion) -> TokenLoss:
-    """-A r on the tokens that Algorithm 1 keeps, averaged over all response tokens; nothing is clipped."""
+def m2po_tokens(tokens: Tokens, settings: M2POConfig, region: TrustRegion) -> TokenLoss:
+    """-A r on the tokens that Algorithm 1 keeps, averaged over all response tokens; nothing is clipped.
+
+    With tapered weights w in the place of r: -A w log pi, w without gradient.
+    """
+    keep = at_most(tokens.magnitude, region.threshold_log_ratio)
+    if settings.weight == "tapered":
+        weighted = -tapered(tokens.advantages, tokens.sequence_log_ratio()) * tokens.advantages
+        return TokenLoss((weighted * tokens.log_prob).where(keep, 0.0), weighted, keep, region=region)
     value = (tokens.advantages * tokens.importance_weight).neg_()
-    return TokenLoss(value, value, at_most(tokens.magnitude, region.threshold_log_ratio), region=region)
+    return TokenLoss(value, value, keep, region=region)
 
 
 class _Search:
@@ -95,7 +107,7 @@ register(
         decision=Decision(_Search, lambda settings: settings.subtract_mismatch_floor),
         needs=BEHAVIOUR,
         problems=_problems,
-        presets=("m2po",),
+        presets=("m2po", "m2po_tapered"),
         masks_sequences_first=True,
     )
 )

@@ -5,14 +5,13 @@ See "Tapered Off-Policy REINFORCE" (arXiv:2503.14286).
 
 from dataclasses import dataclass
 
-import torch
 from verl.base_config import BaseConfig
 
 from verl_m2po.losses.kernel.needs import BEHAVIOUR
 from verl_m2po.losses.kernel.record import Loss, TokenLoss
 from verl_m2po.losses.kernel.registry import register
 from verl_m2po.losses.kernel.settings import check_choice
-from verl_m2po.losses.kernel.tokens import Tokens
+from verl_m2po.losses.kernel.tokens import Tokens, tapered
 
 LEVELS = ("sequence", "token", "geometric")
 
@@ -44,8 +43,7 @@ def topr_tokens(tokens: Tokens, settings: TOPRConfig) -> TokenLoss:
         log_ratio = tokens.sequence_log_ratio()
     if settings.level == "geometric":
         log_ratio = log_ratio / tokens.lengths()
-    taper = torch.where(tokens.advantages > 0, 1.0, log_ratio.clamp(max=0.0).exp())
-    weighted = -taper * tokens.advantages
+    weighted = -tapered(tokens.advantages, log_ratio) * tokens.advantages
     return TokenLoss(weighted * tokens.log_prob, weighted, tokens.mask)
 
 

@@ -184,6 +184,16 @@ def at_most(values: Tensor, limit: Tensor) -> Tensor:
     return torch.le(values, limit, out=torch.empty_like(values)).bool()
 
 
+def tapered(advantages: Tensor, log_ratio: Tensor) -> Tensor:
+    """The weights of tapered off-policy REINFORCE (arXiv:2503.14286): 1 where A > 0, min(ratio, 1) elsewhere.
+
+    Args:
+        advantages: Floating point, [batch, response].
+        log_ratio: Of what tapers a token, log of current over behaviour policy, [batch, response] or [batch, 1].
+    """
+    return torch.where(advantages > 0, 1.0, log_ratio.clamp(max=0.0).exp())
+
+
 def row_groups(tokens: Tensor) -> list[slice]:
     """Rows of `tokens`, [batch, response], in groups to work on at once; at least one, which may be empty."""
     rows, width = tokens.shape[0], max(1, tokens.shape[-1])
