@@ -46,7 +46,7 @@ def table(results: Sequence[Result], stage: str, rows: Sequence[Row]) -> list[st
         runs = select(results, stage, *row[1:])
         if runs:
             finals = [run.final for run in runs]
-            masked = [run.mean("masked") for run in runs if run.loss == "m2po"]
+            masked = [run.mean("masked") for run in runs if run.loss.startswith("m2po")]
             against = "-" if row is rows[0] else pages.points_against(runs, first)
             lines.append([row[0], str(len(runs)), pages.accuracy_of(finals), against, pages.percent(masked)])
     return pages.table(HEADER, lines) if lines else []
