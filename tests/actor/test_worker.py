@@ -217,6 +217,7 @@ def presets(model_folder):
 OWN_METRICS = {
     "m2po": {"threshold_log_ratio"},
     "m2po_clip": {"threshold_log_ratio"},
+    "m2po_tapered": {"threshold_log_ratio"},
     "vcpo": {"step_scale", "sequence_effective_sample_size"},
 }
 
