@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from staleness_study.plan import (
     CLAIM_STEPS,
     FEW_SEEDS,
-    HOT_LEARNING_RATES,
+    HOT_RATE,
     HOT_SEEDS,
     STALEST,
     STEPS,
@@ -19,8 +19,6 @@ GRID, STAGE, HOT_STAGE = "grid", "comparison", "comparison_hot"
 # Four times as old as the paper's, for the best `AT_OLDEST` methods
 OLDEST, AT_OLDEST = 1024, 8
 AGES = (OLDEST, STALEST, 64, 0)
-# Ten times the study's
-HOT_RATE = max(HOT_LEARNING_RATES)
 _ACTOR = "actor_rollout_ref.actor"
 _LOSS = f"{_ACTOR}.policy_loss"
 

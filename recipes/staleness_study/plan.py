@@ -20,6 +20,8 @@ CLAIM_STEPS = 1000
 STEPS = 300
 # Five and ten times as large as the study's: far outside the paper's regime, where runs come apart.
 HOT_LEARNING_RATES = (1.5e-4, 3e-4)
+# At which other methods are tried too
+HOT_RATE = max(HOT_LEARNING_RATES)
 HOT_SEEDS = (1, 2, 3)
 # Of the methods that only the table of all methods has; intervals need three
 OTHERS_SEEDS = SEEDS[:3]
