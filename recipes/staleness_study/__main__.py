@@ -39,16 +39,23 @@ Folder = Annotated[Path, typer.Option(help="Folder of the runs; finished ones in
 
 
 def _finish(failed: list[str]) -> None:
+    """Say what failed, and exit with 1 if anything has."""
     for line in failed:
         typer.echo(line, err=True)
-    raise typer.Exit(1 if failed else 0)
+    if failed:
+        raise typer.Exit(1)
 
 
-def _run(jobs: list[Job], out: Path, workers: int, known: Path | None) -> None:
+def _failures(jobs: list[Job], out: Path, workers: int, known: Path | None) -> list[str]:
+    """Run `jobs`; a line for each that failed."""
     from staleness_study import results as studied
     from staleness_study.run import run_jobs
 
-    _finish(run_jobs(studied.without_known(jobs, known) if known else jobs, out / "one_process", workers, Console()))
+    return run_jobs(studied.without_known(jobs, known) if known else jobs, out / "one_process", workers, Console())
+
+
+def _run(jobs: list[Job], out: Path, workers: int, known: Path | None) -> None:
+    _finish(_failures(jobs, out, workers, known))
 
 
 def _put(new: dict[str, Any], path: Path, keep: bool) -> None:
@@ -125,14 +132,25 @@ def long_results(
     _write(long_plan.jobs() if collect else [], out, page, page.parent / LONG_DATA, keep, long_page.write)
 
 
-def _comparison(data: Path) -> list[Job]:
-    """The grid, and what it says to compare by the results in `data`, if there are any."""
-    from staleness_study import comparison_page
+def _compared(data: Path, out: Path) -> list[Any]:
+    """What the grid and the comparison have shown so far: results in `data`, and those of the runs under `out`."""
     from staleness_study import results as studied
+    from staleness_study.collect import collect_bench
+    from staleness_study.run import is_whole
 
-    known = studied.load(data)[1] if data.exists() else []
-    chosen, best = comparison_page.best_settings(known), comparison_page.best_methods(known)
-    return [*comparison_plan.grid(), *comparison_plan.jobs(chosen, best)]
+    earlier = studied.load(data)[0] if data.exists() else {}
+    jobs = [*comparison_plan.grid(), *comparison_plan.jobs({})]
+    if any(is_whole(job, out / "one_process") for job in jobs):
+        new = collect_bench(jobs, out / "one_process")
+        earlier = studied.merge(new, earlier) if earlier else new
+    return [studied.Result(**run) for run in earlier.get("runs", ())]
+
+
+def _comparison(known: list[Any]) -> list[Job]:
+    """The grid, and what it and the comparison say to compare by their results `known`."""
+    from staleness_study.comparison_page import best_methods, best_settings
+
+    return [*comparison_plan.grid(), *comparison_plan.jobs(best_settings(known), best_methods(known))]
 
 
 @app.command()
@@ -141,12 +159,15 @@ def compare(
     workers: Workers = CORES,
     most: Most = None,
     known: Known = None,
-    page: Annotated[Path, typer.Option(help="The results beside it say what the grid found best.")] = PAGE,
+    page: Annotated[Path, typer.Option(help="The results beside it say what the grid found best, too.")] = PAGE,
 ) -> None:
-    """M2PO and its rivals on equal data: a small grid of settings first, then five seeds. `compare-results` after the
-    grid lets the next call run the best of it too.
-    """
-    _run(_comparison(page.parent / COMPARISON_DATA)[:most], out, workers, known)
+    """M2PO and its rivals on equal data: a small grid of settings first, then five seeds of each and of its best."""
+    _finish(_failures(comparison_plan.grid()[:most], out, workers, known))
+    done: list[Job] = []
+    # What has run says what else is to run.
+    while (queue := _comparison(_compared(page.parent / COMPARISON_DATA, out))[:most]) != done:
+        _finish(_failures(queue, out, workers, known))
+        done = queue
 
 
 @app.command()
@@ -160,7 +181,7 @@ def compare_results(
     from staleness_study import comparison_page
 
     data = page.parent / COMPARISON_DATA
-    _write(_comparison(data) if collect else [], out, page, data, keep, comparison_page.write)
+    _write(_comparison(_compared(data, out)) if collect else [], out, page, data, keep, comparison_page.write)
 
 
 @app.command()

@@ -9,8 +9,17 @@ from pages import replace_section
 
 from staleness_study import comparison_figures
 from staleness_study import page as pages
-from staleness_study.comparison_plan import AGES, ALTERNATIVES, AT_OLDEST, GRID, HOT_STAGE, STAGE
-from staleness_study.plan import STALEST
+from staleness_study.comparison_plan import (
+    AGES_STAGE,
+    ALTERNATIVES,
+    AT_OLDEST,
+    GRID,
+    HOT_STAGE,
+    OLDEST,
+    STAGE,
+    YOUNGER,
+)
+from staleness_study.plan import STALEST, STEPS
 from staleness_study.results import Result, select
 
 SECTION, GRID_SECTION = "comparison", "grid"
@@ -61,7 +70,6 @@ def comparison_table(results: Sequence[Result]) -> list[str]:
     settings, rows = best_settings(results), []
     for loss in _by_accuracy(results):
         stalest = select(results, STAGE, loss, STALEST)
-        finals = [pages.accuracy_of([run.final for run in select(results, STAGE, loss, age)]) for age in AGES]
         setting = settings.get(loss)
         chosen = [run.final for run in select(results, STAGE, loss, STALEST, setting)] if setting else []
         share = pages.recovered([run.final for run in stalest], grpo, reference) or "-"
@@ -70,7 +78,9 @@ def comparison_table(results: Sequence[Result]) -> list[str]:
             [
                 pages.name_of(loss),
                 str(len(stalest)),
-                *finals,
+                pages.accuracy_of([run.final for run in select(results, STAGE, loss, OLDEST)]),
+                pages.accuracy_of([run.final for run in stalest]),
+                pages.accuracy_of([run.final for run in select(results, STAGE, loss, 0)]),
                 "that of the preset" if setting == "" else pages.accuracy_of(chosen),
                 share,
                 pages.percent(left_out),
@@ -79,10 +89,23 @@ def comparison_table(results: Sequence[Result]) -> list[str]:
                 pages.collapse(stalest),
             ]
         )
-    names = ["on-policy" if age == 0 else f"s={age}" for age in AGES]
-    header = ["", "seeds", *names, f"s={STALEST}, best of the grid", f"of GRPO's gap recovered at s={STALEST}"]
+    header = ["", "seeds", f"s={OLDEST}", f"s={STALEST}", "on-policy", f"s={STALEST}, best of the grid"]
+    header += [f"of GRPO's gap recovered at s={STALEST}"]
     header += ["clipped or masked", "effective sample size", "seconds", "collapse step"]
     return pages.table(header, rows) if rows else ["Not run yet."]
+
+
+def ages_table(results: Sequence[Result]) -> list[str]:
+    """A row for each method with its accuracy on data of every age, after `STEPS` trainer steps."""
+    rows = []
+    for loss in ALTERNATIVES:
+        runs = [select(results, AGES_STAGE, loss, age) for age in sorted(YOUNGER)]
+        runs.append([run.until(STEPS) for run in select(results, STAGE, loss, STALEST)])
+        if all(runs):
+            finals = [pages.accuracy_of([run.final for run in found]) for found in runs]
+            rows.append([pages.name_of(loss), "/".join(str(len(found)) for found in runs), *finals])
+    names = [f"s={age}" if age else "on-policy" for age in (*sorted(YOUNGER), STALEST)]
+    return pages.table(["", "seeds", *names], rows) if rows else ["Not run yet."]
 
 
 def _short(override: str) -> str:
@@ -103,4 +126,5 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
     hot = ["At ten times the learning rate:", "", *pages.conditions(results, HOT_STAGE)]
     folder = page.parent / "figures" / "results"
     shown = comparison_figures.save(results, _by_accuracy(results), best_settings(results), folder)
-    replace_section(page, SECTION, "\n".join([*shown, *comparison_table(results), "", *hot, "", *about]))
+    ages = [f"By age, after {STEPS} trainer steps:", "", *ages_table(results)]
+    replace_section(page, SECTION, "\n".join([*shown, *comparison_table(results), "", *hot, "", *ages, "", *about]))

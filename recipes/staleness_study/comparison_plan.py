@@ -15,10 +15,13 @@ from staleness_study.plan import (
 )
 from staleness_study.plan import SEEDS as REPORTED
 
-GRID, STAGE, HOT_STAGE = "grid", "comparison", "comparison_hot"
+GRID, STAGE, HOT_STAGE, AGES_STAGE = "grid", "comparison", "comparison_hot", "comparison_ages"
 # Four times as old as the paper's, for the best `AT_OLDEST` methods
 OLDEST, AT_OLDEST = 1024, 8
-AGES = (OLDEST, STALEST, 64, 0)
+# Over as many trainer steps on-policy: what is to be reached, and do those that are as good help on fresh data too?
+ON_POLICY = ("grpo", "m2po", "no_trust_region", "topr", "m2po_tapered")
+# Compared over fewer trainer steps, with the beginning of the runs on the stalest data
+YOUNGER = (64, 0)
 _ACTOR = "actor_rollout_ref.actor"
 _LOSS = f"{_ACTOR}.policy_loss"
 
@@ -93,20 +96,19 @@ def jobs(chosen: Mapping[str, str], best: Sequence[str] = ()) -> list[Job]:
         best: Methods that are to learn from data `OLDEST` updates old; none before they are known.
     """
 
-    def at(age: int, seed: int) -> Iterator[Job]:
-        yield from (Job(STAGE, loss, age, seed, steps=CLAIM_STEPS) for loss in ALTERNATIVES)
+    def as_published(seed: int) -> Iterator[Job]:
+        yield from (Job(STAGE, loss, STALEST, seed, steps=CLAIM_STEPS) for loss in ALTERNATIVES)
 
     def at_chosen(seed: int) -> Iterator[Job]:
         for loss, variant in chosen.items():
             if variant:
                 yield Job(STAGE, loss, STALEST, seed, ALTERNATIVES[loss][variant], variant, CLAIM_STEPS)
 
-    queue = [
-        job
-        for seed in REPORTED
-        for job in (Job(STAGE, "grpo", 0, seed, steps=CLAIM_STEPS), *at(STALEST, seed), *at_chosen(seed))
-    ]
+    def on_policy(seed: int) -> Iterator[Job]:
+        yield from (Job(STAGE, loss, 0, seed, steps=CLAIM_STEPS) for loss in ON_POLICY)
+
+    queue = [job for seed in REPORTED for job in (*on_policy(seed), *as_published(seed), *at_chosen(seed))]
     queue += [hot(HOT_STAGE, loss, STALEST, seed, HOT_RATE) for seed in HOT_SEEDS for loss in ALTERNATIVES]
     queue += [Job(STAGE, loss, OLDEST, seed, steps=CLAIM_STEPS) for seed in FEW_SEEDS for loss in best]
-    queue += [job for seed in REPORTED for age in (64, 0) for job in at(age, seed)]
+    queue += [Job(AGES_STAGE, loss, age, seed) for seed in REPORTED for age in YOUNGER for loss in ALTERNATIVES]
     return list(dict.fromkeys(queue))

@@ -1,12 +1,14 @@
 """The study's comparison: its grid, what is taken of it, its tables."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from omegaconf import OmegaConf
 
-from staleness_study import collect, comparison_page, comparison_plan, plan
-from staleness_study.comparison_plan import ALTERNATIVES, GRID, HOT_STAGE, STAGE
+from staleness_study import __main__ as study
+from staleness_study import collect, comparison_page, comparison_plan, plan, results
+from staleness_study.comparison_plan import AGES_STAGE, ALTERNATIVES, GRID, HOT_STAGE, STAGE
 from staleness_study.results import Result
 from staleness_study.run import CONFIG_FILES
 from verl_m2po.one_process import setup as setups
@@ -31,17 +33,22 @@ def whole_grid(best: dict[str, str]) -> list[Result]:
     ]
 
 
-def test_every_run_has_its_own_folder(tmp_path):
+def test_what_shares_a_folder_is_the_same_run(tmp_path):
+    """If shorter."""
     jobs = [*comparison_plan.grid(), *comparison_plan.jobs({"m2po": "threshold0.16", "grpo": ""})]
-    assert max(Counter(job.folder(tmp_path) for job in jobs).values()) == 1
+    made = {(job.folder(tmp_path), tuple(job.all_overrides)) for job in jobs}
+    assert max(Counter(folder for folder, _ in made).values()) == 1
 
 
 def test_the_grid_has_a_seed_of_its_own_and_the_comparison_every_reported_one():
     assert {job.seed for job in comparison_plan.grid()} == {plan.TRIAL_SEED}
-    jobs = [job for job in comparison_plan.jobs({}) if job.stage == STAGE]
-    seeds = Counter((job.loss, job.staleness_updates) for job in jobs)
+    jobs = [job for job in comparison_plan.jobs({}) if job.stage in (STAGE, AGES_STAGE)]
+    seeds = Counter((job.stage, job.loss, job.staleness_updates) for job in jobs)
     assert set(seeds.values()) == {len(plan.SEEDS)}
-    assert set(seeds) == {(loss, age) for loss in ALTERNATIVES for age in (0, 64, plan.STALEST)}
+    stalest = {(STAGE, loss, plan.STALEST) for loss in ALTERNATIVES}
+    younger = {(AGES_STAGE, loss, age) for loss in ALTERNATIVES for age in (0, 64)}
+    on_policy = {(STAGE, loss, 0) for loss in comparison_plan.ON_POLICY}
+    assert set(seeds) == on_policy | stalest | younger
 
 
 def test_the_best_methods_learn_from_data_older_than_any_preset():
@@ -115,6 +122,45 @@ def test_the_tables_have_what_ran(tmp_path):
     assert first.startswith("| M2PO | 3 | - | 0.415 ± ") and "| 0.421 ± " in first and "| 50% [" in first
     assert "| 1% | 0.010 | 60 | none |" in first
     assert second.startswith("| GRPO | 3 | - |") and "| that of the preset |" in second
+
+
+def test_ages_are_compared_after_as_many_trainer_steps():
+    """What ran longer on the stalest data is compared at the step of the others."""
+    (whole,) = [result(STAGE, "m2po", plan.STALEST, 1, last=0.4)]
+    longer = replace(
+        whole,
+        steps=[*whole.steps, plan.STEPS + 100],
+        accuracy=[*whole.accuracy, 0.9],
+        curves={name: [*values, 0.01] for name, values in whole.curves.items()},
+    )
+    younger = [result(AGES_STAGE, "m2po", age, 1, last=0.7 + age / 1000) for age in (64, 0)]
+    other = result(AGES_STAGE, "grpo", 0, 1)
+    header, _, *rows = comparison_page.ages_table([longer, *younger, other])
+    assert header == "|  | seeds | on-policy | s=64 | s=256 |"
+    assert rows == ["| M2PO | 1/1/1 | 0.580 | 0.623 | 0.380 |"]
+
+
+def test_one_call_runs_the_grid_then_all_as_published_and_what_these_found_best(tmp_path, monkeypatch):
+    data = tmp_path / "docs" / "results" / "comparison.json"
+    common = {"config": plan.ARITHMETIC, "model": {}, "versions": {}, "machine": "a machine"}
+    calls = []
+
+    def run(jobs, *_) -> list[str]:
+        """All are equally good, but M2PO with a threshold of 0.16 on the trial's seed."""
+        calls.append(jobs)
+        finals = {job: 0.5 if job.stage == GRID and job.variant == "threshold0.16" else 0.4 for job in jobs}
+        found = [result(job.stage, job.loss, job.staleness_updates, job.seed, job.variant, finals[job]) for job in jobs]
+        results.write(common | {"runs": results.plain(found)}, data)
+        return []
+
+    monkeypatch.setattr(study, "_failures", run)
+    study.compare(tmp_path, page=tmp_path / "docs" / "results.md")
+    assert calls[0] == comparison_plan.grid()
+    assert all(job in calls[1] for job in comparison_plan.jobs({"m2po": "threshold0.16"}))
+    assert not any(job.staleness_updates == comparison_plan.OLDEST for job in calls[1])
+    oldest = Counter(job.loss for job in calls[2] if job.staleness_updates == comparison_plan.OLDEST)
+    assert len(oldest) == comparison_plan.AT_OLDEST
+    assert calls[3:] == []
 
 
 @pytest.mark.parametrize("loss", ALTERNATIVES)
