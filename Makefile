@@ -41,7 +41,7 @@ WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/tests/support:$(CURDIR)/recipes
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes workloads faults soak lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-replay-wall-clock study-long study-comparison study-tried study-results study-disturbance plan-study docs docs-tables docs-links clean
+.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes workloads faults soak lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-replay-wall-clock study-long study-prosperity study-comparison study-tried study-results study-disturbance plan-study docs docs-tables docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -143,6 +143,10 @@ study-wall-clock: $(STAMP) ## Time to an accuracy in stale_k_separate against sy
 study-long: $(STAMP) ## The claim and its rivals where responses have 60 to 120 tokens, and their table in docs/results.md
 	$(WORKSHOP) -m staleness_study long $(if $(RUNS),--most $(RUNS))
 	$(WORKSHOP) -m staleness_study long-results
+
+study-prosperity: $(STAMP) ## Long responses at a learning rate at which no trust region collapses, and its figure in docs/results.md
+	$(WORKSHOP) -m staleness_study prosperity $(if $(RUNS),--most $(RUNS))
+	$(WORKSHOP) -m staleness_study prosperity-results
 
 study-comparison: $(STAMP) ## M2PO and its rivals: a grid of settings, then five seeds, and their tables in docs/results.md
 	$(WORKSHOP) -m staleness_study compare $(if $(RUNS),--most $(RUNS))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from staleness_study import comparison_plan, long_plan, plan, replay_plan, tried_plan
+from staleness_study import comparison_plan, long_plan, plan, prosperity_plan, replay_plan, tried_plan
 from staleness_study.plan import REPLAY_CLOCK, WALL_CLOCK, Job
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -19,7 +19,7 @@ CLAIM_DATA, DATA = Path("results/claim.json"), Path("results/one_process.json")
 # Methods whose preset was corrected after the other runs, from the base model that the package has shipped since
 CORRECTED_DATA = Path("results/corrected.json")
 REPLAY_PAGE, REPLAY_DATA = Path("docs/replay.md"), Path("results/replay.json")
-LONG_DATA = Path("results/long.json")
+LONG_DATA, PROSPERITY_DATA = Path("results/long.json"), Path("results/prosperity.json")
 COMPARISON_DATA = Path("results/comparison.json")
 # By the primary config of the task
 TRIED_DATA = {plan.ARITHMETIC: Path("results/tried.json"), long_plan.CONFIG: Path("results/tried_long.json")}
@@ -130,6 +130,31 @@ def long_results(
     from staleness_study import long_page
 
     _write(long_plan.jobs() if collect else [], out, page, page.parent / LONG_DATA, keep, long_page.write)
+
+
+@app.command()
+def prosperity(
+    out: Folder = OUT,
+    workers: Workers = CORES,
+    most: Most = None,
+    known: Known = None,
+) -> None:
+    """Column addition at a learning rate at which training without a trust region collapses. Goes on as the others."""
+    _run(prosperity_plan.jobs()[:most], out, workers, known)
+
+
+@app.command()
+def prosperity_results(
+    out: Folder = OUT,
+    page: Annotated[Path, typer.Option(help="Its marked section is rewritten.")] = PAGE,
+    collect: Collect = True,
+    keep: Keep = False,
+) -> None:
+    """Put what the stage `prosperity` has run so far into its JSON file and docs/results.md."""
+    from staleness_study import prosperity_page
+
+    data = page.parent / PROSPERITY_DATA
+    _write(prosperity_plan.jobs() if collect else [], out, page, data, keep, prosperity_page.write)
 
 
 def _compared(data: Path, out: Path) -> list[Any]:

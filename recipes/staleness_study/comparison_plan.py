@@ -11,7 +11,7 @@ from staleness_study.plan import (
     STEPS,
     TRIAL_SEED,
     Job,
-    hot,
+    at_rate,
 )
 from staleness_study.plan import SEEDS as REPORTED
 
@@ -108,7 +108,7 @@ def jobs(chosen: Mapping[str, str], best: Sequence[str] = ()) -> list[Job]:
         yield from (Job(STAGE, loss, 0, seed, steps=CLAIM_STEPS) for loss in ON_POLICY)
 
     queue = [job for seed in REPORTED for job in (*on_policy(seed), *as_published(seed), *at_chosen(seed))]
-    queue += [hot(HOT_STAGE, loss, STALEST, seed, HOT_RATE) for seed in HOT_SEEDS for loss in ALTERNATIVES]
+    queue += [at_rate(HOT_STAGE, loss, STALEST, seed, HOT_RATE) for seed in HOT_SEEDS for loss in ALTERNATIVES]
     queue += [Job(STAGE, loss, OLDEST, seed, steps=CLAIM_STEPS) for seed in FEW_SEEDS for loss in best]
     queue += [Job(AGES_STAGE, loss, age, seed) for seed in REPORTED for age in YOUNGER for loss in ALTERNATIVES]
     return list(dict.fromkeys(queue))

@@ -35,7 +35,7 @@ def _curves(results: Sequence[Result], curve: str | None = None) -> tuple[list[i
     return results[0].steps[1:], np.array([result.curves[curve] for result in results])
 
 
-def _band(axes: Axes, results: Sequence[Result], colour: str, curve: str | None = None, **style) -> float:
+def band(axes: Axes, results: Sequence[Result], colour: str, curve: str | None = None, **style) -> float:
     """Mean over seeds and a band from the lowest to the highest; returns where the line ends."""
     steps, values = _curves(results, curve)
     axes.plot(steps, values.mean(0), color=colour, linewidth=2, **style)
@@ -54,7 +54,7 @@ def _apart(ends: dict[str, float], least: float) -> dict[str, float]:
     return {name: height - shift for name, height in placed.items()}
 
 
-def _label_ends(axes: Axes, at: int, ends: dict[str, float], colours: dict[str, str], least: float) -> None:
+def label_ends(axes: Axes, at: int, ends: dict[str, float], colours: dict[str, str], least: float) -> None:
     for name, height in _apart(ends, least).items():
         axes.annotate(
             name, (at, height), xytext=(6, 0), textcoords="offset points", color=colours[name], va="center", fontsize=10
@@ -86,7 +86,7 @@ def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
     for name, runs, colour in lines:
         if runs:
             style = {"linestyle": (0, (4, 1.5)), "zorder": 3} if colour == ON_POLICY else {}
-            ends[name], colours[name] = _band(axes, runs, colour, **style), colour
+            ends[name], colours[name] = band(axes, runs, colour, **style), colour
     last = max(run.steps[-1] for _, runs, _ in lines for run in runs)
     axes.set_xlim(0, last)
     updates = next(run.updates_per_step for _, runs, _ in lines for run in runs)
@@ -100,7 +100,7 @@ def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
         color="#7A7A7A",
     )
     low, high = axes.get_ylim()
-    _label_ends(axes, last, ends, colours, 0.052 * (high - low))
+    label_ends(axes, last, ends, colours, 0.052 * (high - low))
     axes.set_xlabel(f"trainer step ({NUMBERS.get(updates, updates)} optimizer updates)")
     axes.set_ylabel("accuracy on held-out problems")
     axes.set_title(f"Accuracy on data {STALEST} updates old")
@@ -113,7 +113,7 @@ def _left_out(axes: Axes, results: Sequence[Result]) -> None:
         if not runs:
             continue
         curve = runs[0].left_out_name
-        _band(axes, runs, COLOURS[loss], curve)
+        band(axes, runs, COLOURS[loss], curve)
         axes.set_xlim(0, runs[0].steps[-1])
         share = np.mean([run.mean(curve) for run in runs])
         steps, values = _curves(runs, curve)

@@ -10,7 +10,14 @@ from pages import replace_section
 from staleness_study import figures
 from staleness_study.figures import NAMES
 from staleness_study.intervals import LEAST_SEEDS, Interval, difference, recovered_gap
-from staleness_study.plan import CAUSE_STALENESS, STALEST, THRESHOLDS, TRIAL_LEARNING_RATES
+from staleness_study.plan import (
+    CAUSE_STALENESS,
+    HALF_RATE,
+    HALF_RATE_STAGE,
+    STALEST,
+    THRESHOLDS,
+    TRIAL_LEARNING_RATES,
+)
 from staleness_study.results import FINAL_POINTS, SEPARATE, Result, by_accuracy, of_method, select
 
 # Accuracies to which the time is compared; the base model has 0.33
@@ -119,11 +126,11 @@ def _steps_to(runs: Sequence[Result], target: float) -> str:
     return f"{interval.mean:.0f}" + (f" ± {interval.half_width:.0f}" if interval.seeds >= LEAST_SEEDS else "")
 
 
-def claim(results: Sequence[Result], stage: str = "claim") -> list[str]:
+def claim(results: Sequence[Result], stage: str = "claim", variant: str = "") -> list[str]:
     """Whether the paper's claim holds here, number by number, with the paper's beside it."""
-    reference = [r.final for r in select(results, stage, "grpo", 0)]
+    reference = [r.final for r in select(results, stage, "grpo", 0, variant)]
     ran = sorted({r.loss for r in results if r.stage == stage})
-    stale = {loss: select(results, stage, loss, STALEST) for loss in dict.fromkeys([*NAMES, *ran])}
+    stale = {loss: select(results, stage, loss, STALEST, variant) for loss in dict.fromkeys([*NAMES, *ran])}
     grpo = [r.final for r in stale["grpo"]]
     rows = []
     if reference and grpo:
@@ -298,6 +305,7 @@ def write(
     sections = {
         "provenance": [line for data, found in bench for line in (*provenance(data, found), "")][:-1],
         "claim": [*claim(results), "", *conditions(results, "claim", CLAIM_TARGET)],
+        "half rate": [*claim(results, HALF_RATE_STAGE, f"lr{HALF_RATE:g}"), "", *conditions(results, HALF_RATE_STAGE)],
         "conditions": conditions(results),
         "hot": conditions(results, "hot"),
         "methods": methods(results),

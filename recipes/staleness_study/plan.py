@@ -18,6 +18,8 @@ TRIAL_STEPS = 250
 CLAIM_STEPS = 1000
 # Of what is compared with it.
 STEPS = 300
+# At half the study's learning rate GRPO clips as much on the stalest data as in the paper.
+HALF_RATE, HALF_RATE_STAGE, HALF_RATE_SEEDS = 1.5e-5, "claim_half_rate", SEEDS[:3]
 # Five and ten times as large as the study's: far outside the paper's regime, where runs come apart.
 HOT_LEARNING_RATES = (1.5e-4, 3e-4)
 # At which other methods are tried too
@@ -39,7 +41,7 @@ MICRO_BATCH = (
 CAUSE_STALENESS = (64, 16, 0)
 # What the claim is about: (loss, staleness in optimizer updates); on-policy training first.
 CLAIM = (("grpo", 0), ("m2po", STALEST), ("grpo", STALEST), ("no_trust_region", STALEST))
-CLAIM_STAGES = ("claim", "causes")
+CLAIM_STAGES = ("claim", HALF_RATE_STAGE, "causes")
 METHODS = ("grpo", "m2po", "no_trust_region", "gspo", "m2po_clip")
 # The other options of the Hydra group ``loss``, each as its preset has it.
 OTHER_METHODS = tuple(
@@ -148,15 +150,20 @@ def _causes(seed: int) -> Iterator[Job]:
         yield Job("causes", "m2po", updates, seed, steps=CLAIM_STEPS)
 
 
-def hot(stage: str, loss: str, updates: int, seed: int, rate: float) -> Job:
+def at_rate(stage: str, loss: str, updates: int, seed: int, rate: float, steps: int = STEPS) -> Job:
     """A run at the learning rate `rate`."""
-    return Job(stage, loss, updates, seed, (f"actor_rollout_ref.actor.optim.lr={rate}",), f"lr{rate:g}")
+    return Job(stage, loss, updates, seed, (f"actor_rollout_ref.actor.optim.lr={rate}",), f"lr{rate:g}", steps)
 
 
 def _hot(seed: int) -> Iterator[Job]:
     for rate in HOT_LEARNING_RATES:
         for loss, updates in CLAIM:
-            yield hot("hot", loss, updates, seed, rate)
+            yield at_rate("hot", loss, updates, seed, rate)
+
+
+def _half_rate(seed: int) -> Iterator[Job]:
+    for loss in ("m2po", "grpo"):
+        yield at_rate(HALF_RATE_STAGE, loss, STALEST, seed, HALF_RATE, CLAIM_STEPS)
 
 
 def longest(jobs: Iterable[Job]) -> list[Job]:
@@ -180,7 +187,8 @@ def jobs() -> list[Job]:
     others = [job for age, seeds in OTHERS_SEEDS.items() for job in _compare(OTHER_METHODS, (age,), seeds, "methods")]
     causes = [job for seed in SEEDS for job in _causes(seed)]
     thresholds = [job for seed in SEEDS for job in _thresholds(seed)]
-    claims = [*_claim("claim", CLAIM_STEPS), *trials(), *_claim("staleness", STEPS)]
+    half_rate = [job for seed in HALF_RATE_SEEDS for job in _half_rate(seed)]
+    claims = [*_claim("claim", CLAIM_STEPS), *half_rate, *trials(), *_claim("staleness", STEPS)]
     return list(dict.fromkeys([*claims, *sweeps, *rest, *others, *causes, *thresholds]))
 
 

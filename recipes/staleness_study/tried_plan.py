@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from staleness_study import long_plan, tried
-from staleness_study.plan import ARITHMETIC, CLAIM_STEPS, HOT_RATE, STALEST, TRIAL_SEED, Job, hot
+from staleness_study.plan import ARITHMETIC, CLAIM_STEPS, HOT_RATE, STALEST, TRIAL_SEED, Job, at_rate
 
 # None of them is reported elsewhere: what is chosen with them is measured on the seeds of the other results.
 SEEDS = (TRIAL_SEED, TRIAL_SEED + 1)
@@ -40,9 +40,9 @@ def hot_variant(change: str) -> str:
 
 def _hot() -> list[Job]:
     def with_change(change: str, seed: int) -> Job:
-        unchanged = hot(HOT_STAGE, "m2po", STALEST, seed, HOT_RATE)
+        unchanged = at_rate(HOT_STAGE, "m2po", STALEST, seed, HOT_RATE)
         chosen = (*unchanged.overrides, f"algorithm.policy_loss={change}")
         return replace(unchanged, overrides=chosen, variant=hot_variant(change))
 
-    around = [hot(HOT_STAGE, loss, STALEST, seed, HOT_RATE) for seed in SEEDS for loss in HOT_AROUND]
+    around = [at_rate(HOT_STAGE, loss, STALEST, seed, HOT_RATE) for seed in SEEDS for loss in HOT_AROUND]
     return around + [with_change(change, seed) for seed in SEEDS for change in tried.names()]

@@ -17,6 +17,7 @@ from verl_m2po.staleness.restart.journal import Journal
 from verl_m2po.staleness.rollout.manager import StalenessAgentLoopManager
 from verl_m2po.staleness.rollout.reports import WorkerReports, answer_timeout_s
 from verl_m2po.staleness.rule.records import GroupReport
+from verl_m2po.staleness.watch import liveness
 from verl_m2po.staleness.watch.liveness import RunActors, Watch, WorkerDied
 
 pytestmark = pytest.mark.ray
@@ -65,8 +66,10 @@ def test_so_is_one_that_waits_in_ray(cluster, actor):
         cluster.get(busy.work.remote())
 
 
-def test_an_error_that_a_death_has_caused_names_the_dead(cluster, actor):
+def test_an_error_that_a_death_has_caused_names_the_dead(cluster, actor, monkeypatch):
     """Too many failed groups, for example, after a rollout server is gone."""
+    # A busy machine takes longer to answer, which is not what this is about.
+    monkeypatch.setattr(liveness, "FIND_CAUSE_S", 60.0)
     dead = actor()
     with pytest.raises(WorkerDied, match="rollout died") as died, watch(rollout=dead).guard():
         kill(cluster, dead)

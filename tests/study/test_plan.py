@@ -4,14 +4,15 @@ from collections import Counter
 from pathlib import Path
 
 import verl_m2po
-from staleness_study import comparison_plan, long_plan, plan, replay_plan, tried_plan
+from staleness_study import comparison_plan, long_plan, plan, prosperity_plan, replay_plan, tried_plan
 from staleness_study.comparison_plan import ALTERNATIVES
 
 
 def every_job() -> list[plan.Job]:
     compared = comparison_plan.jobs({loss: next(iter(found), "") for loss, found in ALTERNATIVES.items()}, ["m2po"])
     tried = [job for config in tried_plan.TASKS for job in tried_plan.jobs(config)]
-    return [*plan.jobs(), *comparison_plan.grid(), *compared, *tried, *long_plan.jobs(), *replay_plan.jobs()]
+    others = [*long_plan.jobs(), *prosperity_plan.jobs(), *replay_plan.jobs()]
+    return [*plan.jobs(), *comparison_plan.grid(), *compared, *tried, *others]
 
 
 def test_runs_with_one_folder_are_the_same_but_for_their_length(tmp_path):

@@ -1,6 +1,7 @@
 """What the study makes of its runs, on numbers that can be checked by hand."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ PAGE = "\n".join(
         *(
             "provenance",
             "claim",
+            "half rate",
             "conditions",
             "hot",
             "learning rates",
@@ -199,11 +201,28 @@ def test_page_from_results(tmp_path):
     assert "| GRPO at s=256 below on-policy | 4.0 points |" in text
     assert "| of that gap recovered by M2PO | 75% [" in text
     assert "2% / 0.1% = 20 |" in text
-    assert text.count("Not run yet.") == 8
+    assert text.count("Not run yet.") == 9
     assert (tmp_path / "figures" / "results" / "claim.svg").is_file()
     written = page.read_text()
     pages.write([(common, loaded)], [], [], [], page)
     assert page.read_text() == written, "writing again changes nothing"
+
+
+def test_the_claim_at_another_learning_rate_has_its_own_table(tmp_path):
+    at_half = [
+        replace(result(loss, age, seed, [final] * 5, curve, share, stage=plan.HALF_RATE_STAGE), variant="lr1.5e-05")
+        for loss, age, final, curve, share in (
+            ("grpo", 0, 0.50, "clipped", 0.0),
+            ("grpo", 256, 0.48, "clipped", 0.012),
+            ("m2po", 256, 0.495, "masked", 0.0003),
+        )
+        for seed in (1, 2, 3)
+    ]
+    page = tmp_path / "results.md"
+    page.write_text(PAGE)
+    pages.write([(COMMON, at_half)], [], [], [], page)
+    section = page.read_text().split("<!-- half rate: begin -->")[1].split("<!--")[0]
+    assert "1.2% / 0.03% = 40 |" in section and "| M2PO, s=256, learning rate 1.5e-05 | 3 |" in section
 
 
 def test_a_part_of_the_study_comes_from_the_first_file_that_has_it(tmp_path):

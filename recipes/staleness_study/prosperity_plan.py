@@ -1,0 +1,36 @@
+"""The runs of the stage `prosperity`: does training without a trust region prosper before it collapses?"""
+
+from collections.abc import Iterator
+
+from staleness_study import long_plan
+from staleness_study.plan import CLAIM, SEEDS, STALEST, TRIAL_SEED, Job
+
+STAGE, TRIAL_STAGE = "prosperity", "prosperity_rate"
+CONFIG, STEPS = long_plan.CONFIG, 200
+# At which it was looked for, with no trust region on the stalest data
+TRIAL_LEARNING_RATES = (1e-4, 1.5e-4, 2e-4, 3e-4)
+# Of these the smallest at which it collapses
+RATE = 1.5e-4
+REPORTED = SEEDS[:3]
+# The rise and the fall take a few tens of trainer steps.
+VALIDATE_EVERY = 5
+# The claim, and what is better on long responses
+CONDITIONS = (*CLAIM, *long_plan.BETTER)
+
+
+def trials() -> Iterator[Job]:
+    """No trust region at several learning rates, with a seed that is not reported."""
+    for rate in TRIAL_LEARNING_RATES:
+        overrides = (f"actor_rollout_ref.actor.optim.lr={rate}",)
+        yield Job(TRIAL_STAGE, "no_trust_region", STALEST, TRIAL_SEED, overrides, f"lr{rate:g}", STEPS, config=CONFIG)
+
+
+def jobs() -> list[Job]:
+    """All runs, what collapses first."""
+    overrides = (f"actor_rollout_ref.actor.optim.lr={RATE}", f"trainer.test_freq={VALIDATE_EVERY}")
+    compared = [
+        Job(STAGE, loss, updates, seed, overrides, f"lr{RATE:g}", STEPS, config=CONFIG)
+        for seed in REPORTED
+        for loss, updates in CONDITIONS
+    ]
+    return [*trials(), *compared]
