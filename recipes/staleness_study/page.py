@@ -80,7 +80,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _suffix(variant: str) -> str:
     if variant == SEPARATE:
         return ", separate devices"
-    return f", learning rate {variant.removeprefix('lr')}" if variant.startswith("lr") else ""
+    of_rate = variant.removeprefix("lr").replace("-threshold", ", threshold ")
+    return f", learning rate {of_rate}" if variant.startswith("lr") else ""
 
 
 def conditions(results: Sequence[Result], stage: str = "staleness", target: float | None = None) -> list[str]:

@@ -14,6 +14,7 @@ from pages import replace_section
 
 from staleness_study import page as pages
 from staleness_study.figures import NAMES, band, label_ends
+from staleness_study.long_plan import BETTER
 from staleness_study.plan import STALEST
 from staleness_study.prosperity_plan import CONDITIONS, RATE, STAGE, TRIAL_STAGE
 from staleness_study.results import Result, select
@@ -26,7 +27,8 @@ CAPTION = (
     f"rate {RATE:g}. Line: mean over seeds; band: lowest to highest seed."
 )
 # The smallest second moment that is drawn
-FLOOR = 1e-4
+FLOOR = 5e-4
+BETTER_COLOURS = {loss: colour for (loss, _), colour in zip(BETTER, (OTHERS[0], OTHERS[3]), strict=True)}
 
 
 def draw(results: Sequence[Result]) -> Figure | None:
@@ -53,7 +55,7 @@ def _lines(axes: Axes, runs: dict[tuple[str, int], list[Result]], curve: str | N
     ends, colours = {}, {}
     for (loss, updates), found in runs.items():
         name = NAMES.get(loss, loss) if updates else "on-policy (GRPO, s=0)"
-        colours[name] = COLOURS.get(loss, OTHERS[0]) if updates else ON_POLICY
+        colours[name] = (COLOURS | BETTER_COLOURS)[loss] if updates else ON_POLICY
         style = {} if updates else {"linestyle": (0, (4, 1.5)), "zorder": 3}
         ends[name] = band(axes, found, colours[name], curve, **style)
     first = next(found[0] for found in runs.values())

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from staleness_study import long_plan
-from staleness_study.plan import CLAIM, SEEDS, STALEST, TRIAL_SEED, Job
+from staleness_study.plan import CLAIM, SEEDS, STALEST, THRESHOLD, THRESHOLDS, TRIAL_SEED, Job
 
 STAGE, TRIAL_STAGE = "prosperity", "prosperity_rate"
 CONFIG, STEPS = long_plan.CONFIG, 200
@@ -26,11 +26,13 @@ def trials() -> Iterator[Job]:
 
 
 def jobs() -> list[Job]:
-    """All runs, what collapses first."""
-    overrides = (f"actor_rollout_ref.actor.optim.lr={RATE}", f"trainer.test_freq={VALIDATE_EVERY}")
-    compared = [
-        Job(STAGE, loss, updates, seed, overrides, f"lr{RATE:g}", STEPS, config=CONFIG)
-        for seed in REPORTED
-        for loss, updates in CONDITIONS
-    ]
-    return [*trials(), *compared]
+    """All runs: the trials, each condition with every seed, and M2PO with a tighter trust region."""
+    at_rate = (f"actor_rollout_ref.actor.optim.lr={RATE}", f"trainer.test_freq={VALIDATE_EVERY}")
+
+    def job(loss: str, updates: int, seed: int, threshold: float | None = None) -> Job:
+        tighter = () if threshold is None else (f"{THRESHOLD}={threshold}",)
+        variant = f"lr{RATE:g}" + ("" if threshold is None else f"-threshold{threshold:g}")
+        return Job(STAGE, loss, updates, seed, (*at_rate, *tighter), variant, STEPS, config=CONFIG)
+
+    compared = [job(loss, updates, seed) for seed in REPORTED for loss, updates in CONDITIONS]
+    return [*trials(), *compared, job("m2po", STALEST, REPORTED[0], min(THRESHOLDS))]
