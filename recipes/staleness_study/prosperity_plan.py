@@ -26,7 +26,7 @@ def trials() -> Iterator[Job]:
 
 
 def jobs() -> list[Job]:
-    """All runs: the trials, each condition with every seed, and M2PO with a tighter trust region."""
+    """All runs: the trials, each condition with every seed, and other trust regions of M2PO's with the first."""
     at_rate = (f"actor_rollout_ref.actor.optim.lr={RATE}", f"trainer.test_freq={VALIDATE_EVERY}")
 
     def job(loss: str, updates: int, seed: int, threshold: float | None = None) -> Job:
@@ -35,4 +35,6 @@ def jobs() -> list[Job]:
         return Job(STAGE, loss, updates, seed, (*at_rate, *tighter), variant, STEPS, config=CONFIG)
 
     compared = [job(loss, updates, seed) for seed in REPORTED for loss, updates in CONDITIONS]
-    return [*trials(), *compared, job("m2po", STALEST, REPORTED[0], min(THRESHOLDS))]
+    first = REPORTED[0]
+    others = [job("m2po", STALEST, first, min(THRESHOLDS)), job("m2po_clip", STALEST, first)]
+    return [*trials(), *compared, *others]
