@@ -17,7 +17,6 @@ from verl_m2po.staleness.restart.journal import Journal
 from verl_m2po.staleness.rollout.manager import StalenessAgentLoopManager
 from verl_m2po.staleness.rollout.reports import WorkerReports, answer_timeout_s
 from verl_m2po.staleness.rule.records import GroupReport
-from verl_m2po.staleness.watch import liveness
 from verl_m2po.staleness.watch.liveness import RunActors, Watch, WorkerDied
 
 pytestmark = pytest.mark.ray
@@ -66,10 +65,21 @@ def test_so_is_one_that_waits_in_ray(cluster, actor):
         cluster.get(busy.work.remote())
 
 
-def test_an_error_that_a_death_has_caused_names_the_dead(cluster, actor, monkeypatch):
+def test_who_answered_before_the_error_is_asked_again(cluster, actor):
+    """A question of the watching thread that was answered late, and that nobody has looked at since."""
+    dead = actor()
+    watch = Watch(ask_every_s=60, unwind_s=0.5, exit_s=None)
+    watch.add("rollout", [dead])
+    answered = dead.__ray_ready__.remote()
+    watch._questions[answered] = dead
+    cluster.get(answered, timeout=60)
+    with pytest.raises(WorkerDied, match="rollout died"), watch.guard():
+        kill(cluster, dead)
+        raise ValueError("too many failures")
+
+
+def test_an_error_that_a_death_has_caused_names_the_dead(cluster, actor):
     """Too many failed groups, for example, after a rollout server is gone."""
-    # A busy machine takes longer to answer, which is not what this is about.
-    monkeypatch.setattr(liveness, "FIND_CAUSE_S", 60.0)
     dead = actor()
     with pytest.raises(WorkerDied, match="rollout died") as died, watch(rollout=dead).guard():
         kill(cluster, dead)

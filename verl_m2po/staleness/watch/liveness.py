@@ -239,6 +239,9 @@ class Watch:
 
     def _find_cause(self) -> str | None:
         """`find_dead`, as often as it takes actors that are unavailable to turn out dead or alive."""
+        with self._lock:
+            # Who answered before the error may be what has caused it.
+            self._questions.clear()
         deadline = time.monotonic() + MACHINE_DEATH_S
         while time.monotonic() < deadline:
             death, some_unavailable = self._look(FIND_CAUSE_S)
