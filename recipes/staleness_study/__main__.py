@@ -46,16 +46,12 @@ def _finish(failed: list[str]) -> None:
         raise typer.Exit(1)
 
 
-def _failures(jobs: list[Job], out: Path, workers: int, known: Path | None) -> list[str]:
-    """Run `jobs`; a line for each that failed."""
+def _run(jobs: list[Job], out: Path, workers: int, known: Path | None) -> None:
+    """Run `jobs`; exits with 1 if any failed."""
     from staleness_study import results as studied
     from staleness_study.run import run_jobs
 
-    return run_jobs(studied.without_known(jobs, known) if known else jobs, out / "one_process", workers, Console())
-
-
-def _run(jobs: list[Job], out: Path, workers: int, known: Path | None) -> None:
-    _finish(_failures(jobs, out, workers, known))
+    _finish(run_jobs(studied.without_known(jobs, known) if known else jobs, out / "one_process", workers, Console()))
 
 
 def _put(new: dict[str, Any], path: Path, keep: bool) -> None:
@@ -157,13 +153,13 @@ def prosperity_results(
     _write(prosperity_plan.jobs() if collect else [], out, page, data, keep, prosperity_page.write)
 
 
-def _compared(data: Path, out: Path) -> list[Any]:
-    """What the grid and the comparison have shown so far: results in `data`, and those of the runs under `out`."""
+def _compared(known: Path | None, out: Path) -> list[Any]:
+    """What the grid and the comparison have shown so far: results in `known`, and those of the runs under `out`."""
     from staleness_study import results as studied
     from staleness_study.collect import collect_bench
     from staleness_study.run import is_whole
 
-    earlier = studied.load(data)[0] if data.exists() else {}
+    earlier = studied.load(known)[0] if known else {}
     jobs = [*comparison_plan.grid(), *comparison_plan.jobs({})]
     if any(is_whole(job, out / "one_process") for job in jobs):
         new = collect_bench(jobs, out / "one_process")
@@ -184,14 +180,13 @@ def compare(
     workers: Workers = CORES,
     most: Most = None,
     known: Known = None,
-    page: Annotated[Path, typer.Option(help="The results beside it say what the grid found best, too.")] = PAGE,
 ) -> None:
     """M2PO and its rivals on equal data: a small grid of settings first, then five seeds of each and of its best."""
-    _finish(_failures(comparison_plan.grid()[:most], out, workers, known))
+    _run(comparison_plan.grid()[:most], out, workers, known)
     done: list[Job] = []
     # What has run says what else is to run.
-    while (queue := _comparison(_compared(page.parent / COMPARISON_DATA, out))[:most]) != done:
-        _finish(_failures(queue, out, workers, known))
+    while (queue := _comparison(_compared(known, out))[:most]) != done:
+        _run(queue, out, workers, known)
         done = queue
 
 
@@ -206,7 +201,9 @@ def compare_results(
     from staleness_study import comparison_page
 
     data = page.parent / COMPARISON_DATA
-    _write(_comparison(_compared(data, out)) if collect else [], out, page, data, keep, comparison_page.write)
+    earlier = data if keep and data.exists() else None
+    jobs = _comparison(_compared(earlier, out)) if collect else []
+    _write(jobs, out, page, data, keep, comparison_page.write)
 
 
 @app.command()

@@ -16,12 +16,11 @@ from staleness_study import page as pages
 from staleness_study.figures import NAMES, band, label_ends
 from staleness_study.long_plan import BETTER
 from staleness_study.plan import STALEST
-from staleness_study.prosperity_plan import CONDITIONS, RATE, STAGE, TRIAL_STAGE
+from staleness_study.prosperity_plan import CONDITIONS, RATE, STAGE, TRIAL_STAGE, VARIANT
 from staleness_study.results import Result, select
 from verl_m2po.report.drawing.style import COLOURS, ON_POLICY, OTHERS, RC
 
 SECTION = NAME = "prosperity"
-VARIANT = f"lr{RATE:g}"
 CAPTION = (
     f"Training without a trust region prospers and collapses: column addition, data {STALEST} updates old, learning "
     f"rate {RATE:g}. Line: mean over seeds; band: lowest to highest seed."

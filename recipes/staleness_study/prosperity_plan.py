@@ -11,6 +11,7 @@ CONFIG, STEPS = long_plan.CONFIG, 200
 TRIAL_LEARNING_RATES = (1e-4, 1.5e-4, 2e-4, 3e-4)
 # Of these the smallest at which it collapses
 RATE = 1.5e-4
+VARIANT = f"lr{RATE:g}"
 REPORTED = SEEDS[:3]
 # The rise and the fall take a few tens of trainer steps.
 VALIDATE_EVERY = 5
@@ -31,7 +32,7 @@ def jobs() -> list[Job]:
 
     def job(loss: str, updates: int, seed: int, threshold: float | None = None) -> Job:
         tighter = () if threshold is None else (f"{THRESHOLD}={threshold}",)
-        variant = f"lr{RATE:g}" + ("" if threshold is None else f"-threshold{threshold:g}")
+        variant = VARIANT + ("" if threshold is None else f"-threshold{threshold:g}")
         return Job(STAGE, loss, updates, seed, (*at_rate, *tighter), variant, STEPS, config=CONFIG)
 
     compared = [job(loss, updates, seed) for seed in REPORTED for loss, updates in CONDITIONS]

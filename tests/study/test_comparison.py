@@ -141,20 +141,19 @@ def test_ages_are_compared_after_as_many_trainer_steps():
 
 
 def test_one_call_runs_the_grid_then_all_as_published_and_what_these_found_best(tmp_path, monkeypatch):
-    data = tmp_path / "docs" / "results" / "comparison.json"
+    data = tmp_path / "comparison.json"
     common = {"config": plan.ARITHMETIC, "model": {}, "versions": {}, "machine": "a machine"}
     calls = []
 
-    def run(jobs, *_) -> list[str]:
+    def run(jobs, *_) -> None:
         """All are equally good, but M2PO with a threshold of 0.16 on the trial's seed."""
         calls.append(jobs)
         finals = {job: 0.5 if job.stage == GRID and job.variant == "threshold0.16" else 0.4 for job in jobs}
         found = [result(job.stage, job.loss, job.staleness_updates, job.seed, job.variant, finals[job]) for job in jobs]
         results.write(common | {"runs": results.plain(found)}, data)
-        return []
 
-    monkeypatch.setattr(study, "_failures", run)
-    study.compare(tmp_path, page=tmp_path / "docs" / "results.md")
+    monkeypatch.setattr(study, "_run", run)
+    study.compare(tmp_path, known=data)
     assert calls[0] == comparison_plan.grid()
     assert all(job in calls[1] for job in comparison_plan.jobs({"m2po": "threshold0.16"}))
     assert not any(job.staleness_updates == comparison_plan.OLDEST for job in calls[1])

@@ -18,7 +18,7 @@ def test_one_rate_is_compared_on_seeds_that_did_not_choose_it():
     jobs = prosperity_plan.jobs()
     compared = [job for job in jobs if job.stage == STAGE]
     seeds = Counter((job.loss, job.staleness_updates, job.variant) for job in compared)
-    at = prosperity_page.VARIANT
+    at = prosperity_plan.VARIANT
     others = {("m2po", plan.STALEST, f"{at}-threshold0.01"): 1, ("m2po_clip", plan.STALEST, at): 1}
     assert seeds == dict.fromkeys(((*condition, at) for condition in CONDITIONS), len(REPORTED)) | others
     assert plan.TRIAL_SEED not in {job.seed for job in compared}
@@ -32,7 +32,7 @@ def test_the_section_has_a_collapse_and_where_it_was_looked_for(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- prosperity: begin -->\n<!-- prosperity: end -->\n")
     rises, falls = [0.3, 0.4, 0.5, 0.5, 0.5, 0.5], [0.3, 0.45, 0.1, 0.0, 0.0, 0.0]
-    at = prosperity_page.VARIANT
+    at = prosperity_plan.VARIANT
     runs = [
         result(TRIAL_STAGE, "no_trust_region", 256, 101, falls, "lr0.0003"),
         *(result(STAGE, "no_trust_region", 256, seed, falls, at) for seed in REPORTED),
