@@ -150,6 +150,7 @@ study-prosperity: $(STAMP) ## Long responses at a learning rate at which no trus
 
 study-comparison: $(STAMP) ## M2PO and its rivals: a grid of settings, then five seeds, and their tables in docs/results.md
 	$(WORKSHOP) -m staleness_study compare $(if $(RUNS),--most $(RUNS))
+	$(WORKSHOP) -m staleness_study step-times
 	$(WORKSHOP) -m staleness_study compare-results
 
 study-tried: $(STAMP) ## Changes to M2PO that might win back what old data costs, and their table in docs/results.md

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from staleness_study import comparison_plan, long_plan, plan, prosperity_plan, replay_plan, tried_plan
 from staleness_study.plan import REPLAY_CLOCK, WALL_CLOCK, Job
+from staleness_study.step_times import StepTimes
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 OUT = Path("outputs/study")
@@ -20,7 +22,7 @@ CLAIM_DATA, DATA = Path("results/claim.json"), Path("results/one_process.json")
 CORRECTED_DATA = Path("results/corrected.json")
 REPLAY_PAGE, REPLAY_DATA = Path("docs/replay.md"), Path("results/replay.json")
 LONG_DATA, PROSPERITY_DATA = Path("results/long.json"), Path("results/prosperity.json")
-COMPARISON_DATA = Path("results/comparison.json")
+COMPARISON_DATA, STEP_TIMES = Path("results/comparison.json"), Path("results/step_times.json")
 # By the primary config of the task
 TRIED_DATA = {plan.ARITHMETIC: Path("results/tried.json"), long_plan.CONFIG: Path("results/tried_long.json")}
 REPLAY_CLOCK_DATA = Path(f"results/{REPLAY_CLOCK}.json")
@@ -203,7 +205,20 @@ def compare_results(
     data = page.parent / COMPARISON_DATA
     earlier = data if keep and data.exists() else None
     jobs = _comparison(_compared(earlier, out)) if collect else []
-    _write(jobs, out, page, data, keep, comparison_page.write)
+    _write(jobs, out, page, data, keep, partial(comparison_page.write, times=StepTimes.load(page.parent / STEP_TIMES)))
+
+
+@app.command()
+def step_times(
+    steps: Annotated[int, typer.Option(min=1, help="Trainer steps of each method that count.")] = 40,
+    page: Annotated[Path, typer.Option(help="The JSON is written beside it.")] = PAGE,
+) -> None:
+    """What a trainer step costs with each method of the comparison, in turns in one process (about three minutes)."""
+    from staleness_study import step_times as measurement
+
+    times = measurement.measure(tuple(comparison_plan.ALTERNATIVES), steps)
+    times.write(page.parent / STEP_TIMES)
+    typer.echo(f"written: {page.parent / STEP_TIMES}; `compare-results` puts it into {page}")
 
 
 @app.command()

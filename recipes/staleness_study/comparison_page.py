@@ -21,6 +21,7 @@ from staleness_study.comparison_plan import (
 )
 from staleness_study.plan import STALEST, STEPS
 from staleness_study.results import Result, select
+from staleness_study.step_times import StepTimes
 
 SECTION, GRID_SECTION = "comparison", "grid"
 
@@ -64,8 +65,8 @@ def grid_table(results: Sequence[Result]) -> list[str]:
     return pages.table(["", "setting", "final accuracy", "clipped or masked", ""], rows) if rows else ["Not run yet."]
 
 
-def comparison_table(results: Sequence[Result]) -> list[str]:
-    """A row for each method, the best on the stalest data first."""
+def comparison_table(results: Sequence[Result], times: StepTimes | None = None) -> list[str]:
+    """A row for each method, the best on the stalest data first, with the cost of a trainer step where it is known."""
     grpo, reference = ([run.final for run in select(results, STAGE, "grpo", age)] for age in (STALEST, 0))
     settings, rows = best_settings(results), []
     for loss in _by_accuracy(results):
@@ -85,13 +86,13 @@ def comparison_table(results: Sequence[Result]) -> list[str]:
                 share,
                 pages.percent(left_out),
                 f"{np.mean([run.mean('effective') for run in stalest]):.3f}",
-                f"{np.mean([run.seconds for run in stalest]):.0f}",
+                _times_base(times, loss),
                 pages.collapse(stalest),
             ]
         )
     header = ["", "seeds", f"s={OLDEST}", f"s={STALEST}", "on-policy", f"s={STALEST}, best of the grid"]
     header += [f"of GRPO's gap recovered at s={STALEST}"]
-    header += ["clipped or masked", "effective sample size", "seconds", "collapse step"]
+    header += ["clipped or masked", "effective sample size", "step time", "collapse step"]
     return pages.table(header, rows) if rows else ["Not run yet."]
 
 
@@ -108,18 +109,24 @@ def ages_table(results: Sequence[Result]) -> list[str]:
     return pages.table(["", "seeds", *names], rows) if rows else ["Not run yet."]
 
 
+def _times_base(times: StepTimes | None, loss: str) -> str:
+    ratio = times.against_base(loss) if times else None
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
 def _short(override: str) -> str:
     key, _, value = override.partition("=")
     return f"`{key.rpartition('.')[2]}={value}`"
 
 
-def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
+def write(data: dict[str, Any], results: Sequence[Result], page: Path, times: StepTimes | None = None) -> None:
     """Bring the marked sections of `page` up to date.
 
     Args:
         data: What the runs have in common.
         results: Of all its stages.
         page: docs/results.md.
+        times: What a trainer step costs with each method; None where it was not measured.
     """
     replace_section(page, GRID_SECTION, "\n".join(grid_table(results)))
     about = pages.provenance(data, results, "python -m staleness_study compare")
@@ -127,4 +134,6 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
     folder = page.parent / "figures" / "results"
     shown = comparison_figures.save(results, _by_accuracy(results), best_settings(results), folder)
     ages = [f"By age, after {STEPS} trainer steps:", "", *ages_table(results)]
-    replace_section(page, SECTION, "\n".join([*shown, *comparison_table(results), "", *hot, "", *ages, "", *about]))
+    costs = ["", times.provenance] if times else []
+    table = [*comparison_table(results, times), *costs]
+    replace_section(page, SECTION, "\n".join([*shown, *table, "", *hot, "", *ages, "", *about]))

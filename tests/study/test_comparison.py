@@ -11,6 +11,7 @@ from staleness_study import collect, comparison_page, comparison_plan, plan, res
 from staleness_study.comparison_plan import AGES_STAGE, ALTERNATIVES, GRID, HOT_STAGE, STAGE
 from staleness_study.results import Result
 from staleness_study.run import CONFIG_FILES
+from staleness_study.step_times import StepTimes
 from verl_m2po.one_process import setup as setups
 
 
@@ -112,7 +113,8 @@ def test_the_tables_have_what_ran(tmp_path):
         *(result(STAGE, "m2po", plan.STALEST, seed, "threshold0.16", 0.46 + seed / 1000) for seed in seeds),
     ]
     common = {"config": plan.ARITHMETIC, "versions": {"verl": "0"}, "machine": "a machine"}
-    comparison_page.write(common, [*grid, *runs], page)
+    times = StepTimes({"grpo": 0.1, "m2po": 0.11}, 40, "a machine", "2026-01-01")
+    comparison_page.write(common, [*grid, *runs], page, times)
     written = page.read_text()
     assert "| M2PO | `threshold=0.16` | 0.447 | 1% | taken |" in written
     assert (
@@ -120,7 +122,7 @@ def test_the_tables_have_what_ran(tmp_path):
     ).is_file() and "(figures/results/comparison.svg)" in written
     first, second = (line for line in written.splitlines() if line.startswith(("| M2PO | 3", "| GRPO | 3")))
     assert first.startswith("| M2PO | 3 | - | 0.415 ± ") and "| 0.421 ± " in first and "| 50% [" in first
-    assert "| 1% | 0.010 | 60 | none |" in first
+    assert "| 1% | 0.010 | 1.10 | none |" in first and times.provenance in written
     assert second.startswith("| GRPO | 3 | - |") and "| that of the preset |" in second
 
 
