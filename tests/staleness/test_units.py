@@ -101,20 +101,30 @@ def test_where_nothing_is_counted_the_clock_says_how_old_data_is(clock, version,
 
 @given(clocks(), st.lists(st.integers(0, 30), max_size=12), st.data())
 def test_ages_add_up_what_the_steps_really_made(clock, made, data):
+    """In whichever order the steps are counted; steps after the counted ones make what the configuration says."""
     count = UpdateCount(clock)
-    for step, updates in enumerate(made, start=1):
-        for _ in range(updates):
+    for step in data.draw(st.permutations(range(1, len(made) + 1))):
+        for _ in range(made[step - 1]):
             count.add(step, 1)
         count.add(step, 0)
     again = UpdateCount(clock)
     again.load_state_dict(json.loads(json.dumps(count.state_dict())))
-    version = data.draw(st.integers(0, len(made)))
-    at_version = data.draw(st.integers(version, len(made)))
-    assert count.between(version, at_version) == again.between(version, at_version) == sum(made[version:at_version])
-    bound = data.draw(st.integers(0, 60))
-    oldest = count.oldest_within(bound, at_version, 0)
-    assert count.between(oldest, at_version) <= bound
-    assert oldest == 0 or count.between(oldest - 1, at_version) > bound
+    all_made = [*made, *[clock.updates_per_step] * 3]
+    version = data.draw(st.integers(0, len(all_made)))
+    at_version = data.draw(st.integers(0, len(all_made)))
+    assert count.between(version, at_version) == again.between(version, at_version) == sum(all_made[version:at_version])
+    bound, oldest_version = data.draw(st.integers(0, 60)), data.draw(st.integers(0, len(all_made)))
+    within = [v for v in range(oldest_version, at_version) if sum(all_made[v:at_version]) <= bound]
+    assert count.oldest_within(bound, at_version, oldest_version) == min([*within, at_version])
+
+
+def test_an_age_takes_no_longer_the_older_the_data():
+    """A walk over the steps would not end here."""
+    clock, steps = UpdateClock(8, 4), 10**15
+    count = UpdateCount(clock)
+    count.add(steps, clock.updates_per_step + 1)
+    assert count.between(0, steps) == clock.updates(steps) + 1
+    assert count.oldest_within(5, steps, 0) == steps - 2
 
 
 def test_a_loop_that_returns_its_trajectory_twice():

@@ -79,25 +79,27 @@ class ExactStale(StalenessRule):
         else:
             place = self._next_place
             self._next_place += 1
-        self._check_version(place, version, f"place {place} would be dispatched")
+        if version != self.expected_version(place):
+            raise self._broken(place, version, f"place {place} would be dispatched")
         return place
 
     def expected_version(self, place: int) -> int:
         """The weight version that must generate `place`."""
         return exact_version(place // self.batch_size, self.staleness_steps)
 
-    def _check_version(self, place: int, version: int, what: str) -> None:
-        expected = self.expected_version(place)
-        if version != expected:
-            raise StalenessViolation(
-                f"exact staleness of {self.staleness_steps} trainer steps is broken: batch {place // self.batch_size} "
-                f"must come from weight version {expected}, but {what} with version {version}"
-            )
+    def _broken(self, place: int, version: int, what: str) -> StalenessViolation:
+        return StalenessViolation(
+            f"exact staleness of {self.staleness_steps} trainer steps is broken: batch {place // self.batch_size} "
+            f"must come from weight version {self.expected_version(place)}, but {what} with version {version}"
+        )
 
     def _check_finished(self, group: Group) -> None:
+        place = group.ticket.place
+        expected = self.expected_version(place)
         for row in group.rows:
             for version in (row.min_version, row.max_version):
-                self._check_version(group.ticket.place, version, f"row {row.key} (spans {row.spans}) was generated")
+                if version != expected:
+                    raise self._broken(place, version, f"row {row.key} (spans {row.spans}) was generated")
 
     def _store(self, group: Group) -> None:
         self._batches.setdefault(group.ticket.place // self.batch_size, {})[group.ticket.place] = group
@@ -163,7 +165,9 @@ class ExactStale(StalenessRule):
             )
 
     def reissue(self, uid: str, version: int) -> Ticket:
-        self._check_version(self._in_flight[uid].place, version, f"group {uid} would be generated again")
+        place = self._in_flight[uid].place
+        if version != self.expected_version(place):
+            raise self._broken(place, version, f"group {uid} would be generated again")
         return super().reissue(uid, version)
 
     def state_dict(self) -> dict[str, Any]:

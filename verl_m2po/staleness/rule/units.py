@@ -8,6 +8,8 @@ Three clocks tick in a run, and every name in this package says which one it mea
   base model. verl pushes one version at the end of each trainer step, so trainer step t begins with version t - 1.
 """
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -116,11 +118,29 @@ class UpdateCount:
 
     def __init__(self, clock: UpdateClock) -> None:
         self.clock = clock
+        self._count({})
+
+    def _count(self, made: Mapping[int, int]) -> None:
+        """Begin anew with the updates of each trainer step in `made`."""
         self._made: dict[int, int] = {}
+        # The steps of `_made`, ascending, and how many more updates than usual were made up to the end of each. The age
+        # of every trained row is asked for: it must not take longer the older the row or the longer the run.
+        self._steps: list[int] = []
+        self._surplus: list[int] = []
+        for step in sorted(made):
+            self.add(step, made[step])
 
     def add(self, step: int, updates: int) -> None:
         """Trainer step `step` makes that many updates, on top of those that were added for it before."""
-        self._made[step] = self._made.get(step, 0) + updates
+        if self._steps and step < self._steps[-1]:
+            self._count(self._made | {step: self.in_step(step) + updates})
+        elif step in self._made:
+            self._made[step] += updates
+            self._surplus[-1] += updates
+        else:
+            self._made[step] = updates
+            self._surplus.append(self._surplus_until(step) + updates - self.clock.updates_per_step)
+            self._steps.append(step)
 
     def in_step(self, step: int) -> int:
         """Updates that were added for trainer step `step` so far; 0 if none were."""
@@ -131,18 +151,20 @@ class UpdateCount:
 
         The j-th update inside the step (from 0) adds j.
         """
-        usual = self.clock.updates_per_step
-        return sum(self._made.get(step, usual) for step in range(version + 1, at_version + 1))
+        if at_version <= version:
+            return 0
+        usual = self.clock.updates(at_version - version)
+        return usual + self._surplus_until(at_version) - self._surplus_until(version)
+
+    def _surplus_until(self, version: int) -> int:
+        place = bisect_right(self._steps, version)
+        return self._surplus[place - 1] if place else 0
 
     def oldest_within(self, bound_updates: int, at_version: int, oldest_version: int) -> int:
         """The oldest version, `oldest_version` at least, that is at most `bound_updates` old at `at_version`."""
-        age_updates, version = 0, at_version
-        while version > oldest_version:
-            age_updates += self._made.get(version, self.clock.updates_per_step)
-            if age_updates > bound_updates:
-                break
-            version -= 1
-        return version
+        versions = range(oldest_version, at_version)
+        too_old = bisect_left(versions, -bound_updates, key=lambda version: -self.between(version, at_version))
+        return min(oldest_version + too_old, at_version)
 
     def state_dict(self) -> list[list[int]]:
         """[step, updates] of the steps whose number of updates is not that of the clock, as plain JSON."""
@@ -150,7 +172,7 @@ class UpdateCount:
 
     def load_state_dict(self, state: list[list[int]]) -> None:
         """Put back what `state_dict` returned."""
-        self._made = {step: updates for step, updates in state}
+        self._count({step: updates for step, updates in state})
 
 
 def version_at_step(step: int) -> int:
