@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pages import replace_section
 
-from staleness_study import comparison_figures
+from staleness_study import comparison_figures, rivals
 from staleness_study import page as pages
 from staleness_study.comparison_plan import (
     AGES_STAGE,
@@ -37,13 +36,7 @@ def best_settings(results: Sequence[Result]) -> dict[str, str]:
 
 
 def _by_accuracy(results: Sequence[Result]) -> list[str]:
-    """Methods that have run as published on the stalest data, the best first."""
-    finals = {
-        loss: float(np.mean([run.final for run in runs]))
-        for loss in ALTERNATIVES
-        if (runs := select(results, STAGE, loss, STALEST))
-    }
-    return sorted(finals, key=lambda loss: (-finals[loss], loss))
+    return rivals.by_accuracy(results, STAGE, ALTERNATIVES)
 
 
 def best_methods(results: Sequence[Result]) -> list[str]:
@@ -67,32 +60,24 @@ def grid_table(results: Sequence[Result]) -> list[str]:
 
 def comparison_table(results: Sequence[Result], times: StepTimes | None = None) -> list[str]:
     """A row for each method, the best on the stalest data first, with the cost of a trainer step where it is known."""
-    grpo, reference = ([run.final for run in select(results, STAGE, "grpo", age)] for age in (STALEST, 0))
     settings, rows = best_settings(results), []
     for loss in _by_accuracy(results):
         stalest = select(results, STAGE, loss, STALEST)
         setting = settings.get(loss)
-        chosen = [run.final for run in select(results, STAGE, loss, STALEST, setting)] if setting else []
-        share = pages.recovered([run.final for run in stalest], grpo, reference) or "-"
-        left_out = [run.mean(run.left_out_name) for run in stalest if run.left_out_name in run.curves]
+        chosen = rivals.finals(results, STAGE, loss, STALEST, setting) if setting else []
         rows.append(
             [
                 pages.name_of(loss),
                 str(len(stalest)),
-                pages.accuracy_of([run.final for run in select(results, STAGE, loss, OLDEST)]),
-                pages.accuracy_of([run.final for run in stalest]),
-                pages.accuracy_of([run.final for run in select(results, STAGE, loss, 0)]),
+                *(pages.accuracy_of(rivals.finals(results, STAGE, loss, age)) for age in (OLDEST, STALEST, 0)),
                 "that of the preset" if setting == "" else pages.accuracy_of(chosen),
-                share,
-                pages.percent(left_out),
-                f"{np.mean([run.mean('effective') for run in stalest]):.3f}",
+                *rivals.cells(results, STAGE, loss),
                 _times_base(times, loss),
                 pages.collapse(stalest),
             ]
         )
     header = ["", "seeds", f"s={OLDEST}", f"s={STALEST}", "on-policy", f"s={STALEST}, best of the grid"]
-    header += [f"of GRPO's gap recovered at s={STALEST}"]
-    header += ["clipped or masked", "effective sample size", "step time", "collapse step"]
+    header += [*rivals.HEADER, "step time", "collapse step"]
     return pages.table(header, rows) if rows else ["Not run yet."]
 
 

@@ -7,10 +7,30 @@ from typing import Any
 from pages import replace_section
 
 from staleness_study import page as pages
-from staleness_study.long_plan import STAGE, TRIAL_STAGE
-from staleness_study.results import Result
+from staleness_study import rivals
+from staleness_study.long_plan import AGES, STAGE, TRIAL_STAGE
+from staleness_study.plan import STALEST
+from staleness_study.results import Result, select
 
 SECTION = "long"
+
+
+def rivals_table(results: Sequence[Result]) -> list[str]:
+    """A row for each method, the best on the stalest data first, with what has run of each age."""
+    rows = []
+    for loss in rivals.by_accuracy(results, STAGE, sorted({run.loss for run in results if run.stage == STAGE})):
+        of_age = [rivals.finals(results, STAGE, loss, age) for age in AGES]
+        rows.append(
+            [
+                pages.name_of(loss),
+                "/".join(str(len(finals)) for finals in of_age),
+                *(pages.accuracy_of(finals) for finals in of_age),
+                *rivals.cells(results, STAGE, loss),
+                pages.collapse(select(results, STAGE, loss, STALEST)),
+            ]
+        )
+    ages = [f"s={age}" if age else "on-policy" for age in AGES]
+    return pages.table(["", "seeds", *ages, *rivals.HEADER, "collapse step"], rows) if rows else ["Not run yet."]
 
 
 def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
@@ -28,7 +48,7 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
         "",
         *pages.claim(results, STAGE),
         "",
-        *pages.conditions(results, STAGE),
+        *rivals_table(results),
         "",
         *pages.provenance(data, results, "python -m staleness_study long"),
     ]

@@ -1,6 +1,7 @@
 """The study's stage `long`: its queue, and its section of the page."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from staleness_study.run import CONFIG_FILES
 
 
 def result(stage: str, loss_name: str, updates: int, seed: int, variant: str = "") -> Result:
-    steps, accuracy = [0, 25, 50], [0.34, 0.4, 0.5]
+    steps, accuracy = [0, 50, 100], [0.34, 0.4, 0.5]
     curves = {name: [0.01, 0.01] for name in collect.CURVES}
     return Result(stage, loss_name, updates, 4, seed, variant, steps, accuracy, curves, 60.0)
 
@@ -36,6 +37,13 @@ def test_what_a_run_depends_on_is_that_of_its_own_task():
     assert driver.provenance(short)["model"]["digits"] == 3
 
 
+def test_the_best_method_on_the_stalest_data_comes_first():
+    better = replace(result(long_plan.STAGE, "topr", 256, 1), accuracy=[0.34, 0.5, 0.6])
+    younger = result(long_plan.STAGE, "m2po", 64, 1)
+    rows = long_page.rivals_table([result(long_plan.STAGE, "m2po", 256, 1), younger, better])[2:]
+    assert [row.split(" | ")[:2] for row in rows] == [["| `topr`", "1/0/0"], ["| M2PO", "1/1/0"]]
+
+
 def test_the_section_has_the_trials_and_what_came_of_them(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- long: begin -->\n<!-- long: end -->\n")
@@ -47,6 +55,6 @@ def test_the_section_has_the_trials_and_what_came_of_them(tmp_path):
     long_page.write(common, runs, page)
     written = page.read_text()
     assert "| GRPO, s=256, learning rate 1e-05 | 1 |" in written
-    assert "| M2PO, s=256 | 3 | 0.413 ± 0.000 |" in written
+    assert "| M2PO | 3/0/0 | 0.413 ± 0.000 | - | - | - | 1% | 0.010 | none |" in written
     assert "`python -m staleness_study long`; 4 runs" in written
     assert pytest.approx(runs[1].final) == 0.4133333
