@@ -72,7 +72,7 @@ def comparison_table(results: Sequence[Result], times: StepTimes | None = None) 
                 *(pages.accuracy_of(rivals.finals(results, STAGE, loss, age)) for age in (OLDEST, STALEST, 0)),
                 "that of the preset" if setting == "" else pages.accuracy_of(chosen),
                 *rivals.cells(results, STAGE, loss),
-                _times_base(times, loss),
+                _step_time(times, loss),
                 pages.collapse(stalest),
             ]
         )
@@ -94,7 +94,7 @@ def ages_table(results: Sequence[Result]) -> list[str]:
     return pages.table(["", "seeds", *names], rows) if rows else ["Not run yet."]
 
 
-def _times_base(times: StepTimes | None, loss: str) -> str:
+def _step_time(times: StepTimes | None, loss: str) -> str:
     ratio = times.against_base(loss) if times else None
     return "-" if ratio is None else f"{ratio:.2f}"
 
