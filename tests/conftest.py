@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from parsed_once import parse_once
 
 from verl_m2po.tasks import arithmetic, tiny_model
 
@@ -19,6 +20,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
         *filter(None, [os.environ.get("PYTHONPATH")]),
     ]
 )
+
+
+parse_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -93,17 +93,13 @@ ROWS, DECAY = 8, 0.6
 def runs(tmp_path_factory):
     model_folder = tmp_path_factory.mktemp("model")
     save_model(model_folder)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("VERL_PLATFORM", "cpu")
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        rows = rollouts(ROWS, seed=0)
+    rows = rollouts(ROWS, seed=0)
 
-        def run(ranks, *more):
-            folder = tmp_path_factory.mktemp("checkpoint")
-            return run_on_ranks((ranks,), run_averaging, model_folder, rows, folder, *more)[ranks]
+    def run(ranks, *more):
+        folder = tmp_path_factory.mktemp("checkpoint")
+        return run_on_ranks((ranks,), run_averaging, model_folder, rows, folder, *more)[ranks]
 
-        return model_folder, {"one rank": run(1, DECAY), "two ranks": run(2, DECAY), "without decay": run(2, 0.0)}
+    return model_folder, {"one rank": run(1, DECAY), "two ranks": run(2, DECAY), "without decay": run(2, 0.0)}
 
 
 def log_probs(model_folder, weights, rows):

@@ -15,12 +15,9 @@ ROWS = 8
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("VERL_PLATFORM", "cpu")
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-        folder = tmp_path_factory.mktemp("model")
-        save_model(folder)
-        return run_on_ranks((1,), run_all, folder, rollouts(ROWS, seed=0))[1][0]
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder)
+    return run_on_ranks((1,), run_all, folder, rollouts(ROWS, seed=0))[1][0]
 
 
 @pytest.mark.parametrize(

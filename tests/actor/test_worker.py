@@ -35,13 +35,6 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setenv("VERL_PLATFORM", "cpu")
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 def keep_of_all_ranks(results, packing):
     keep = {}
     for records in results:
@@ -84,11 +77,8 @@ def test_same_mask_gradient_and_metrics_for_every_dp_size_and_packing(model_fold
 
 @pytest.fixture(scope="module")
 def seams(model_folder):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("VERL_PLATFORM", "cpu")
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-        ages = [0, 0] + [4] * (ROWS - 2)
-        return run_on_ranks((1,), run_seams, model_folder, rollouts(ROWS, seed=0, ages=ages))[1][0]
+    ages = [0, 0] + [4] * (ROWS - 2)
+    return run_on_ranks((1,), run_seams, model_folder, rollouts(ROWS, seed=0, ages=ages))[1][0]
 
 
 def test_other_losses_are_left_alone(seams):
@@ -167,10 +157,7 @@ def test_foreign_worker_is_refused_by_the_loss(seams):
 
 @pytest.fixture(scope="module")
 def step_scale(model_folder):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("VERL_PLATFORM", "cpu")
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-        return run_on_ranks((1, 2), run_step_scale, model_folder, rollouts(ROWS, seed=0))
+    return run_on_ranks((1, 2), run_step_scale, model_folder, rollouts(ROWS, seed=0))
 
 
 def test_the_step_is_scaled_by_the_responses_of_all_micro_batches_and_ranks(step_scale):
@@ -208,10 +195,7 @@ def presets(model_folder):
         config = composed(f"loss={name}", "actor_rollout_ref.actor.policy_loss.diagnostics=true", "hardware=cpu")
         OmegaConf.resolve(config.actor_rollout_ref.actor)
         actors[name] = (config.actor_rollout_ref.actor, has_proximal_policy(config))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("VERL_PLATFORM", "cpu")
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-        return run_on_ranks((2,), run_presets, model_folder, rollouts(ROWS, seed=0), actors)[2]
+    return run_on_ranks((2,), run_presets, model_folder, rollouts(ROWS, seed=0), actors)[2]
 
 
 OWN_METRICS = {
@@ -245,13 +229,9 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def layouts(model_folder):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("VERL_PLATFORM", "cpu")
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        rows = rollouts(ROWS, seed=0)
-        arguments = (model_folder, rows, LAYOUTS, {"max_tokens": 48}, {"selected": "m2po"})
-        return run_on_ranks((2, 4), run_layouts, *arguments)
+    rows = rollouts(ROWS, seed=0)
+    arguments = (model_folder, rows, LAYOUTS, {"max_tokens": 48}, {"selected": "m2po"})
+    return run_on_ranks((2, 4), run_layouts, *arguments)
 
 
 def test_ranks_that_share_a_sequence_count_its_tokens_once(layouts):

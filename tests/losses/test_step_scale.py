@@ -1,15 +1,12 @@
 """VCPO's step scale: reference values, laws, ranks, and why the loss must not be scaled in its place."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_losses import shared_tensors
+from ranks import run_on_ranks
+from share_ranks import share_of_all
 from torch.testing import assert_close
 
 from verl_m2po.losses.config import StepScaleConfig
@@ -66,24 +63,10 @@ def test_tokens_that_do_not_count():
     assert effective_sample_share(log_weight) == effective_sample_share(log_weight[:2])
 
 
-def test_ranks_form_it_together(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                Path(__file__).parents[1] / "support" / "share_ranks.py",
-                str(rank),
-                str(tmp_path / "store"),
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(3)
-    ]
-    shares = {process.communicate(timeout=120)[0].strip() for process in ranks}
+def test_ranks_form_it_together():
     alone = effective_sample_share(torch.tensor([500.0, -3.0, 499.0, 498.5]))
-    assert shares == {f"{alone:.12f}"}
+    for share in run_on_ranks((3,), share_of_all)[3]:
+        assert share.item() == pytest.approx(alone, rel=1e-12)
 
 
 def trained(scale_loss: float, scale_step: float) -> torch.Tensor:

@@ -20,10 +20,7 @@ BY_SIGN = {
 
 @pytest.fixture(scope="module")
 def runs(tiny):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("VERL_PLATFORM", "cpu")
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-        return run_on_ranks((1,), run_both, LOSSES, tiny, STEPS)[1][0]
+    return run_on_ranks((1,), run_both, LOSSES, tiny, STEPS)[1][0]
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -7,9 +7,7 @@ from ranks import run_on_ranks
 pytestmark = pytest.mark.slow
 
 
-def test_the_reference_takes_the_actors_weights_and_the_optimizer_begins_anew(tmp_path, monkeypatch):
-    for name, value in (("VERL_PLATFORM", "cpu"), ("TORCHDYNAMO_DISABLE", "1"), ("OMP_NUM_THREADS", "1")):
-        monkeypatch.setenv(name, value)
+def test_the_reference_takes_the_actors_weights_and_the_optimizer_begins_anew(tmp_path):
     save_model(tmp_path / "model")
     folder = tmp_path / "reincarnated"
     results = run_on_ranks((1, 2), run_reincarnation, tmp_path / "model", rollouts(4, seed=0), folder)

@@ -20,21 +20,13 @@ ENTRY_POINT_CONFIGS = "verl.trainer.config"
 OUR_CONFIGS = resources.files("verl_m2po.config")
 
 _COMPOSE_ALL = """
-import copy, json, sys
+import json, sys
 import verl
 from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import OmegaConf
+from parsed_once import parse_once
 
-# Hydra reads every file again for each composition; parsing is a third of the work.
-load, parsed = OmegaConf.load, {}
-
-def load_once(file):
-    if file.name not in parsed:
-        parsed[file.name] = load(file)
-    return copy.deepcopy(parsed[file.name])
-
-OmegaConf.load = staticmethod(load_once)
-
+parse_once()
 composed = []
 for name, overrides, directory in json.load(sys.stdin):
     try:

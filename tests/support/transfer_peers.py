@@ -1,10 +1,10 @@
 """Two sides of a weight transfer, each in a process of its own."""
 
 import asyncio
-import multiprocessing
 from typing import Any
 
 import torch
+from ranks import processes_on_the_cpu
 
 BUCKET_BYTES = 256
 LIMIT_S = 120
@@ -55,7 +55,7 @@ def transfer(
     """
     from verl_m2po.cpu.weight_transfer import GlooCheckpointEngine
 
-    context = multiprocessing.get_context("spawn")
+    context = processes_on_the_cpu()
     results = context.Queue()
     sender = GlooCheckpointEngine(BUCKET_BYTES, is_master=True, timeout_s=LIMIT_S, meeting_timeout_s=LIMIT_S)
     master = sender.prepare()
