@@ -56,13 +56,9 @@ def _values(values: Sequence[float], digits: int = 3) -> str:
     return f"{interval.mean:.{digits}f}{width}"
 
 
-def _method(loss: str) -> str:
-    return NAMES.get(loss, loss.upper())
-
-
 def _name(condition: Condition) -> str:
     loss, reuse, window = condition
-    name = _method(loss)
+    name = page.name_of(loss)
     if reuse == EPOCHS_NAME:
         return f"{name}, on-policy, {EPOCHS} epochs on each batch"
     return f"{name}, {USES[reuse]} uses, window {window} updates" if reuse else f"{name}, on-policy, one use"
@@ -74,7 +70,7 @@ def _row_name(reuse: str, window: int) -> str:
 
 def table(results: Sequence[Result]) -> list[str]:
     """Final accuracy of each method: a row for each way to use a rollout, a column for each method."""
-    header = ["", "prompts generated", "seeds", *map(_method, METHODS), "on-policy GRPO after as many prompts"]
+    header = ["", "prompts generated", "seeds", *map(page.name_of, METHODS), "on-policy GRPO after as many prompts"]
     rows = []
     reference = of_condition(results, REFERENCE)
     for reuse, window in ROWS:
@@ -99,7 +95,7 @@ def against_m2po(results: Sequence[Result]) -> list[str]:
         found = [page.points_against(compared(results, (loss, reuse, window)), own) for loss in others]
         if any(points != "-" for points in found):
             rows.append([_row_name(reuse, window), *found])
-    return page.table(["points against M2PO", *map(_method, others)], rows) if rows else []
+    return page.table(["points against M2PO", *map(page.name_of, others)], rows) if rows else []
 
 
 def comparisons(results: Sequence[Result]) -> list[str]:

@@ -9,7 +9,7 @@ STAGE = "replay"
 USES = {"x2": 2, "x4": 4, "x8": 8}
 # Optimizer updates: 64 and 16 trainer steps
 WINDOWS = (256, 64)
-METHODS = ("m2po", "grpo", "no_trust_region", "topr", "dppo")
+METHODS = ("m2po", "grpo", "no_trust_region", "topr", "m2po_tapered", "dppo")
 # The plain way to use a batch again: epochs on it before the next one
 EPOCHS = 4
 # As many before others run; intervals need three

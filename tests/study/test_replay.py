@@ -83,9 +83,9 @@ def test_the_table_compares_with_on_policy_training_after_as_many_prompts(tmp_pa
     page.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in sections))
     replay_page.write(data, loaded, [], page)
     written = page.read_text()
-    assert "|  | prompts generated | seeds | M2PO | GRPO | no trust region | TOPR | DPPO | on-policy" in written
-    assert "| 4 uses, window 256 updates | 1,000 | 1/0 | 0.625 | - | - | 0.650 | - | 0.400 |" in written
-    assert "| 4 uses, window 256 updates | - | - | +2.50 | - |" in written
+    assert "| M2PO | GRPO | no trust region | `topr` | `m2po_tapered` | `dppo` | on-policy GRPO after" in written
+    assert "| 4 uses, window 256 updates | 1,000 | 1/0 | 0.625 | - | - | 0.650 | - | - | 0.400 |" in written
+    assert "| 4 uses, window 256 updates | - | - | +2.50 | - | - |" in written
     assert "against on-policy GRPO: -2.5 points (1 seed)" in written
     assert "Not run yet." in written
 
