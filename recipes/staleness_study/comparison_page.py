@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pages import replace_section
 
 from staleness_study import comparison_figures, rivals
@@ -69,15 +70,36 @@ def comparison_table(results: Sequence[Result], times: StepTimes | None = None) 
             [
                 pages.name_of(loss),
                 str(len(stalest)),
-                *(pages.accuracy_of(rivals.finals(results, STAGE, loss, age)) for age in (OLDEST, STALEST, 0)),
+                *(pages.accuracy_of(rivals.finals(results, STAGE, loss, age)) for age in (STALEST, 0)),
                 "that of the preset" if setting == "" else pages.accuracy_of(chosen),
                 *rivals.cells(results, STAGE, loss),
                 _step_time(times, loss),
                 pages.collapse(stalest),
             ]
         )
-    header = ["", "seeds", f"s={OLDEST}", f"s={STALEST}", "on-policy", f"s={STALEST}, best of the grid"]
+    header = ["", "seeds", f"s={STALEST}", "on-policy", f"s={STALEST}, best of the grid"]
     header += [*rivals.HEADER, "step time", "collapse step"]
+    return pages.table(header, rows) if rows else ["Not run yet."]
+
+
+def oldest_table(results: Sequence[Result]) -> list[str]:
+    """A row for each method and setting that learnt from data `OLDEST` updates old, the best first."""
+    ran = {(run.loss, run.variant) for run in results if (run.stage, run.staleness_updates) == (STAGE, OLDEST)}
+    by_setting = {(loss, variant): select(results, STAGE, loss, OLDEST, variant) for loss, variant in ran}
+    rows = []
+    for loss, variant in sorted(ran, key=lambda key: (-np.mean([run.final for run in by_setting[key]]), key)):
+        runs = by_setting[loss, variant]
+        setting = [_short(part) for part in ALTERNATIVES[loss][variant]] if variant else []
+        rows.append(
+            [
+                " ".join([pages.name_of(loss), *setting]),
+                str(len(runs)),
+                pages.accuracy_of([run.final for run in runs]),
+                pages.percent([run.mean(run.left_out_name) for run in runs]),
+                f"{np.mean([run.mean('second_moment') for run in runs]):.2g}",
+            ]
+        )
+    header = ["", "seeds", "final accuracy", "clipped or masked", "second moment before"]
     return pages.table(header, rows) if rows else ["Not run yet."]
 
 
@@ -118,7 +140,8 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path, times: St
     hot = ["At ten times the learning rate:", "", *pages.conditions(results, HOT_STAGE)]
     folder = page.parent / "figures" / "results"
     shown = comparison_figures.save(results, _by_accuracy(results), best_settings(results), folder)
+    oldest = [f"On data {OLDEST} updates old:", "", *oldest_table(results)]
     ages = [f"By age, after {STEPS} trainer steps:", "", *ages_table(results)]
     costs = ["", times.provenance] if times else []
     table = [*comparison_table(results, times), *costs]
-    replace_section(page, SECTION, "\n".join([*shown, *table, "", *hot, "", *ages, "", *about]))
+    replace_section(page, SECTION, "\n".join([*shown, *table, "", *hot, "", *oldest, "", *ages, "", *about]))

@@ -18,6 +18,8 @@ from staleness_study.plan import SEEDS as REPORTED
 GRID, STAGE, HOT_STAGE, AGES_STAGE = "grid", "comparison", "comparison_hot", "comparison_ages"
 # Four times as old as the paper's, for the best `AT_OLDEST` methods
 OLDEST, AT_OLDEST = 1024, 8
+# What these are tried with there beside their presets: four times the budget on data four times as old
+OLDEST_SETTINGS = {"m2po": "threshold0.16", "m2po_tapered": "threshold0.16"}
 # Over as many trainer steps on-policy: what is to be reached, and do those that are as good help on fresh data too?
 ON_POLICY = ("grpo", "m2po", "no_trust_region", "topr", "m2po_tapered")
 # Compared over fewer trainer steps, with the beginning of the runs on the stalest data
@@ -107,8 +109,14 @@ def jobs(chosen: Mapping[str, str], best: Sequence[str] = ()) -> list[Job]:
     def on_policy(seed: int) -> Iterator[Job]:
         yield from (Job(STAGE, loss, 0, seed, steps=CLAIM_STEPS) for loss in ON_POLICY)
 
+    def oldest(seed: int) -> Iterator[Job]:
+        yield from (Job(STAGE, loss, OLDEST, seed, steps=CLAIM_STEPS) for loss in best)
+        for loss, variant in OLDEST_SETTINGS.items():
+            if loss in best:
+                yield Job(STAGE, loss, OLDEST, seed, ALTERNATIVES[loss][variant], variant, CLAIM_STEPS)
+
     queue = [job for seed in REPORTED for job in (*on_policy(seed), *as_published(seed), *at_chosen(seed))]
     queue += [at_rate(HOT_STAGE, loss, STALEST, seed, HOT_RATE) for seed in HOT_SEEDS for loss in ALTERNATIVES]
-    queue += [Job(STAGE, loss, OLDEST, seed, steps=CLAIM_STEPS) for seed in FEW_SEEDS for loss in best]
+    queue += [job for seed in FEW_SEEDS for job in oldest(seed)]
     queue += [Job(AGES_STAGE, loss, age, seed) for seed in REPORTED for age in YOUNGER for loss in ALTERNATIVES]
     return list(dict.fromkeys(queue))

@@ -55,7 +55,8 @@ def test_the_grid_has_a_seed_of_its_own_and_the_comparison_every_reported_one():
 def test_the_best_methods_learn_from_data_older_than_any_preset():
     best = ("topr", "m2po")
     oldest = [job for job in comparison_plan.jobs({}, best) if job.staleness_updates == comparison_plan.OLDEST]
-    assert Counter(job.loss for job in oldest) == dict.fromkeys(best, len(plan.FEW_SEEDS))
+    ran = Counter((job.loss, job.variant) for job in oldest)
+    assert ran == dict.fromkeys((("topr", ""), ("m2po", ""), ("m2po", "threshold0.16")), len(plan.FEW_SEEDS))
     setup = setups.read(oldest[0].all_overrides, oldest[0].config)
     assert setup.config.trainer.v1.stale_k.staleness_updates == comparison_plan.OLDEST
 
@@ -121,9 +122,22 @@ def test_the_tables_have_what_ran(tmp_path):
         tmp_path / "figures" / "results" / "comparison.svg"
     ).is_file() and "(figures/results/comparison.svg)" in written
     first, second = (line for line in written.splitlines() if line.startswith(("| M2PO | 3", "| GRPO | 3")))
-    assert first.startswith("| M2PO | 3 | - | 0.415 ± ") and "| 0.421 ± " in first and "| 50% [" in first
+    assert first.startswith("| M2PO | 3 | 0.415 ± ") and "| 0.421 ± " in first and "| 50% [" in first
     assert "| 1% | 0.010 | 1.10 | none |" in first and times.provenance in written
-    assert second.startswith("| GRPO | 3 | - |") and "| that of the preset |" in second
+    assert second.startswith("| GRPO | 3 | 0.381 ± ") and "| that of the preset |" in second
+
+
+def test_the_oldest_data_has_a_table_of_its_own_the_best_first():
+    oldest = comparison_plan.OLDEST
+    runs = [
+        result(STAGE, "m2po", oldest, 1, last=0.4),
+        result(STAGE, "m2po", oldest, 1, "threshold0.16", last=0.5),
+        result(STAGE, "topr", oldest, 1, last=0.45),
+        result(STAGE, "topr", plan.STALEST, 1, last=0.9),
+    ]
+    _, _, *rows = comparison_page.oldest_table(runs)
+    assert [row.split(" | ")[0] for row in rows] == ["| M2PO `threshold=0.16`", "| `topr`", "| M2PO"]
+    assert comparison_page.oldest_table([]) == ["Not run yet."]
 
 
 def test_ages_are_compared_after_as_many_trainer_steps():
