@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
-from verl.workers.utils.padding import no_padding_2_padding
 
+from verl_m2po.actor.padded import padded_responses
 from verl_m2po.losses.kernel import diagnostics
 from verl_m2po.losses.kernel.mini_batch import MiniBatch
 from verl_m2po.losses.kernel.tokens import Tokens, tokens_of
@@ -83,7 +83,7 @@ class Observed:
             diagnostics.add_age_zero(mini_batch, age_zero_sums(Seen(micro_batch.tokens, is_age_zero)))
         entropy = micro_batch.model_output.get("entropy")
         if entropy is not None:
-            padded = no_padding_2_padding(entropy, micro_batch.data)
+            padded = padded_responses(entropy, micro_batch.data)
             diagnostics.add_entropy(mini_batch, padded, micro_batch.response_mask)
 
 
@@ -114,7 +114,7 @@ def response_tokens(model_output: dict[str, Any], data: TensorDict, old: str = "
         data: The micro-batch.
         old: Field with the log-probs of the old policy.
     """
-    log_prob = no_padding_2_padding(model_output["log_probs"], data)
+    log_prob = padded_responses(model_output["log_probs"], data)
     weights = [name for name in ("rollout_is_weights",) if name in data.keys()]  # noqa: SIM118 (a TensorDict)
     fields = data.select("response_mask", old, "advantages", *weights).to_padded_tensor()
     return tokens_of(
