@@ -41,7 +41,7 @@ WORKSHOP := PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/tests/support:$(CURDIR)/recipes
 CONSTRAINTS := verl_m2po/cpu/constraints.txt
 STAMP := $(VENV)/.complete
 
-.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes workloads faults soak lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-replay-wall-clock study-long study-prosperity study-comparison study-tried study-results study-disturbance plan-study docs docs-tables docs-links clean
+.PHONY: help env quickstart test test-fast test-verl-next gpu-check recipes workloads faults soak lint types bench methods methods-sweep bench-modes study study-verl study-wall-clock study-replay study-replay-wall-clock study-long study-prosperity study-comparison study-tried study-all study-results study-disturbance plan-study docs docs-tables docs-links clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -156,6 +156,8 @@ study-comparison: $(STAMP) ## M2PO and its rivals: a grid of settings, then five
 study-tried: $(STAMP) ## Changes to M2PO that might win back what old data costs, and their table in docs/results.md
 	$(WORKSHOP) -m staleness_study tried $(if $(RUNS),--most $(RUNS))
 	$(WORKSHOP) -m staleness_study tried-results
+
+study-all: study study-long study-prosperity study-comparison study-tried ## These five, one after the other (about 13 hours on two cores; goes on where it stopped)
 
 study-results: $(STAMP) ## Bring docs/results.md and its figures up to date with what has run so far
 	$(WORKSHOP) -m staleness_study results

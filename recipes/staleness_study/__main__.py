@@ -16,10 +16,8 @@ from staleness_study.step_times import StepTimes
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 OUT = Path("outputs/study")
 PAGE = Path("docs/results.md")
-# Beside the page: the claim with what explains it, and all that is compared with it
-CLAIM_DATA, DATA = Path("results/claim.json"), Path("results/one_process.json")
-# Methods whose preset was corrected after the other runs, from the base model that the package has shipped since
-CORRECTED_DATA = Path("results/corrected.json")
+# Beside the page
+DATA = Path("results/study.json")
 REPLAY_PAGE, REPLAY_DATA = Path("docs/replay.md"), Path("results/replay.json")
 LONG_DATA, PROSPERITY_DATA = Path("results/long.json"), Path("results/prosperity.json")
 COMPARISON_DATA, STEP_TIMES = Path("results/comparison.json"), Path("results/step_times.json")
@@ -323,29 +321,22 @@ def results(
     page: Annotated[Path, typer.Option(help="Its marked sections are rewritten.")] = PAGE,
     collect: Annotated[bool, typer.Option(help="Read the runs; otherwise draw from the JSON beside the page.")] = True,
     keep: Keep = False,
-    corrected: Annotated[
-        bool, typer.Option(help="The runs are of methods whose preset was corrected: for the table of these.")
-    ] = False,
 ) -> None:
     """Put what has run so far into the JSON file, the page and its figures."""
     from staleness_study import page as pages
     from staleness_study import results as studied
     from staleness_study.collect import collect_verl
 
-    claim, rest = page.parent / CLAIM_DATA, page.parent / (CORRECTED_DATA if corrected else DATA)
-    if collect:
-        found = [_collect(jobs, out, path, keep) for path, jobs in ((claim, plan.claim()), (rest, plan.sweeps()))]
-        if not any(found) and not keep:
-            raise FileNotFoundError(f"no finished run of the study in {out}: run `python -m staleness_study run` first")
+    data = page.parent / DATA
+    if collect and not _collect(plan.jobs(), out, data, keep) and not keep:
+        raise FileNotFoundError(f"no finished run of the study in {out}: run `python -m staleness_study run` first")
     through_verl = {}
     for stage, path in VERL_DATA.items():
         if collect and (out / stage).is_dir():
             _put(collect_verl(out / stage, stage), page.parent / path, keep)
         through_verl[stage] = studied.load(page.parent / path)[1] if (page.parent / path).exists() else []
-    bench = [studied.load(path) for path in (claim, page.parent / DATA) if path.exists()]
-    again = studied.load(page.parent / CORRECTED_DATA)[1] if (page.parent / CORRECTED_DATA).exists() else []
-    pages.write(bench, again, through_verl["verl"], through_verl[WALL_CLOCK], page)
-    typer.echo(f"written: {page}, {claim}, {rest}")
+    pages.write(*studied.load(data), through_verl["verl"], through_verl[WALL_CLOCK], page)
+    typer.echo(f"written: {page}, {data}")
 
 
 @app.command()

@@ -20,7 +20,7 @@ from staleness_study.comparison_plan import (
     YOUNGER,
 )
 from staleness_study.plan import STALEST, STEPS
-from staleness_study.results import Result, select
+from staleness_study.results import Result, by_accuracy, select
 from staleness_study.step_times import StepTimes
 
 SECTION, GRID_SECTION = "comparison", "grid"
@@ -37,7 +37,7 @@ def best_settings(results: Sequence[Result]) -> dict[str, str]:
 
 
 def _by_accuracy(results: Sequence[Result]) -> list[str]:
-    return rivals.by_accuracy(results, STAGE, ALTERNATIVES)
+    return by_accuracy(results, STAGE, ALTERNATIVES)
 
 
 def best_methods(results: Sequence[Result]) -> list[str]:

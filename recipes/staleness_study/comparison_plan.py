@@ -6,9 +6,9 @@ from staleness_study.plan import (
     CLAIM_STEPS,
     FEW_SEEDS,
     HOT_RATE,
-    HOT_SEEDS,
     STALEST,
     STEPS,
+    SWEEP_SEEDS,
     TRIAL_SEED,
     Job,
     at_rate,
@@ -116,7 +116,7 @@ def jobs(chosen: Mapping[str, str], best: Sequence[str] = ()) -> list[Job]:
                 yield Job(STAGE, loss, OLDEST, seed, ALTERNATIVES[loss][variant], variant, CLAIM_STEPS)
 
     queue = [job for seed in REPORTED for job in (*on_policy(seed), *as_published(seed), *at_chosen(seed))]
-    queue += [at_rate(HOT_STAGE, loss, STALEST, seed, HOT_RATE) for seed in HOT_SEEDS for loss in ALTERNATIVES]
+    queue += [at_rate(HOT_STAGE, loss, STALEST, seed, HOT_RATE) for seed in SWEEP_SEEDS for loss in ALTERNATIVES]
     queue += [job for seed in FEW_SEEDS for job in oldest(seed)]
-    queue += [Job(AGES_STAGE, loss, age, seed) for seed in REPORTED for age in YOUNGER for loss in ALTERNATIVES]
+    queue += [Job(AGES_STAGE, loss, age, seed) for seed in SWEEP_SEEDS for age in YOUNGER for loss in ALTERNATIVES]
     return list(dict.fromkeys(queue))

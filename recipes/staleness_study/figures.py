@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from staleness_study.plan import STALEST, THRESHOLDS, WALL_CLOCK
-from staleness_study.results import FINAL_POINTS, SEPARATE, Result, by_accuracy, of_method, select
+from staleness_study.plan import AGED, STALEST, THRESHOLDS, WALL_CLOCK
+from staleness_study.results import FINAL_POINTS, SEPARATE, Result, by_accuracy, select
 from verl_m2po.report.drawing.style import COLOURS, LINES, ON_POLICY, OTHERS, RC
 
 NAMES = {
@@ -147,7 +147,7 @@ def _bars(axes: Axes, x: Sequence[float], finals: Sequence[Sequence[float]], col
 
 
 def by_staleness(results: Sequence[Result]) -> Figure | None:
-    """Final accuracy against staleness for every loss; None without an age between on-policy and the stalest."""
+    """Final accuracy against staleness for each of `AGED`; None without an age between on-policy and the stalest."""
     ages = sorted({r.staleness_updates for r in results if r.stage == "staleness"})
     if len(ages) < 3:
         return None
@@ -157,13 +157,14 @@ def by_staleness(results: Sequence[Result]) -> Figure | None:
         reference = [r.final for r in select(results, "staleness", "grpo", 0)]
         if reference:
             axes.axhline(np.mean(reference), color=ON_POLICY, linestyle=(0, (4, 1.5)), label="on-policy (GRPO)")
-        for i, (loss, name) in enumerate(NAMES.items()):
+        for i, loss in enumerate(AGED):
             found = [(age, [r.final for r in select(results, "staleness", loss, age)]) for age in ages if age > 0]
             points = [(age, values) for age, values in found if values]
             if points:
                 # Side by side, so that no bar hides another.
-                x = [np.log2(age) + 0.05 * (i - 2) for age, _ in points]
-                _bars(axes, x, [values for _, values in points], COLOURS[loss], name)
+                x = [np.log2(age) + 0.05 * (i - 1.5) for age, _ in points]
+                colour = COLOURS.get(loss, OTHERS[0])
+                _bars(axes, x, [values for _, values in points], colour, NAMES.get(loss, loss))
         stale = [age for age in ages if age > 0]
         axes.set_xticks([np.log2(age) for age in stale], [str(age) for age in stale])
         axes.set_xlabel("staleness (optimizer updates, log scale)")
@@ -205,21 +206,21 @@ def by_threshold(results: Sequence[Result]) -> Figure | None:
 
 
 def methods(results: Sequence[Result]) -> Figure | None:
-    """What every method has on-policy and what is left on the stalest data; None before the others have run.
+    """What every method has on the stalest data; None before any has run.
 
     What ends below the base model stands at the edge with its number.
     """
-    if not any(run.stage == "methods" for run in results):
+    ran = [run for run in results if run.stage == "methods"]
+    losses = by_accuracy(ran, "methods", {run.loss for run in ran})[::-1]
+    if not losses:
         return None
-    losses = by_accuracy(results, STALEST)[::-1]
-    # Of their own base model
-    base = float(np.mean([run.accuracy[0] for run in results if run.stage in ("staleness", "methods")]))
+    base = float(np.mean([run.accuracy[0] for run in ran]))
     with mpl.rc_context(RC):
         figure = Figure(figsize=(7, 1.2 + 0.22 * len(losses)), layout="constrained")
         axes = figure.subplots()
         for height, loss in enumerate(losses):
-            fresh, stale = ([run.final for run in of_method(results, loss, age)] for age in (0, STALEST))
-            _fresh_and_stale(axes, height, fresh, stale, COLOURS.get(loss, OTHERS[1]), base)
+            finals = [run.final for run in select(ran, "methods", loss, STALEST)]
+            _seeds_in_a_row(axes, height, finals, COLOURS.get(loss, OTHERS[1]), base)
         axes.set_yticks(range(len(losses)), losses)
         axes.set_ylim(-0.7, len(losses) - 0.3)
         axes.set_xlim(left=base)
@@ -227,23 +228,18 @@ def methods(results: Sequence[Result]) -> Figure | None:
             label.set_color(COLOURS.get(loss, OTHERS[1]))
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("final accuracy (left edge: the base model's)")
-        axes.set_title(f"Every method: on-policy (circle), s={STALEST} (dot)")
+        axes.set_title(f"Every method on data {STALEST} updates old")
         return figure
 
 
-def _fresh_and_stale(
-    axes: Axes, height: int, fresh: Sequence[float], stale: Sequence[float], colour: str, edge: float
-) -> None:
-    """A line of the figure: a circle, a dot with a bar from the lowest to the highest seed, and what lies between."""
-    mean = float(np.mean(stale))
-    if fresh:
-        axes.plot([mean, float(np.mean(fresh))], [height, height], color="#C8C8C8", linewidth=1, zorder=0)
-        axes.plot(float(np.mean(fresh)), height, "o", color=colour, markerfacecolor="white", markersize=5)
+def _seeds_in_a_row(axes: Axes, height: int, finals: Sequence[float], colour: str, edge: float) -> None:
+    """A dot with a bar from the lowest to the highest seed; its number where it lies left of `edge`."""
+    mean = float(np.mean(finals))
     if mean < edge:
         text = f"\N{LEFTWARDS ARROW} {mean:.2f}"
         axes.annotate(text, (edge, height), (4, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
         return
-    axes.plot([min(stale), max(stale)], [height, height], color=colour, linewidth=1.8)
+    axes.plot([min(finals), max(finals)], [height, height], color=colour, linewidth=1.8)
     axes.plot(mean, height, "o", color=colour, markersize=5)
 
 

@@ -10,7 +10,7 @@ from staleness_study import page as pages
 from staleness_study import rivals
 from staleness_study.long_plan import AGES, STAGE, TRIAL_STAGE
 from staleness_study.plan import STALEST
-from staleness_study.results import Result, select
+from staleness_study.results import Result, by_accuracy, select
 
 SECTION = "long"
 
@@ -18,7 +18,7 @@ SECTION = "long"
 def rivals_table(results: Sequence[Result]) -> list[str]:
     """A row for each method, the best on the stalest data first, with what has run of each age."""
     rows = []
-    for loss in rivals.by_accuracy(results, STAGE, sorted({run.loss for run in results if run.stage == STAGE})):
+    for loss in by_accuracy(results, STAGE, sorted({run.loss for run in results if run.stage == STAGE})):
         of_age = [rivals.finals(results, STAGE, loss, age) for age in AGES]
         rows.append(
             [

@@ -18,7 +18,7 @@ from staleness_study.plan import (
     THRESHOLDS,
     TRIAL_LEARNING_RATES,
 )
-from staleness_study.results import FINAL_POINTS, SEPARATE, Result, by_accuracy, of_method, select
+from staleness_study.results import FINAL_POINTS, SEPARATE, Result, by_accuracy, select
 
 # Accuracies to which the time is compared; the base model has 0.33
 TARGETS = (0.40, 0.42, 0.44)
@@ -29,7 +29,7 @@ CAPTIONS = {
     "by_staleness": "Final accuracy against staleness; bars: lowest to highest seed.",
     "by_threshold": "Final accuracy against M2PO's threshold; bars: lowest to highest seed.",
     "wall_clock": "The same three runs by trainer step and by time; lines begin at the fourth validation.",
-    "methods": "Final accuracy of every method on-policy (circle) and at s=256 (dot; bars: lowest to highest seed).",
+    "methods": "Final accuracy of every method on data 256 updates old; bars: lowest to highest seed.",
 }
 
 
@@ -184,18 +184,14 @@ def causes(results: Sequence[Result]) -> list[str]:
 
 
 def methods(results: Sequence[Result]) -> list[str]:
-    """One row for each method, the best on the stalest data first."""
-    ages = sorted({run.staleness_updates for run in results if run.stage == "methods"})
+    """One row for each method, the best first, all on the stalest data."""
     rows = []
-    for loss in by_accuracy(results, STALEST) if ages else ():
-        stalest = of_method(results, loss, STALEST)
-        finals = [accuracy_of([run.final for run in of_method(results, loss, age)]) for age in ages]
-        left_out = percent([run.mean(run.left_out_name) for run in stalest if run.left_out_name in run.curves])
-        seeds = "/".join(str(len(of_method(results, loss, age))) for age in ages)
-        rows.append([f"`{loss}`", *finals, seeds, left_out, collapse(stalest)])
-    names = ["on-policy" if age == 0 else f"s={age}" for age in ages]
-    at = f"at s={STALEST}"
-    header = ["`loss=`", *names, "seeds", f"clipped or masked {at}", f"collapse step {at}"]
+    for loss in by_accuracy(results, "methods", {run.loss for run in results if run.stage == "methods"}):
+        runs = select(results, "methods", loss, STALEST)
+        left_out = [run.mean(run.left_out_name) for run in runs if run.left_out_name in run.curves]
+        accuracy = accuracy_of([run.final for run in runs])
+        rows.append([f"`{loss}`", str(len(runs)), accuracy, percent(left_out), collapse(runs)])
+    header = ["`loss=`", "seeds", f"final accuracy, s={STALEST}", "clipped or masked", "collapse step"]
     return table(header, rows) if rows else ["Not run yet."]
 
 
@@ -283,38 +279,29 @@ def _mode(run: Result) -> str:
 
 
 def write(
-    bench: Sequence[tuple[dict[str, Any], Sequence[Result]]],
-    corrected: Sequence[Result],
-    verl: Sequence[Result],
-    timed: Sequence[Result],
-    page: Path,
+    data: dict[str, Any], results: Sequence[Result], verl: Sequence[Result], timed: Sequence[Result], page: Path
 ) -> list[str]:
     """Bring the marked sections of `page`, and the figures beside it, up to date; names of the figures.
 
     Args:
-        bench: For each file of results of the bench, what its runs have in common, and the results. What several files
-            have of a part of the study is taken from the first: they may be of other base models.
-        corrected: Of the bench, of methods whose preset has been corrected since, and what they compare with.
+        data: What the runs on the bench have in common.
+        results: Of these.
         verl: Of the runs through verl.
         timed: Of those whose time is compared.
         page: A Markdown file with all the markers.
     """
-    first = {stage: found for _, found in reversed(bench) for stage in {result.stage for result in found}}
-    results = [result for _, found in bench for result in found if first[result.stage] is found]
     drawn = figures.save([*results, *timed], page.parent / "figures" / "results")
     shown = {name: f"![{CAPTIONS[name]}](figures/results/{name}.svg)\n\n*{CAPTIONS[name]}*\n" for name in drawn}
     sections = {
-        "provenance": [line for data, found in bench for line in (*provenance(data, found), "")][:-1],
+        "provenance": provenance(data, results),
         "claim": [*claim(results), "", *conditions(results, "claim", CLAIM_TARGET)],
         "half rate": [*claim(results, HALF_RATE_STAGE, f"lr{HALF_RATE:g}"), "", *conditions(results, HALF_RATE_STAGE)],
         "conditions": conditions(results),
         "hot": conditions(results, "hot"),
         "methods": methods(results),
-        "corrected methods": methods(corrected),
         "learning rates": learning_rates(results),
         "thresholds": thresholds(results),
-        # Differences to the claim of the same file
-        "causes": causes(first.get("causes", ())),
+        "causes": causes(results),
         "through verl": through_verl(verl),
         "wall clock": wall_clock(timed),
         "claim figure": [shown[name] for name in drawn if name == "claim"],

@@ -1,6 +1,6 @@
 """The runs of the study, the most telling ones first: stopped at any moment, what has run is worth reading."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -10,7 +10,9 @@ ARITHMETIC = "arithmetic_staleness"
 # Seeds of the trials that chose the learning rate; none of them is reported as a result.
 TRIAL_SEED = 101
 SEEDS = (1, 2, 3, 4, 5)
-FEW_SEEDS = (1, 2)
+# As few as have an interval
+SWEEP_SEEDS = SEEDS[:3]
+FEW_SEEDS = SEEDS[:2]
 STALEST = 256
 TRIAL_LEARNING_RATES = (1.5e-5, 3e-5, 6e-5)
 TRIAL_STEPS = 250
@@ -19,14 +21,11 @@ CLAIM_STEPS = 1000
 # Of what is compared with it.
 STEPS = 300
 # At half the study's learning rate GRPO clips as much on the stalest data as in the paper.
-HALF_RATE, HALF_RATE_STAGE, HALF_RATE_SEEDS = 1.5e-5, "claim_half_rate", SEEDS[:3]
+HALF_RATE, HALF_RATE_STAGE = 1.5e-5, "claim_half_rate"
 # Five and ten times as large as the study's: far outside the paper's regime, where runs come apart.
 HOT_LEARNING_RATES = (1.5e-4, 3e-4)
 # At which other methods are tried too
 HOT_RATE = max(HOT_LEARNING_RATES)
-HOT_SEEDS = (1, 2, 3)
-# Of the methods that only the table of all methods has. Intervals need three; on-policy nearly all methods are equal.
-OTHERS_SEEDS = {STALEST: SEEDS[:3], 0: SEEDS[:1]}
 THRESHOLDS = (0.01, 0.02, 0.08, 0.16)
 # Stage of the runs through verl whose time is compared
 WALL_CLOCK = "wall_clock"
@@ -41,14 +40,11 @@ MICRO_BATCH = (
 CAUSE_STALENESS = (64, 16, 0)
 # What the claim is about: (loss, staleness in optimizer updates); on-policy training first.
 CLAIM = (("grpo", 0), ("m2po", STALEST), ("grpo", STALEST), ("no_trust_region", STALEST))
-CLAIM_STAGES = ("claim", HALF_RATE_STAGE, "causes")
-METHODS = ("grpo", "m2po", "no_trust_region", "gspo", "m2po_clip")
-# The other options of the Hydra group ``loss``, each as its preset has it.
-OTHER_METHODS = tuple(
-    option
-    for option in sorted(Path(file.name).stem for file in (resources.files("verl_m2po.config") / "loss").iterdir())
-    if option not in METHODS
-)
+# Compared at every age of `AGES`: the claim's methods, and what is better than M2PO
+AGED = ("grpo", "m2po", "no_trust_region", "m2po_tapered")
+AGES = (STALEST, 0, 64, 16)
+# Every option of the Hydra group ``loss``, each as its preset has it
+METHODS = tuple(sorted(Path(file.name).stem for file in (resources.files("verl_m2po.config") / "loss").iterdir()))
 
 
 @dataclass(frozen=True)
@@ -118,21 +114,19 @@ def trials() -> Iterator[Job]:
         yield Job("learning_rate", "grpo", STALEST, TRIAL_SEED, overrides, f"lr{rate:g}", TRIAL_STEPS)
 
 
-def _claim(stage: str, steps: int) -> Iterator[Job]:
+def _claim() -> Iterator[Job]:
     """Seed by seed, so that all conditions have equally many at any moment."""
     for seed in SEEDS:
         for loss, updates in CLAIM:
-            yield Job(stage, loss, updates, seed, steps=steps)
+            yield Job("claim", loss, updates, seed, steps=CLAIM_STEPS)
 
 
-def _compare(
-    losses: Iterable[str], staleness: Iterable[int], seeds: Iterable[int], stage: str = "staleness"
-) -> Iterator[Job]:
-    """Seed by seed, as in `_claim`."""
-    pairs = [(loss, updates) for updates in staleness for loss in losses]
-    for seed in seeds:
-        for loss, updates in pairs:
-            yield Job(stage, loss, updates, seed)
+def _ages(seed: int) -> Iterator[Job]:
+    yield from (Job("staleness", loss, updates, seed) for updates in AGES for loss in AGED)
+
+
+def _methods(seed: int) -> Iterator[Job]:
+    yield from (Job("methods", loss, STALEST, seed) for loss in METHODS)
 
 
 def _thresholds(seed: int) -> Iterator[Job]:
@@ -177,26 +171,10 @@ def longest(jobs: Iterable[Job]) -> list[Job]:
 
 def jobs() -> list[Job]:
     """All runs on the bench by stage, in the order in which they are started; what two stages want is in both."""
-    sweeps = [job for seed in HOT_SEEDS for job in _hot(seed)]
-    for seed in FEW_SEEDS:
-        sweeps += _compare(("gspo", "m2po_clip"), (STALEST,), (seed,))
-        sweeps += _compare(("grpo", "m2po", "no_trust_region"), (64,), (seed,))
-        sweeps += _thresholds(seed)
-        sweeps += _compare(("grpo", "m2po", "no_trust_region"), (16,), (seed,))
-    rest = [*_compare(METHODS, (STALEST, 0), SEEDS), *_compare(METHODS, (64, 16), SEEDS)]
-    others = [job for age, seeds in OTHERS_SEEDS.items() for job in _compare(OTHER_METHODS, (age,), seeds, "methods")]
-    causes = [job for seed in SEEDS for job in _causes(seed)]
-    thresholds = [job for seed in SEEDS for job in _thresholds(seed)]
-    half_rate = [job for seed in HALF_RATE_SEEDS for job in _half_rate(seed)]
-    claims = [*_claim("claim", CLAIM_STEPS), *half_rate, *trials(), *_claim("staleness", STEPS)]
-    return list(dict.fromkeys([*claims, *sweeps, *rest, *others, *causes, *thresholds]))
 
+    def of_seeds(stage: Callable[[int], Iterable[Job]], seeds: Iterable[int] = SWEEP_SEEDS) -> list[Job]:
+        return [job for seed in seeds for job in stage(seed)]
 
-def claim() -> list[Job]:
-    """Those of `jobs` that carry the claim, and those that say why it does not hold whole."""
-    return [job for job in jobs() if job.stage in CLAIM_STAGES]
-
-
-def sweeps() -> list[Job]:
-    """The others of `jobs`: methods, ages, thresholds and learning rates."""
-    return [job for job in jobs() if job.stage not in CLAIM_STAGES]
+    claims = [*_claim(), *of_seeds(_half_rate), *trials()]
+    sweeps = [*of_seeds(_ages), *of_seeds(_hot), *of_seeds(_thresholds)]
+    return [*claims, *sweeps, *of_seeds(_methods, FEW_SEEDS), *of_seeds(_causes)]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from staleness_study.plan import Job
+from staleness_study.plan import STALEST, Job
 from verl_m2po.report.reading.summary import collapse_step
 
 # Validations that make the final accuracy.
@@ -208,16 +208,11 @@ def select(results: Sequence[Result], stage: str, loss: str, staleness_updates: 
     return [r for r in results if (r.stage, r.loss, r.staleness_updates, r.variant) == wanted]
 
 
-def of_method(results: Sequence[Result], loss: str, staleness_updates: int) -> list[Result]:
-    """The seeds of one method at one age, whichever stage they are run for."""
-    return select(results, "staleness", loss, staleness_updates) + select(results, "methods", loss, staleness_updates)
-
-
-def by_accuracy(results: Sequence[Result], staleness_updates: int) -> list[str]:
-    """The methods that have run on data of that age, the best first."""
+def by_accuracy(results: Sequence[Result], stage: str, losses: Iterable[str]) -> list[str]:
+    """Those of `losses` that have run on the stalest data in `stage` as published, the best first."""
     finals = {
         loss: float(np.mean([run.final for run in runs]))
-        for loss in {run.loss for run in results if run.stage in ("staleness", "methods")}
-        if (runs := of_method(results, loss, staleness_updates))
+        for loss in losses
+        if (runs := select(results, stage, loss, STALEST))
     }
     return sorted(finals, key=lambda loss: (-finals[loss], loss))

@@ -1,6 +1,6 @@
 """What the tables of methods on the stalest data have in common, whichever the task."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,16 +10,6 @@ from staleness_study.results import Result, select
 
 # Of `cells`
 HEADER = (f"of GRPO's gap recovered at s={STALEST}", "clipped or masked", "effective sample size")
-
-
-def by_accuracy(results: Sequence[Result], stage: str, losses: Iterable[str]) -> list[str]:
-    """Those of `losses` that have run on the stalest data in `stage` as published, the best first."""
-    finals = {
-        loss: float(np.mean([run.final for run in runs]))
-        for loss in losses
-        if (runs := select(results, stage, loss, STALEST))
-    }
-    return sorted(finals, key=lambda loss: (-finals[loss], loss))
 
 
 def finals(results: Sequence[Result], stage: str, loss: str, age: int, variant: str = "") -> list[float]:

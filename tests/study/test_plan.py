@@ -6,6 +6,7 @@ from pathlib import Path
 import verl_m2po
 from staleness_study import comparison_plan, long_plan, plan, prosperity_plan, replay_plan, tried_plan
 from staleness_study.comparison_plan import ALTERNATIVES
+from staleness_study.intervals import LEAST_SEEDS
 
 
 def every_job() -> list[plan.Job]:
@@ -31,34 +32,26 @@ def test_what_several_stages_want_is_run_once_and_as_long_as_any_of_them_wants(t
     assert all(lengths[job.folder(tmp_path)] >= job.steps for job in jobs)
 
 
-def test_the_claim_and_the_sweeps_are_all_runs():
-    assert Counter([*plan.claim(), *plan.sweeps()]) == Counter(plan.jobs())
-    assert plan.claim()[: len(plan.CLAIM)] == plan.jobs()[: len(plan.CLAIM)]
-
-
 def test_reported_seeds_are_not_those_that_chose_the_learning_rate():
     assert plan.TRIAL_SEED not in {job.seed for job in plan.jobs() if job.stage != "learning_rate"}
 
 
-def test_five_seeds_on_policy_and_at_the_largest_staleness():
+def test_every_age_has_as_many_seeds_of_every_method_that_is_compared_there():
     seeds = Counter((job.loss, job.staleness_updates) for job in plan.jobs() if job.stage == "staleness")
-    for loss in plan.METHODS:
-        assert seeds[loss, 0] == seeds[loss, plan.STALEST] == len(plan.SEEDS) >= 5
+    assert seeds == {(loss, age): len(plan.SWEEP_SEEDS) for loss in plan.AGED for age in plan.AGES}
+    assert len(plan.SWEEP_SEEDS) >= LEAST_SEEDS
 
 
-def test_every_method_is_in_the_queue_on_policy_and_at_the_largest_staleness():
+def test_every_method_is_in_the_queue_at_the_largest_staleness():
     presets = {path.stem for path in (Path(verl_m2po.__file__).parent / "config" / "loss").glob("*.yaml")}
-    jobs = [job for job in plan.jobs() if job.stage in ("staleness", "methods")]
-    seeds = Counter((job.loss, job.staleness_updates) for job in jobs)
-    for loss in presets:
-        for age, others in plan.OTHERS_SEEDS.items():
-            assert seeds[loss, age] == len(plan.SEEDS if loss in plan.METHODS else others), (loss, age)
-    assert {loss for loss, _ in seeds} == presets
+    seeds = Counter((job.loss, job.staleness_updates) for job in plan.jobs() if job.stage == "methods")
+    assert seeds == {(loss, plan.STALEST): len(plan.FEW_SEEDS) for loss in presets}
 
 
 def test_every_threshold_has_as_many_seeds_as_the_default_one():
     seeds = Counter(job.variant for job in plan.jobs() if job.stage == "threshold")
-    assert set(seeds.values()) == {len(plan.SEEDS)} and len(seeds) == len(plan.THRESHOLDS)
+    default = [job for job in plan.jobs() if job.name.startswith(f"m2po-s{plan.STALEST}-") and job.stage == "staleness"]
+    assert set(seeds.values()) == {len(default)} and len(seeds) == len(plan.THRESHOLDS)
 
 
 def test_stopped_early_all_conditions_of_the_claim_have_as_many_seeds():

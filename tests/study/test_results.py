@@ -30,7 +30,7 @@ PAGE = "\n".join(
             "through verl",
             "wall clock",
         ),
-        *("methods", "corrected methods", "methods figure", "claim figure", "wall clock figure", "other figures"),
+        *("methods", "methods figure", "claim figure", "wall clock figure", "other figures"),
     )
 )
 
@@ -86,7 +86,7 @@ def test_what_earlier_results_have_in_full_is_not_in_the_queue(tmp_path):
         Result("methods", "rec", 256, 4, seed, "", [0, steps], [0.3, 0.4], {}, 1.0)
         for seed, steps in ((1, 300), (2, 25))
     )
-    data = tmp_path / "one_process.json"
+    data = tmp_path / "study.json"
     studied.write(plain(whole, short), data)
     jobs = [plan.Job("methods", "rec", 256, seed, steps=300) for seed in (1, 2, 3)]
     jobs += [plan.Job("methods", "rec", 256, 1, variant="lr1"), plan.Job("methods", "rec", 0, 1)]
@@ -169,7 +169,7 @@ def test_a_stretch_without_numbers_stays_a_gap(tmp_path):
     assert curves["gradient_norm"] == pytest.approx([1, np.nan, 3], nan_ok=True)
     kept = Result("staleness", "grpo", 0, 4, 1, "", [0, 5, 10, 15], [0.3] * 4, curves, 0.0)
     assert kept.mean("gradient_norm") == 2 and np.isnan(kept.mean("clipped"))
-    path = tmp_path / "one_process.json"
+    path = tmp_path / "study.json"
     studied.write(plain(kept), path)
     assert "NaN" not in path.read_text()
     _, (loaded,) = studied.load(path)
@@ -188,7 +188,7 @@ def test_page_from_results(tmp_path):
         )
         for seed in (1, 2, 3)
     ]
-    data = tmp_path / "results" / "one_process.json"
+    data = tmp_path / "results" / "study.json"
     studied.write(COMMON | {"runs": studied.plain(runs)}, data)
     assert json.loads(data.read_text())["machine"] == "a machine"
     common, loaded = studied.load(data)
@@ -196,15 +196,15 @@ def test_page_from_results(tmp_path):
 
     page = tmp_path / "results.md"
     page.write_text(PAGE)
-    assert pages.write([(common, loaded)], [], [], [], page) == ["claim"]
+    assert pages.write(common, loaded, [], [], page) == ["claim"]
     text = page.read_text()
     assert "| GRPO at s=256 below on-policy | 4.0 points |" in text
     assert "| of that gap recovered by M2PO | 75% [" in text
     assert "2% / 0.1% = 20 |" in text
-    assert text.count("Not run yet.") == 9
+    assert text.count("Not run yet.") == 8
     assert (tmp_path / "figures" / "results" / "claim.svg").is_file()
     written = page.read_text()
-    pages.write([(common, loaded)], [], [], [], page)
+    pages.write(common, loaded, [], [], page)
     assert page.read_text() == written, "writing again changes nothing"
 
 
@@ -220,26 +220,9 @@ def test_the_claim_at_another_learning_rate_has_its_own_table(tmp_path):
     ]
     page = tmp_path / "results.md"
     page.write_text(PAGE)
-    pages.write([(COMMON, at_half)], [], [], [], page)
+    pages.write(COMMON, at_half, [], [], page)
     section = page.read_text().split("<!-- half rate: begin -->")[1].split("<!--")[0]
     assert "1.2% / 0.03% = 40 |" in section and "| M2PO, s=256, learning rate 1.5e-05 | 3 |" in section
-
-
-def test_a_part_of_the_study_comes_from_the_first_file_that_has_it(tmp_path):
-    """Two files may be of other base models, whose runs must not share a table."""
-
-    def runs(loss, age, final, stage):
-        return [result(loss, age, seed, [final] * 5, "masked", stage=stage) for seed in (1, 2, 3)]
-
-    new = [*runs("grpo", 0, 0.7, "claim"), *runs("m2po", 256, 0.6, "claim")]
-    old = [*runs("grpo", 0, 0.5, "claim"), *runs("m2po", 256, 0.4, "claim"), *runs("m2po", 16, 0.45, "causes")]
-    page = tmp_path / "results.md"
-    page.write_text(PAGE)
-    pages.write([(COMMON, new), (COMMON, old)], [], [], [], page)
-    text = page.read_text()
-    claim, causes = (text.split(f"<!-- {name}: begin -->")[1].split("<!--")[0] for name in ("claim", "causes"))
-    assert "| M2PO, s=256 | 3 | 0.600 " in claim and "0.400" not in claim
-    assert "| nothing | 3 | 0.400 " in causes and "| data 16 updates old | 3 | 0.450 ± 0.000 | +5.00 " in causes
 
 
 def test_causes_are_measured_against_the_gap_of_the_claim():
@@ -257,15 +240,14 @@ def test_causes_are_measured_against_the_gap_of_the_claim():
 
 
 def test_methods_stand_in_the_order_of_their_accuracy_on_the_stalest_data(tmp_path):
-    def runs(loss, final, stage):
-        return [result(loss, age, seed, [0.3, final + age / 1e4], stage=stage) for age in (0, 256) for seed in (1, 2)]
+    def runs(loss, final, stage="methods"):
+        return [result(loss, 256, seed, [0.3, final], stage=stage) for seed in (1, 2)]
 
-    results = [*runs("grpo", 0.4, "staleness"), *runs("rec", 0.5, "methods"), *runs("oapl", 0.3, "methods")]
-    assert studied.by_accuracy(results, 256) == ["rec", "grpo", "oapl"]
-    assert [len(studied.of_method(results, "grpo", age)) for age in (0, 16, 256)] == [2, 0, 2]
-    lines = pages.methods(results)
+    results = [*runs("grpo", 0.4), *runs("rec", 0.5), *runs("oapl", 0.2)]
+    assert studied.by_accuracy(results, "methods", ["oapl", "grpo", "rec", "m2po"]) == ["rec", "grpo", "oapl"]
+    lines = pages.methods([*results, *runs("m2po", 0.9, "staleness")])
     assert [line.split(" ")[1] for line in lines[2:]] == ["`rec`", "`grpo`", "`oapl`"]
-    assert lines[0].startswith("| `loss=` | on-policy | s=256 | seeds |") and "| 2/2 |" in lines[2]
+    assert lines[0].startswith("| `loss=` | seeds | final accuracy, s=256 |") and lines[2].startswith("| `rec` | 2 |")
     assert pages.methods(runs("grpo", 0.4, "staleness")) == ["Not run yet."]
     assert pages.figures.save(results, tmp_path) == ["methods"]
 

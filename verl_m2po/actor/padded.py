@@ -1,5 +1,7 @@
 """Response tokens as rows of one length, cut out of what an engine packs."""
 
+from typing import Any
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -28,11 +30,12 @@ def padded_responses(packed: Tensor, data: TensorDict) -> Tensor:
 
 def _lengths(data: TensorDict) -> tuple[Tensor, Tensor, int]:
     """int64 [rows] of prompts and of responses, and how long a padded response is."""
-    prompt_ids, response_ids = data["prompts"], data["responses"]
+    prompt_ids: Any = data["prompts"]
+    response_ids: Any = data["responses"]
     if not prompt_ids.is_nested:
         attended = data["attention_mask"]
-        of_prompt, of_response = attended.split((prompt_ids.shape[1], response_ids.shape[1]), dim=1)
+        of_prompt, of_response = attended.split([prompt_ids.shape[1], response_ids.shape[1]], dim=1)
         return of_prompt.sum(1), of_response.sum(1), response_ids.shape[1]
     responses = response_ids.offsets().diff()
-    width = tu.get_non_tensor_data(data=data, key="max_response_len", default=-1)
+    width: Any = tu.get_non_tensor_data(data=data, key="max_response_len", default=-1)
     return prompt_ids.offsets().diff(), responses, int(responses.max()) if width < 0 else width
