@@ -12,6 +12,10 @@ from verl_m2po.actor.padded import padded_responses
 WIDTH = 6
 
 
+def random_values(prompts: torch.Tensor, responses: torch.Tensor) -> torch.Tensor:
+    return torch.randn(int((prompts + responses).sum()), generator=torch.Generator().manual_seed(0))
+
+
 def lengths(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of prompts and responses; one of these is as long as can be, and one empty."""
     print("seed", seed)
@@ -41,7 +45,7 @@ def padded_rows(prompts: torch.Tensor, responses: torch.Tensor) -> TensorDict:
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_are_verls(rows, seed):
     prompts, responses = lengths(seed)
-    data, values = rows(prompts, responses), torch.randn(int((prompts + responses).sum()))
+    data, values = rows(prompts, responses), random_values(prompts, responses)
     assert torch.equal(padded_responses(values, data), no_padding_2_padding(values, data))
     wide = rows(prompts, responses)
     tu.assign_non_tensor(wide, max_response_len=WIDTH if rows is padded_rows else WIDTH + 3)
