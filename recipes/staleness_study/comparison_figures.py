@@ -8,13 +8,13 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from staleness_study.comparison_plan import HOT_STAGE, STAGE
-from staleness_study.figures import NAMES
+from staleness_study.figures import NAMES, seeds_in_a_row
 from staleness_study.plan import STALEST
-from staleness_study.results import Result, select
+from staleness_study.results import Result
+from staleness_study.rivals import finals
 from verl_m2po.report.drawing.style import COLOURS, ON_POLICY, OTHERS, RC
 
 NAME = "comparison"
@@ -39,14 +39,13 @@ def draw(results: Sequence[Result], losses: Sequence[str], settings: Mapping[str
         left, right = figure.subplots(1, 2, width_ratios=(1.6, 1), sharey=True)
         for height, loss in enumerate(reversed(losses)):
             colour = COLOURS.get(loss, OTHERS[1])
-            _seeds(left, height + 0.12, select(results, STAGE, loss, STALEST), colour, colour)
+            seeds_in_a_row(left, height + 0.12, finals(results, STAGE, loss, STALEST), colour, colour)
             if setting := settings.get(loss):
-                _seeds(left, height - 0.18, select(results, STAGE, loss, STALEST, setting), colour, "white")
-            _seeds(
-                right, height, [run for run in results if run.stage == HOT_STAGE and run.loss == loss], colour, colour
-            )
-        if reference := select(results, STAGE, "grpo", 0):
-            left.axvline(float(np.mean([run.final for run in reference])), color=ON_POLICY, linestyle=(0, (4, 1.5)))
+                seeds_in_a_row(left, height - 0.18, finals(results, STAGE, loss, STALEST, setting), colour, "white")
+            hot = [run.final for run in results if run.stage == HOT_STAGE and run.loss == loss]
+            seeds_in_a_row(right, height, hot, colour, colour)
+        if reference := finals(results, STAGE, "grpo", 0):
+            left.axvline(float(np.mean(reference)), color=ON_POLICY, linestyle=(0, (4, 1.5)))
         left.set_yticks(range(len(losses)), [NAMES.get(loss, loss) for loss in reversed(losses)])
         left.set_ylim(-0.7, len(losses) - 0.3)
         left.set_xlabel("final accuracy")
@@ -54,14 +53,6 @@ def draw(results: Sequence[Result], losses: Sequence[str], settings: Mapping[str
         right.set_xlabel("final accuracy, 300 trainer steps")
         right.set_title("Ten times the learning rate")
         return figure
-
-
-def _seeds(axes: Axes, height: float, runs: Sequence[Result], colour: str, fill: str) -> None:
-    """The mean, with a bar from the lowest to the highest seed; nothing for no run."""
-    if runs:
-        finals = [run.final for run in runs]
-        axes.plot([min(finals), max(finals)], [height, height], color=colour, linewidth=1.6)
-        axes.plot(float(np.mean(finals)), height, "o", color=colour, markerfacecolor=fill, markersize=5.5)
 
 
 def save(results: Sequence[Result], losses: Sequence[str], settings: Mapping[str, str], folder: Path) -> list[str]:

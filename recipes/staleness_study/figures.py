@@ -220,7 +220,13 @@ def methods(results: Sequence[Result]) -> Figure | None:
         axes = figure.subplots()
         for height, loss in enumerate(losses):
             finals = [run.final for run in select(ran, "methods", loss, STALEST)]
-            _seeds_in_a_row(axes, height, finals, COLOURS.get(loss, OTHERS[1]), base)
+            colour = COLOURS.get(loss, OTHERS[1])
+            if (mean := float(np.mean(finals))) < base:
+                at = f"\N{LEFTWARDS ARROW} {mean:.2f}"
+                style = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": colour}
+                axes.annotate(at, (base, height), (4, 0), **style)
+            else:
+                seeds_in_a_row(axes, height, finals, colour, colour)
         axes.set_yticks(range(len(losses)), losses)
         axes.set_ylim(-0.7, len(losses) - 0.3)
         axes.set_xlim(left=base)
@@ -232,15 +238,11 @@ def methods(results: Sequence[Result]) -> Figure | None:
         return figure
 
 
-def _seeds_in_a_row(axes: Axes, height: int, finals: Sequence[float], colour: str, edge: float) -> None:
-    """A dot with a bar from the lowest to the highest seed; its number where it lies left of `edge`."""
-    mean = float(np.mean(finals))
-    if mean < edge:
-        text = f"\N{LEFTWARDS ARROW} {mean:.2f}"
-        axes.annotate(text, (edge, height), (4, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
-        return
-    axes.plot([min(finals), max(finals)], [height, height], color=colour, linewidth=1.8)
-    axes.plot(mean, height, "o", color=colour, markersize=5)
+def seeds_in_a_row(axes: Axes, height: float, finals: Sequence[float], colour: str, fill: str) -> None:
+    """The mean, with a bar from the lowest to the highest seed; nothing for no seed."""
+    if finals:
+        axes.plot([min(finals), max(finals)], [height, height], color=colour, linewidth=1.6)
+        axes.plot(float(np.mean(finals)), height, "o", color=colour, markerfacecolor=fill, markersize=5.5)
 
 
 def wall_clock(results: Sequence[Result]) -> Figure | None:
