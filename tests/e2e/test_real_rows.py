@@ -8,7 +8,7 @@ import pytest
 
 from verl_m2po.tasks.prepare import prepare
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.workload, pytest.mark.timeout(900)]
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 

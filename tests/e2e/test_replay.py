@@ -17,6 +17,7 @@ STEPS = 5
 @pytest.mark.feature("an entropy bonus", mode="replay")
 @pytest.mark.feature("`ppo_epochs=2`", mode="replay")
 @pytest.mark.feature("validation while training", mode="replay")
+@pytest.mark.workload
 def test_part_of_each_batch_is_generated_and_the_rest_are_earlier_successes(train):
     """Adapters, two epochs: four updates a step and a window of eight; a rollout may be trained for two more steps."""
     window_updates = 8
@@ -76,6 +77,7 @@ def test_on_separate_devices_no_group_is_twice_in_a_batch_nor_older_than_its_win
 @pytest.mark.feature("a journal", mode="replay")
 @pytest.mark.feature("a reference model, KL in the loss", mode="replay")
 @pytest.mark.feature("resuming from a checkpoint", mode="replay")
+@pytest.mark.workload
 @pytest.mark.timeout(1500)  # two runs
 def test_remix_moves_its_reference_and_begins_anew_and_goes_on_from_there_after_a_crash(train, tmp_path):
     """Two updates a step and a window of four; the share falls from the second step on, step 4 begins anew.

@@ -36,6 +36,7 @@ def test_an_exact_age_that_cannot_be_kept_ends_the_run_and_is_the_last_thing_sai
     assert "ended with an error" in what and "StalenessViolation: trainer step 1 would make 4 optimizer updates" in why
 
 
+@pytest.mark.workload
 def test_a_bound_counts_the_updates_that_are_really_made(train, twice, tmp_path):
     ledger = tmp_path / "ledger.jsonl"
     result = train(
