@@ -126,7 +126,7 @@ study: $(STAMP) ## Run the staleness study, or go on with it, and write docs/res
 	$(WORKSHOP) -m staleness_study run $(if $(RUNS),--most $(RUNS))
 	$(WORKSHOP) -m staleness_study results
 
-study-verl: $(STAMP) ## The study's four runs through verl itself, each from its last checkpoint on
+study-verl: $(STAMP) ## The study's runs through verl itself, four at each of two rates, each from its last checkpoint on
 	$(WORKSHOP) -m staleness_study verl
 
 study-replay: $(STAMP) ## The study's runs that train each rollout several times, and the table of docs/replay.md

@@ -1,7 +1,7 @@
 """`python -m staleness_study`: run the staleness study, or go on with it, and write docs/results.md."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from staleness_study import comparison_plan, long_plan, plan, prosperity_plan, replay_plan, tried_plan
-from staleness_study.plan import REPLAY_CLOCK, WALL_CLOCK, Job
+from staleness_study.plan import REPLAY_CLOCK, VERL, VERL_HOT, WALL_CLOCK, Job
 from staleness_study.step_times import StepTimes
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -25,7 +25,7 @@ COMPARISON_DATA, STEP_TIMES = Path("results/comparison.json"), Path("results/ste
 TRIED_DATA = {plan.ARITHMETIC: Path("results/tried.json"), long_plan.CONFIG: Path("results/tried_long.json")}
 REPLAY_CLOCK_DATA = Path(f"results/{REPLAY_CLOCK}.json")
 # Of runs through verl, by stage, which is also their folder's name
-VERL_DATA = {stage: Path(f"results/{stage}.json") for stage in ("verl", WALL_CLOCK)}
+VERL_DATA = {stage: Path(f"results/{stage}.json") for stage in (VERL, VERL_HOT, WALL_CLOCK)}
 Known = Annotated[
     Path | None,
     typer.Option(help="JSON of earlier results: what is in it is left out. The results then take `--keep`."),
@@ -307,12 +307,20 @@ def verl(
         bool, typer.Option(help="stale_k_separate against sync instead, for the time to an accuracy.")
     ] = False,
 ) -> None:
-    """The four runs that carry the claim, through verl itself, one at a time, each from its last checkpoint on."""
+    """The four runs that carry the claim, through verl itself, one at a time, each from its last checkpoint on.
+
+    Then four at ten times the learning rate.
+    """
     from staleness_study import verl_runs
 
-    conditions, pace = (verl_runs.WALL_CLOCK, verl_runs.EVEN) if wall_clock else (verl_runs.CLAIM, None)
-    folder = out / (WALL_CLOCK if wall_clock else "verl")
-    _finish(verl_runs.run_verl(folder, Console(), conditions, range(1, seeds + 1), pace=pace))
+    def run(stage: str, conditions: Sequence[verl_runs.Condition], **settings: Any) -> list[str]:
+        return verl_runs.run_verl(out / stage, Console(), conditions, range(1, seeds + 1), **settings)
+
+    if wall_clock:
+        _finish(run(WALL_CLOCK, verl_runs.WALL_CLOCK, pace=verl_runs.EVEN))
+        return
+    failed = run(VERL, verl_runs.CLAIM)
+    _finish([*failed, *run(VERL_HOT, verl_runs.HOT, more=verl_runs.HOT_OVERRIDES)])
 
 
 @app.command()
@@ -335,7 +343,7 @@ def results(
         if collect and (out / stage).is_dir():
             _put(collect_verl(out / stage, stage), page.parent / path, keep)
         through_verl[stage] = studied.load(page.parent / path)[1] if (page.parent / path).exists() else []
-    pages.write(*studied.load(data), through_verl["verl"], through_verl[WALL_CLOCK], page)
+    pages.write(*studied.load(data), through_verl, page)
     typer.echo(f"written: {page}, {data}")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from staleness_study import exact, replay_plan
-from staleness_study.plan import REPLAY_CLOCK, WALL_CLOCK, Job
+from staleness_study.plan import REPLAY_CLOCK, VERL, VERL_HOT, WALL_CLOCK, Job
 from staleness_study.results import PROMPTS, SCORE, SECONDS, SEPARATE, SHARED, Result, plain
 from staleness_study.run import CONFIG_FILES, LOG, RECORD, is_whole
 from staleness_study.verl_runs import REPLAY_CLOCK as CONDITIONS
@@ -90,7 +90,7 @@ def _read(
     times = {SECONDS: _seconds(run, steps)} if stage in (WALL_CLOCK, REPLAY_CLOCK) else {}
     if stage == replay_plan.STAGE:
         times = {PROMPTS: [float(run.series(ADMITTED).loc[:step].sum()) for step in steps[1:]]}
-    wanted = CURVES | ({SCORE: metrics.TRAINING_SCORE} if stage == "verl" else {})
+    wanted = CURVES | ({SCORE: metrics.TRAINING_SCORE} if stage in (VERL, VERL_HOT) else {})
     return Result(
         stage,
         loss or known.loss or "unknown",
@@ -143,7 +143,7 @@ def _options(record: dict[str, Any]) -> Iterator[str]:
             yield override
 
 
-def collect_verl(out: Path, stage: str = "verl") -> dict[str, Any]:
+def collect_verl(out: Path, stage: str) -> dict[str, Any]:
     """The runs through verl under `out`, also those that are not finished."""
     results = [_read(path.parent, stage) for path in sorted(out.glob(f"*/{LOG}"))]
     return {"runs": plain(results)}

@@ -2,18 +2,20 @@
 
 from collections.abc import Iterable, Iterator
 
-from staleness_study.plan import CLAIM, FEW_SEEDS, SEEDS, STALEST, TRIAL_SEED, Job
+from staleness_study.plan import CLAIM, FEW_SEEDS, SEEDS, STALEST, SWEEP_SEEDS, TRIAL_SEED, Job
 
 STAGE, TRIAL_STAGE = "long", "long_rate"
 CONFIG = "column_addition_staleness"
 STEPS = 200
 # Of these the one is taken at which GRPO clips about 1% at the largest staleness, as in the paper.
 TRIAL_LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
-AGES = (STALEST, 64, 0)
 # What was better than M2PO on short responses, with as many seeds as the claim
 BETTER = (("topr", STALEST), ("m2po_tapered", STALEST))
 # Compared with the claim's own
 RIVALS = ("gspo", "vespo", "ctpo", "drpo", "vcpo", "dppo", "decoupled_ppo")
+# At the age between, with the claim's own methods, as many seeds as have an interval: the best of them are close
+BETWEEN, CLOSE = 64, ("vespo",)
+AGES = (STALEST, BETWEEN, 0)
 
 Condition = tuple[str, int]
 """(loss, staleness in optimizer updates)."""
@@ -36,8 +38,10 @@ def jobs() -> list[Job]:
     """All runs: the claim with every seed, then its rivals, age by age, with fewer."""
     own = tuple(dict.fromkeys(loss for loss, _ in (*CLAIM, *BETTER)))
     rest = [(loss, updates) for updates in AGES for loss in (*own, *RIVALS)]
+    between = [(loss, BETWEEN) for loss in (*own, *CLOSE)]
 
     def seeds_of(chosen: Iterable[Condition], seeds: Iterable[int]) -> Iterator[Job]:
         yield from (job(condition, seed) for seed in seeds for condition in chosen)
 
-    return list(dict.fromkeys([*trials(), *seeds_of((*CLAIM, *BETTER), SEEDS), *seeds_of(rest, FEW_SEEDS)]))
+    claim = seeds_of((*CLAIM, *BETTER), SEEDS)
+    return list(dict.fromkeys([*trials(), *claim, *seeds_of(rest, FEW_SEEDS), *seeds_of(between, SWEEP_SEEDS)]))

@@ -1,6 +1,6 @@
 """The tables of docs/results.md. What stands between its markers is written here; the text around it is by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from staleness_study.plan import (
     STALEST,
     THRESHOLDS,
     TRIAL_LEARNING_RATES,
+    VERL,
+    VERL_HOT,
+    WALL_CLOCK,
 )
 from staleness_study.results import FINAL_POINTS, SEPARATE, Result, by_accuracy, select
 
@@ -237,16 +240,15 @@ def provenance(data: dict[str, Any], results: Sequence[Result], command: str = "
     ]
 
 
-def through_verl(results: Sequence[Result]) -> list[str]:
-    """The runs through verl, those that are not finished too."""
+def through_verl(results: Sequence[Result], stage: str) -> list[str]:
+    """The runs of a stage through verl, those that are not finished too."""
     if not results:
         return ["Not run yet."]
-    rows = conditions(results, "verl")
     steps = sorted({result.steps[-1] for result in results})
     return [
         f"Trainer steps so far: {', '.join(map(str, steps))}; {results[0].updates_per_step} updates each.",
         "",
-        *rows,
+        *conditions(results, stage),
     ]
 
 
@@ -279,17 +281,17 @@ def _mode(run: Result) -> str:
 
 
 def write(
-    data: dict[str, Any], results: Sequence[Result], verl: Sequence[Result], timed: Sequence[Result], page: Path
+    data: dict[str, Any], results: Sequence[Result], verl: Mapping[str, Sequence[Result]], page: Path
 ) -> list[str]:
     """Bring the marked sections of `page`, and the figures beside it, up to date; names of the figures.
 
     Args:
         data: What the runs on the bench have in common.
         results: Of these.
-        verl: Of the runs through verl.
-        timed: Of those whose time is compared.
+        verl: Of the runs through verl, by stage: `VERL`, `VERL_HOT` and `WALL_CLOCK`.
         page: A Markdown file with all the markers.
     """
+    timed = verl.get(WALL_CLOCK, ())
     drawn = figures.save([*results, *timed], page.parent / "figures" / "results")
     shown = {name: f"![{CAPTIONS[name]}](figures/results/{name}.svg)\n\n*{CAPTIONS[name]}*\n" for name in drawn}
     sections = {
@@ -302,7 +304,8 @@ def write(
         "learning rates": learning_rates(results),
         "thresholds": thresholds(results),
         "causes": causes(results),
-        "through verl": through_verl(verl),
+        "through verl": through_verl(verl.get(VERL, ()), VERL),
+        "through verl, hot": through_verl(verl.get(VERL_HOT, ()), VERL_HOT),
         "wall clock": wall_clock(timed),
         "claim figure": [shown[name] for name in drawn if name == "claim"],
         "methods figure": [shown[name] for name in drawn if name == "methods"],

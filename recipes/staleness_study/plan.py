@@ -27,7 +27,9 @@ HOT_LEARNING_RATES = (1.5e-4, 3e-4)
 # At which other methods are tried too
 HOT_RATE = max(HOT_LEARNING_RATES)
 THRESHOLDS = (0.01, 0.02, 0.08, 0.16)
-# Stage of the runs through verl whose time is compared
+# Stages of the runs through verl: at the study's learning rate, and at `HOT_RATE`
+VERL, VERL_HOT = "verl", "verl_hot"
+# Stage of those whose time is compared
 WALL_CLOCK = "wall_clock"
 REPLAY_CLOCK = "replay_wall_clock"
 THRESHOLD = "actor_rollout_ref.actor.policy_loss.m2po.threshold"

@@ -15,7 +15,7 @@ from pages import processor
 from rich.console import Console
 
 from benchmarks.paced import SECONDS_PER_TOKEN, SECONDS_PER_UPDATE
-from staleness_study import exact
+from staleness_study import exact, plan
 from staleness_study.run import RECORD, last_step
 from verl_m2po.cli import quickstart
 from verl_m2po.one_process.setup import CONFIG, RECIPE
@@ -65,6 +65,12 @@ CLAIM = (
     *(Condition("grpo", "on_policy"), Condition("m2po", "s256")),
     *(Condition("grpo", "s256"), Condition("no_trust_region", "s256")),
 )
+# At a learning rate at which methods differ within `STEPS`
+HOT = (
+    *(Condition("m2po_tapered", "s256"), Condition("grpo", "s256")),
+    *(Condition("grpo", "on_policy"), Condition("m2po", "s256")),
+)
+HOT_OVERRIDES = (f"actor_rollout_ref.actor.optim.lr={plan.HOT_RATE}",)
 # Separate devices, where the generation of one batch overlaps the training of another, against sync
 WALL_CLOCK = (Condition("grpo", "on_policy"), Condition("m2po", "s256_separate"), Condition("m2po", "s16_separate"))
 # About as much in all for either part

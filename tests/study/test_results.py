@@ -28,6 +28,7 @@ PAGE = "\n".join(
             "thresholds",
             "causes",
             "through verl",
+            "through verl, hot",
             "wall clock",
         ),
         *("methods", "methods figure", "claim figure", "wall clock figure", "other figures"),
@@ -196,15 +197,15 @@ def test_page_from_results(tmp_path):
 
     page = tmp_path / "results.md"
     page.write_text(PAGE)
-    assert pages.write(common, loaded, [], [], page) == ["claim"]
+    assert pages.write(common, loaded, {}, page) == ["claim"]
     text = page.read_text()
     assert "| GRPO at s=256 below on-policy | 4.0 points |" in text
     assert "| of that gap recovered by M2PO | 75% [" in text
     assert "2% / 0.1% = 20 |" in text
-    assert text.count("Not run yet.") == 8
+    assert text.count("Not run yet.") == 9
     assert (tmp_path / "figures" / "results" / "claim.svg").is_file()
     written = page.read_text()
-    pages.write(common, loaded, [], [], page)
+    pages.write(common, loaded, {}, page)
     assert page.read_text() == written, "writing again changes nothing"
 
 
@@ -220,7 +221,7 @@ def test_the_claim_at_another_learning_rate_has_its_own_table(tmp_path):
     ]
     page = tmp_path / "results.md"
     page.write_text(PAGE)
-    pages.write(COMMON, at_half, [], [], page)
+    pages.write(COMMON, at_half, {}, page)
     section = page.read_text().split("<!-- half rate: begin -->")[1].split("<!--")[0]
     assert "1.2% / 0.03% = 40 |" in section and "| M2PO, s=256, learning rate 1.5e-05 | 3 |" in section
 
