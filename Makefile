@@ -90,7 +90,7 @@ gpu-check: ## What needs a GPU: decision, losses, speed, then runs (at most eigh
 recipes: $(STAMP) ## Two real steps of every recipe on the CPU, and of verl's own asynchronous modes (about a quarter of an hour)
 	$(BIN)/python -m pytest -m recipe tests/e2e
 
-workloads: $(STAMP) ## Images, judges, a tool to be learnt, replay with what it composes with: real runs on the CPU (about half an hour)
+workloads: $(STAMP) ## Images, judges, a tool to be learnt, replay with what it composes with: real runs on the CPU (13 starts of verl)
 	$(BIN)/python -m pytest -m workload tests/e2e $(PYTEST_ARGS)
 
 faults: $(STAMP) ## Kill processes of real runs, check what was trained on (SEEDS=, KILLS=, CHAIN_SEED=, FAULTS_OUT=; about two hours)

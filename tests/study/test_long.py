@@ -27,6 +27,9 @@ def test_every_run_has_its_own_folder_and_is_of_the_long_task(tmp_path):
 def test_the_claim_has_every_seed_and_its_rivals_are_options_of_the_group_loss():
     seeds = Counter((job.loss, job.staleness_updates) for job in long_plan.jobs() if job.stage == long_plan.STAGE)
     assert all(seeds[condition] == len(plan.SEEDS) for condition in plan.CLAIM)
+    assert min(seeds.values()) == len(plan.FEW_SEEDS)
+    third = {loss for (loss, updates), count in seeds.items() if updates == 64 and count == len(plan.SWEEP_SEEDS)}
+    assert third == {"grpo", "m2po", "no_trust_region", "topr", "m2po_tapered", "vespo"}
     options = {path.stem for path in (CONFIG_FILES / "loss").glob("*.yaml")}
     assert {name for name, _ in seeds} <= options
 
