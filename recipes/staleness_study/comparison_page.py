@@ -53,7 +53,7 @@ def grid_table(results: Sequence[Result]) -> list[str]:
         for variant in ("", *alternatives):
             for run in select(results, GRID, loss, STALEST, variant):
                 left_out = [run.mean(run.left_out_name)] if run.left_out_name in run.curves else []
-                setting = "preset" if not variant else " ".join(_short(part) for part in alternatives[variant])
+                setting = " ".join(rivals.setting(loss, variant)) or "preset"
                 mark = "taken" if chosen.get(loss) == variant else ""
                 rows.append([pages.name_of(loss), setting, f"{run.final:.3f}", pages.percent(left_out), mark])
     return pages.table(["", "setting", "final accuracy", "clipped or masked", ""], rows) if rows else ["Not run yet."]
@@ -89,10 +89,9 @@ def oldest_table(results: Sequence[Result]) -> list[str]:
     rows = []
     for loss, variant in sorted(ran, key=lambda key: (-np.mean([run.final for run in by_setting[key]]), key)):
         runs = by_setting[loss, variant]
-        setting = [_short(part) for part in ALTERNATIVES[loss][variant]] if variant else []
         rows.append(
             [
-                " ".join([pages.name_of(loss), *setting]),
+                " ".join([pages.name_of(loss), *rivals.setting(loss, variant)]),
                 str(len(runs)),
                 pages.accuracy_of([run.final for run in runs]),
                 pages.percent([run.mean(run.left_out_name) for run in runs]),
@@ -119,11 +118,6 @@ def ages_table(results: Sequence[Result]) -> list[str]:
 def _step_time(times: StepTimes | None, loss: str) -> str:
     ratio = times.against_base(loss) if times else None
     return "-" if ratio is None else f"{ratio:.2f}"
-
-
-def _short(override: str) -> str:
-    key, _, value = override.partition("=")
-    return f"`{key.rpartition('.')[2]}={value}`"
 
 
 def write(data: dict[str, Any], results: Sequence[Result], page: Path, times: StepTimes | None = None) -> None:

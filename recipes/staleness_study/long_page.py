@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pages import replace_section
 
 from staleness_study import page as pages
 from staleness_study import rivals
-from staleness_study.long_plan import AGES, STAGE, TRIAL_STAGE
+from staleness_study.long_plan import AGES, SETTINGS, STAGE, TRIAL_STAGE
 from staleness_study.plan import STALEST
 from staleness_study.results import Result, by_accuracy, select
 
@@ -33,6 +34,32 @@ def rivals_table(results: Sequence[Result]) -> list[str]:
     return pages.table(["", "seeds", *ages, *rivals.HEADER, "collapse step"], rows) if rows else ["Not run yet."]
 
 
+def settings_table(results: Sequence[Result]) -> list[str]:
+    """A row for each method at the setting that the grid on short responses took, the best first."""
+    runs = {loss: select(results, STAGE, loss, STALEST, variant) for loss, variant in SETTINGS.items()}
+    finals = {loss: [run.final for run in found] for loss, found in runs.items() if found}
+    rows = [
+        [
+            " ".join([pages.name_of(loss), *rivals.setting(loss, SETTINGS[loss])]),
+            str(len(finals[loss])),
+            pages.accuracy_of(finals[loss]),
+            pages.points_against(runs[loss], select(results, STAGE, loss, STALEST)),
+            pages.percent([run.mean(run.left_out_name) for run in runs[loss]]),
+            pages.collapse(runs[loss]),
+        ]
+        for loss in sorted(finals, key=lambda loss: (-np.mean(finals[loss]), loss))
+    ]
+    header = [
+        "",
+        "seeds",
+        f"s={STALEST}",
+        "points against its preset, same seeds",
+        "clipped or masked",
+        "collapse step",
+    ]
+    return pages.table(header, rows) if rows else ["Not run yet."]
+
+
 def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
     """Bring the marked section of `page` up to date.
 
@@ -49,6 +76,10 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
         *pages.claim(results, STAGE),
         "",
         *rivals_table(results),
+        "",
+        "At the settings that the grid on short responses took, where that is not the preset:",
+        "",
+        *settings_table(results),
         "",
         *pages.provenance(data, results, "python -m staleness_study long"),
     ]

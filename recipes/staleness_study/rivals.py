@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from staleness_study import page as pages
+from staleness_study.comparison_plan import ALTERNATIVES
 from staleness_study.plan import STALEST
 from staleness_study.results import Result, select
 
@@ -15,6 +16,13 @@ HEADER = (f"of GRPO's gap recovered at s={STALEST}", "clipped or masked", "effec
 def finals(results: Sequence[Result], stage: str, loss: str, age: int, variant: str = "") -> list[float]:
     """Final accuracies of a method's seeds, on data `age` updates old."""
     return [run.final for run in select(results, stage, loss, age, variant)]
+
+
+def setting(loss: str, variant: str) -> list[str]:
+    """What a key of `ALTERNATIVES` sets, such as ``threshold=0.16``; nothing for that of the preset."""
+    overrides = ALTERNATIVES[loss][variant] if variant else ()
+    keys = [override.partition("=") for override in overrides]
+    return [f"`{key.rpartition('.')[2]}={value}`" for key, _, value in keys]
 
 
 def cells(results: Sequence[Result], stage: str, loss: str) -> list[str]:

@@ -2,13 +2,16 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from staleness_study import collect, long_page, long_plan, plan
+from staleness_study import collect, comparison_page, comparison_plan, long_page, long_plan, plan
 from staleness_study import run as driver
-from staleness_study.results import Result
+from staleness_study.results import Result, load
 from staleness_study.run import CONFIG_FILES
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def result(stage: str, loss_name: str, updates: int, seed: int, variant: str = "") -> Result:
@@ -25,13 +28,29 @@ def test_every_run_has_its_own_folder_and_is_of_the_long_task(tmp_path):
 
 
 def test_the_claim_has_every_seed_and_its_rivals_are_options_of_the_group_loss():
-    seeds = Counter((job.loss, job.staleness_updates) for job in long_plan.jobs() if job.stage == long_plan.STAGE)
+    presets = [job for job in long_plan.jobs() if job.stage == long_plan.STAGE and not job.variant]
+    seeds = Counter((job.loss, job.staleness_updates) for job in presets)
     assert all(seeds[condition] == len(plan.SEEDS) for condition in plan.CLAIM)
-    assert min(seeds.values()) == len(plan.FEW_SEEDS)
-    third = {loss for (loss, updates), count in seeds.items() if updates == 64 and count == len(plan.SWEEP_SEEDS)}
-    assert third == {"grpo", "m2po", "no_trust_region", "topr", "m2po_tapered", "vespo"}
+    assert {count for (_, updates), count in seeds.items() if updates == plan.STALEST} == {len(plan.SEEDS)}
+    assert min(seeds.values()) == len(plan.SWEEP_SEEDS)
     options = {path.stem for path in (CONFIG_FILES / "loss").glob("*.yaml")}
     assert {name for name, _ in seeds} <= options
+
+
+def test_settings_are_those_that_the_grid_on_short_responses_took():
+    settings = comparison_page.best_settings(load(REPOSITORY / "docs" / "results" / "comparison.json")[1])
+    here = {job.loss for job in long_plan.jobs()}
+    assert {loss: setting for loss, setting in settings.items() if setting and loss in here} == long_plan.SETTINGS
+    ran = [job for job in long_plan.jobs() if job.variant and job.stage == long_plan.STAGE]
+    assert {(job.loss, job.variant) for job in ran} == set(long_plan.SETTINGS.items())
+    assert all(job.overrides == comparison_plan.ALTERNATIVES[job.loss][job.variant] for job in ran)
+
+
+def test_a_setting_is_compared_with_its_preset_on_the_same_seeds():
+    preset = [result(long_plan.STAGE, "grpo", 256, seed) for seed in (1, 2, 3)]
+    wide = [replace(run, variant="clip0.8_0.8", accuracy=[0.34, 0.5, 0.6]) for run in preset[:2]]
+    rows = long_page.settings_table([*preset, *wide])[2:]
+    assert rows == ["| GRPO `clip_ratio_low=0.8` `clip_ratio_high=0.8` | 2 | 0.480 | +6.67 | 1% | none |"]
 
 
 def test_what_a_run_depends_on_is_that_of_its_own_task():
