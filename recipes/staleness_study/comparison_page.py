@@ -1,14 +1,14 @@
 """The tables of docs/results.md that compare M2PO with its rivals, each as published and at the best of a grid."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pages import replace_section
 
-from staleness_study import comparison_figures, rivals
 from staleness_study import page as pages
+from staleness_study import rival_figures, rivals
 from staleness_study.comparison_plan import (
     AGES_STAGE,
     ALTERNATIVES,
@@ -21,9 +21,14 @@ from staleness_study.comparison_plan import (
 )
 from staleness_study.plan import STALEST, STEPS
 from staleness_study.results import Result, by_accuracy, select
+from staleness_study.rival_figures import Panel
 from staleness_study.step_times import StepTimes
 
 SECTION, GRID_SECTION = "comparison", "grid"
+CAPTION = (
+    f"Final accuracy on data {STALEST} updates old: each method as published (dot) and at the best of its grid "
+    "(circle); bars: lowest to highest seed; line: GRPO on-policy. Right: at ten times the learning rate."
+)
 
 
 def best_settings(results: Sequence[Result]) -> dict[str, str]:
@@ -120,6 +125,27 @@ def _step_time(times: StepTimes | None, loss: str) -> str:
     return "-" if ratio is None else f"{ratio:.2f}"
 
 
+def panels(results: Sequence[Result]) -> list[Panel]:
+    """Of the figure: the stalest data, and ten times the learning rate."""
+
+    def of_stage(stage: str, settings: Mapping[str, str]) -> dict[str, list[float]]:
+        return {loss: rivals.finals(results, stage, loss, STALEST, setting) for loss, setting in settings.items()}
+
+    presets = dict.fromkeys(ALTERNATIVES, "")
+    chosen = {loss: setting for loss, setting in best_settings(results).items() if setting}
+    hot = {loss: [run.final for run in results if (run.stage, run.loss) == (HOT_STAGE, loss)] for loss in presets}
+    return [
+        Panel(
+            f"Data {STALEST} updates old",
+            of_stage(STAGE, presets),
+            of_stage(STAGE, chosen),
+            rivals.finals(results, STAGE, "grpo", 0),
+            width=1.6,
+        ),
+        Panel("Ten times the learning rate", hot, label="final accuracy, 300 trainer steps"),
+    ]
+
+
 def write(data: dict[str, Any], results: Sequence[Result], page: Path, times: StepTimes | None = None) -> None:
     """Bring the marked sections of `page` up to date.
 
@@ -133,7 +159,7 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path, times: St
     about = pages.provenance(data, results, "python -m staleness_study compare")
     hot = ["At ten times the learning rate:", "", *pages.conditions(results, HOT_STAGE)]
     folder = page.parent / "figures" / "results"
-    shown = comparison_figures.save(results, _by_accuracy(results), best_settings(results), folder)
+    shown = rival_figures.save(rival_figures.draw(_by_accuracy(results), panels(results)), SECTION, CAPTION, folder)
     oldest = [f"On data {OLDEST} updates old:", "", *oldest_table(results)]
     ages = [f"By age, after {STEPS} trainer steps:", "", *ages_table(results)]
     costs = ["", times.provenance] if times else []

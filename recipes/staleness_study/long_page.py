@@ -8,18 +8,42 @@ import numpy as np
 from pages import replace_section
 
 from staleness_study import page as pages
-from staleness_study import rivals
-from staleness_study.long_plan import AGES, SETTINGS, STAGE, TRIAL_STAGE
+from staleness_study import rival_figures, rivals
+from staleness_study.long_plan import AGES, OWN, SETTINGS, STAGE, TRIAL_STAGE
 from staleness_study.plan import STALEST
 from staleness_study.results import Result, by_accuracy, select
+from staleness_study.rival_figures import Panel
 
 SECTION = "long"
+CAPTION = (
+    "Final accuracy on long responses by the age of the data: each method as published (dot) and at the setting that "
+    "the grid on short responses took (circle); bars: lowest to highest seed; line: GRPO on-policy."
+)
+
+
+def _by_accuracy(results: Sequence[Result]) -> list[str]:
+    return by_accuracy(results, STAGE, sorted({run.loss for run in results if run.stage == STAGE}))
+
+
+def panels(results: Sequence[Result]) -> list[Panel]:
+    """Of the figure: an age each."""
+    losses, reference = _by_accuracy(results), rivals.finals(results, STAGE, "grpo", 0)
+    chosen = {loss: rivals.finals(results, STAGE, loss, STALEST, variant) for loss, variant in SETTINGS.items()}
+    return [
+        Panel(
+            f"Data {age} updates old" if age else "On-policy",
+            {loss: rivals.finals(results, STAGE, loss, age) for loss in losses},
+            chosen if age == STALEST else {},
+            reference,
+        )
+        for age in AGES
+    ]
 
 
 def rivals_table(results: Sequence[Result]) -> list[str]:
     """A row for each method, the best on the stalest data first, with what has run of each age."""
     rows = []
-    for loss in by_accuracy(results, STAGE, sorted({run.loss for run in results if run.stage == STAGE})):
+    for loss in _by_accuracy(results):
         of_age = [rivals.finals(results, STAGE, loss, age) for age in AGES]
         rows.append(
             [
@@ -68,12 +92,15 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
         results: Of both stages, the trials of the learning rate and what came of them.
         page: docs/results.md.
     """
+    figure = rival_figures.draw(_by_accuracy(results), panels(results), one_scale=True)
     lines = [
+        *rival_figures.save(figure, SECTION, CAPTION, page.parent / "figures" / "results"),
         "Learning rates that were tried, GRPO on the stalest data:",
         "",
         *pages.conditions(results, TRIAL_STAGE),
         "",
-        *pages.claim(results, STAGE),
+        # Of the others it is in their table.
+        *pages.claim([run for run in results if run.loss in OWN], STAGE),
         "",
         *rivals_table(results),
         "",

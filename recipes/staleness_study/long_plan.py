@@ -12,7 +12,8 @@ STEPS = 200
 TRIAL_LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 # What was better than M2PO on short responses, with as many seeds as the claim
 BETTER = (("topr", STALEST), ("m2po_tapered", STALEST))
-# Compared with the claim's own
+OWN = tuple(dict.fromkeys(loss for loss, _ in (*CLAIM, *BETTER)))
+# Compared with these
 RIVALS = ("gspo", "vespo", "ctpo", "drpo", "vcpo", "dppo", "decoupled_ppo")
 AGES = (STALEST, 64, 0)
 # What the grid on short responses found better than the preset (`comparison_page.best_settings`): chosen there, on a
@@ -50,8 +51,7 @@ def jobs() -> list[Job]:
 
     Those are as many seeds as on short responses: five on the stalest data, three on younger data and of settings.
     """
-    own = tuple(dict.fromkeys(loss for loss, _ in (*CLAIM, *BETTER)))
-    stalest, *younger = ([(loss, updates) for loss in (*own, *RIVALS)] for updates in AGES)
+    stalest, *younger = ([(loss, updates) for loss in (*OWN, *RIVALS)] for updates in AGES)
 
     def seeds_of(chosen: Iterable[Condition], seeds: Iterable[int]) -> Iterator[Job]:
         yield from (job(condition, seed) for seed in seeds for condition in chosen)

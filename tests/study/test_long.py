@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from staleness_study import collect, comparison_page, comparison_plan, long_page, long_plan, plan
+from staleness_study import collect, comparison_page, comparison_plan, long_page, long_plan, plan, rival_figures
 from staleness_study import run as driver
 from staleness_study.results import Result, load
 from staleness_study.run import CONFIG_FILES
@@ -66,17 +66,45 @@ def test_the_best_method_on_the_stalest_data_comes_first():
     assert [row.split(" | ")[:2] for row in rows] == [["| `topr`", "1/0/0"], ["| M2PO", "1/1/0"]]
 
 
+def test_the_figure_has_every_age_and_the_settings_on_the_stalest_data_alone():
+    runs = [result(long_plan.STAGE, "grpo", age, 1) for age in (256, 64, 0)]
+    wide = replace(runs[0], variant="clip0.8_0.8", accuracy=[0.34, 0.5, 0.6])
+    stalest, between, fresh = long_page.panels([*runs, wide])
+    assert [panel.published for panel in (stalest, between, fresh)] == [{"grpo": [runs[0].final]}] * 3
+    assert stalest.chosen["grpo"] == [wide.final] and not between.chosen and not fresh.chosen
+    assert [panel.reference for panel in (stalest, between, fresh)] == [[runs[2].final]] * 3
+    figure = rival_figures.draw(["grpo"], [stalest, between, fresh], one_scale=True)
+    assert figure and len({axes.get_xlim() for axes in figure.axes}) == 1
+    dots = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert dots == [runs[0].final, wide.final]
+
+
+def test_the_table_of_the_claim_leaves_the_rivals_to_their_own(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- long: begin -->\n<!-- long: end -->\n")
+    runs = [
+        replace(result(long_plan.STAGE, loss, age, seed), accuracy=[0.34, 0.4, 0.5 + gain])
+        for loss, age, gain in (("grpo", 0, 0.1), ("grpo", 256, 0.0), ("m2po", 256, 0.05), ("vespo", 256, 0.08))
+        for seed in (1, 2, 3)
+    ]
+    long_page.write({"config": long_plan.CONFIG, "versions": {}, "machine": "a machine"}, runs, page)
+    written = page.read_text()
+    assert "recovered by M2PO" in written and "recovered by `vespo`" not in written and "| `vespo` | 3/0/0 |" in written
+
+
 def test_the_section_has_the_trials_and_what_came_of_them(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- long: begin -->\n<!-- long: end -->\n")
     runs = [
         result(long_plan.TRIAL_STAGE, "grpo", 256, 101, "lr1e-05"),
         *(result(long_plan.STAGE, "m2po", 256, seed) for seed in (1, 2, 3)),
+        *(result(long_plan.STAGE, "grpo", 0, seed) for seed in (1, 2, 3)),
     ]
     common = {"config": long_plan.CONFIG, "versions": {"verl": "0"}, "machine": "a machine"}
     long_page.write(common, runs, page)
     written = page.read_text()
     assert "| GRPO, s=256, learning rate 1e-05 | 1 |" in written
     assert "| M2PO | 3/0/0 | 0.413 ± 0.000 | - | - | - | 1% | 0.010 | none |" in written
-    assert "`python -m staleness_study long`; 4 runs" in written
+    assert "`python -m staleness_study long`; 7 runs" in written
+    assert "(figures/results/long.svg)" in written and (tmp_path / "figures" / "results" / "long.svg").is_file()
     assert pytest.approx(runs[1].final) == 0.4133333
