@@ -25,6 +25,8 @@ SOAK_OUT ?= outputs/soak
 
 # Study: only that many runs, the most telling ones first; empty: all
 RUNS ?=
+# Every condition with one seed, the claim with its own five; empty: all seeds
+ONCE ?=
 
 # Further arguments of pytest in `make test`, for example -k name
 PYTEST_ARGS ?=
@@ -123,7 +125,7 @@ bench-modes: $(STAMP) ## Measure the trainer modes side by side and their buffer
 	$(WORKSHOP) -m benchmarks.buffer --out docs/benchmarks.md
 
 study: $(STAMP) ## Run the staleness study, or go on with it, and write docs/results.md (RUNS=20: what the first picture shows)
-	$(WORKSHOP) -m staleness_study run $(if $(RUNS),--most $(RUNS))
+	$(WORKSHOP) -m staleness_study run $(if $(RUNS),--most $(RUNS)) $(if $(ONCE),--once)
 	$(WORKSHOP) -m staleness_study results
 
 study-verl: $(STAMP) ## The study's runs through verl itself, four at each of two rates, each from its last checkpoint on
@@ -141,7 +143,7 @@ study-wall-clock: $(STAMP) ## Time to an accuracy in stale_k_separate against sy
 	$(WORKSHOP) -m staleness_study verl --wall-clock
 
 study-long: $(STAMP) ## The claim and its rivals where responses have 60 to 120 tokens, and their table in docs/results.md
-	$(WORKSHOP) -m staleness_study long $(if $(RUNS),--most $(RUNS))
+	$(WORKSHOP) -m staleness_study long $(if $(RUNS),--most $(RUNS)) $(if $(ONCE),--once)
 	$(WORKSHOP) -m staleness_study long-results
 
 study-prosperity: $(STAMP) ## Long responses at a learning rate at which no trust region collapses, and its figure in docs/results.md
@@ -149,7 +151,7 @@ study-prosperity: $(STAMP) ## Long responses at a learning rate at which no trus
 	$(WORKSHOP) -m staleness_study prosperity-results
 
 study-comparison: $(STAMP) ## M2PO and its rivals: a grid of settings, then five seeds, and their tables in docs/results.md
-	$(WORKSHOP) -m staleness_study compare $(if $(RUNS),--most $(RUNS))
+	$(WORKSHOP) -m staleness_study compare $(if $(RUNS),--most $(RUNS)) $(if $(ONCE),--once)
 	$(WORKSHOP) -m staleness_study step-times
 	$(WORKSHOP) -m staleness_study compare-results
 
@@ -157,7 +159,7 @@ study-tried: $(STAMP) ## Changes to M2PO that might win back what old data costs
 	$(WORKSHOP) -m staleness_study tried $(if $(RUNS),--most $(RUNS))
 	$(WORKSHOP) -m staleness_study tried-results
 
-study-all: study study-long study-prosperity study-comparison study-tried ## These five, one after the other (about 13 hours on two cores; goes on where it stopped)
+study-all: study study-long study-prosperity study-comparison study-tried ## These five, one after the other (ONCE=1: about seven hours on two cores; without it 14; goes on where it stopped)
 
 study-results: $(STAMP) ## Bring docs/results.md and its figures up to date with what has run so far
 	$(WORKSHOP) -m staleness_study results

@@ -33,6 +33,9 @@ Known = Annotated[
 CORES = os.cpu_count() or 1
 Workers = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
 Most = Annotated[int | None, typer.Option(min=1, help="Only the first of the queue; all by default.")]
+Once = Annotated[
+    bool, typer.Option(help="Every condition with one seed, the claim with all of its own. Without it: the rest too.")
+]
 Keep = Annotated[bool, typer.Option(help="Add to the JSON beside the page, whose runs stay unless they ran anew.")]
 Collect = Annotated[bool, typer.Option(help="Read the runs; otherwise write from the JSON beside the page.")]
 Folder = Annotated[Path, typer.Option(help="Folder of the runs; finished ones in it are skipped.")]
@@ -88,9 +91,11 @@ def run(
     workers: Workers = CORES,
     most: Most = None,
     known: Known = None,
+    once: Once = False,
 ) -> None:
     """All runs on the experiment bench, the most telling ones first. Ctrl-C, and later on from there."""
-    _run(plan.jobs()[:most], out, workers, known)
+    jobs = plan.once(plan.jobs(), plan.is_of_the_claim) if once else plan.jobs()
+    _run(jobs[:most], out, workers, known)
 
 
 @app.command()
@@ -110,9 +115,11 @@ def long(
     workers: Workers = CORES,
     most: Most = None,
     known: Known = None,
+    once: Once = False,
 ) -> None:
     """The claim and its rivals on column addition, with responses of 60 to 120 tokens. Goes on where it stopped."""
-    _run(long_plan.jobs()[:most], out, workers, known)
+    jobs = plan.once(long_plan.jobs(), long_plan.is_of_the_claim) if once else long_plan.jobs()
+    _run(jobs[:most], out, workers, known)
 
 
 @app.command()
@@ -180,14 +187,20 @@ def compare(
     workers: Workers = CORES,
     most: Most = None,
     known: Known = None,
+    once: Once = False,
 ) -> None:
     """M2PO and its rivals on equal data: a small grid of settings first, then five seeds of each and of its best."""
+
+    def queue() -> list[Job]:
+        jobs = _comparison(_compared(known, out))
+        return (plan.once(jobs) if once else jobs)[:most]
+
     _run(comparison_plan.grid()[:most], out, workers, known)
     done: list[Job] = []
     # What has run says what else is to run.
-    while (queue := _comparison(_compared(known, out))[:most]) != done:
-        _run(queue, out, workers, known)
-        done = queue
+    while (jobs := queue()) != done:
+        _run(jobs, out, workers, known)
+        done = jobs
 
 
 @app.command()

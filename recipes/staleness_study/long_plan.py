@@ -46,6 +46,11 @@ def trials() -> Iterator[Job]:
         yield Job(TRIAL_STAGE, "grpo", STALEST, TRIAL_SEED, overrides, f"lr{rate:g}", STEPS, config=CONFIG)
 
 
+def is_of_the_claim(job: Job) -> bool:
+    """Whether `job` is of the claim, or of what is better than M2PO."""
+    return job.stage == STAGE and (job.loss, job.staleness_updates) in (*CLAIM, *BETTER) and not job.variant
+
+
 def jobs() -> list[Job]:
     """All runs: the claim with every seed, its rivals age by age with two, then what intervals take.
 

@@ -1,7 +1,7 @@
 """The runs of the study, the most telling ones first: stopped at any moment, what has run is worth reading."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -169,6 +169,22 @@ def longest(jobs: Iterable[Job]) -> list[Job]:
         key = (job.config, job.name)
         of_name[key] = max(of_name.get(key, job), job, key=lambda job: job.steps)
     return list(of_name.values())
+
+
+def once(jobs: Iterable[Job], of_the_claim: Callable[[Job], bool] = lambda job: False) -> list[Job]:
+    """Every condition with its first seed only, but those `of_the_claim`: the whole picture, most of it without bands.
+
+    Args:
+        jobs: A queue, whose order stays.
+        of_the_claim: Which jobs stay, whatever their seed.
+    """
+    first: dict[Job, int] = {}
+    return [job for job in jobs if first.setdefault(replace(job, seed=0), job.seed) == job.seed or of_the_claim(job)]
+
+
+def is_of_the_claim(job: Job) -> bool:
+    """Whether `job` is one of those that the study's first picture shows."""
+    return job.stage == "claim"
 
 
 def jobs() -> list[Job]:

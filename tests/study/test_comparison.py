@@ -179,6 +179,10 @@ def test_one_call_runs_the_grid_then_all_as_published_and_what_these_found_best(
     assert len(oldest) == comparison_plan.AT_OLDEST
     assert calls[3:] == []
 
+    calls.clear()
+    study.compare(tmp_path, known=None, once=True)
+    assert calls[0] == comparison_plan.grid() and {job.seed for job in calls[1]} == {plan.TRIAL_SEED, plan.SEEDS[0]}
+
 
 @pytest.mark.parametrize("loss", ALTERNATIVES)
 def test_no_method_has_more_settings_than_m2po(loss):
