@@ -159,7 +159,7 @@ study-tried: $(STAMP) ## Changes to M2PO that might win back what old data costs
 	$(WORKSHOP) -m staleness_study tried $(if $(RUNS),--most $(RUNS))
 	$(WORKSHOP) -m staleness_study tried-results
 
-study-all: study study-long study-prosperity study-comparison study-tried ## These five, one after the other (ONCE=1: about seven hours on two cores; without it 14; goes on where it stopped)
+study-all: study study-long study-prosperity study-comparison study-tried ## These five, one after the other (ONCE=1: less than eight hours on two cores; without it 15; goes on where it stopped)
 
 study-results: $(STAMP) ## Bring docs/results.md and its figures up to date with what has run so far
 	$(WORKSHOP) -m staleness_study results

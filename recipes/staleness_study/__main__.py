@@ -176,7 +176,8 @@ def _compared(known: Path | None, out: Path) -> list[Any]:
 
 def _comparison(known: list[Any]) -> list[Job]:
     """The grid, and what it and the comparison say to compare by their results `known`."""
-    from staleness_study.comparison_page import best_methods, best_settings
+    from staleness_study.comparison_page import best_methods
+    from staleness_study.rivals import best_settings
 
     return [*comparison_plan.grid(), *comparison_plan.jobs(best_settings(known), best_methods(known))]
 

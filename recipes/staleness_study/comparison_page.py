@@ -13,7 +13,6 @@ from staleness_study.comparison_plan import (
     AGES_STAGE,
     ALTERNATIVES,
     AT_OLDEST,
-    GRID,
     HOT_STAGE,
     OLDEST,
     STAGE,
@@ -31,16 +30,6 @@ CAPTION = (
 )
 
 
-def best_settings(results: Sequence[Result]) -> dict[str, str]:
-    """By method whose grid is whole: its setting with the highest final accuracy; empty for that of the preset."""
-    chosen = {}
-    for loss, alternatives in ALTERNATIVES.items():
-        found = {variant: select(results, GRID, loss, STALEST, variant) for variant in ("", *alternatives)}
-        if all(found.values()):
-            chosen[loss] = max(found, key=lambda variant: found[variant][0].final)
-    return chosen
-
-
 def _by_accuracy(results: Sequence[Result]) -> list[str]:
     return by_accuracy(results, STAGE, ALTERNATIVES)
 
@@ -51,22 +40,9 @@ def best_methods(results: Sequence[Result]) -> list[str]:
     return _by_accuracy(results)[:AT_OLDEST] if len(seeds) == 1 else []
 
 
-def grid_table(results: Sequence[Result]) -> list[str]:
-    """A row for each setting that was tried, and which one is taken."""
-    chosen, rows = best_settings(results), []
-    for loss, alternatives in ALTERNATIVES.items():
-        for variant in ("", *alternatives):
-            for run in select(results, GRID, loss, STALEST, variant):
-                left_out = [run.mean(run.left_out_name)] if run.left_out_name in run.curves else []
-                setting = " ".join(rivals.setting(loss, variant)) or "preset"
-                mark = "taken" if chosen.get(loss) == variant else ""
-                rows.append([pages.name_of(loss), setting, f"{run.final:.3f}", pages.percent(left_out), mark])
-    return pages.table(["", "setting", "final accuracy", "clipped or masked", ""], rows) if rows else ["Not run yet."]
-
-
 def comparison_table(results: Sequence[Result], times: StepTimes | None = None) -> list[str]:
     """A row for each method, the best on the stalest data first, with the cost of a trainer step where it is known."""
-    settings, rows = best_settings(results), []
+    settings, rows = rivals.best_settings(results), []
     for loss in _by_accuracy(results):
         stalest = select(results, STAGE, loss, STALEST)
         setting = settings.get(loss)
@@ -132,7 +108,7 @@ def panels(results: Sequence[Result]) -> list[Panel]:
         return {loss: rivals.finals(results, stage, loss, STALEST, setting) for loss, setting in settings.items()}
 
     presets = dict.fromkeys(ALTERNATIVES, "")
-    chosen = {loss: setting for loss, setting in best_settings(results).items() if setting}
+    chosen = {loss: setting for loss, setting in rivals.best_settings(results).items() if setting}
     hot = {loss: [run.final for run in results if (run.stage, run.loss) == (HOT_STAGE, loss)] for loss in presets}
     return [
         Panel(
@@ -155,7 +131,7 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path, times: St
         page: docs/results.md.
         times: What a trainer step costs with each method; None where it was not measured.
     """
-    replace_section(page, GRID_SECTION, "\n".join(grid_table(results)))
+    replace_section(page, GRID_SECTION, "\n".join(rivals.grid_table(results)))
     about = pages.provenance(data, results, "python -m staleness_study compare")
     hot = ["At ten times the learning rate:", "", *pages.conditions(results, HOT_STAGE)]
     folder = page.parent / "figures" / "results"

@@ -1,8 +1,9 @@
 """The comparison of M2PO with its rivals on equal data: as published, at the best of a grid, and where it is hard."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from staleness_study.plan import (
+    ARITHMETIC,
     CLAIM_STEPS,
     FEW_SEEDS,
     HOT_RATE,
@@ -78,15 +79,17 @@ ALTERNATIVES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def grid() -> list[Job]:
-    """Every setting of every method on the stalest data, with a seed that is not reported."""
+def grid(
+    losses: Iterable[str] = tuple(ALTERNATIVES), stage: str = GRID, steps: int = STEPS, config: str = ARITHMETIC
+) -> list[Job]:
+    """Every setting of each of `losses` on the stalest data, with a seed that is not reported."""
 
     def of_method(loss: str) -> Iterator[Job]:
-        yield Job(GRID, loss, STALEST, TRIAL_SEED, steps=STEPS)
+        yield Job(stage, loss, STALEST, TRIAL_SEED, steps=steps, config=config)
         for variant, overrides in ALTERNATIVES[loss].items():
-            yield Job(GRID, loss, STALEST, TRIAL_SEED, overrides, variant, STEPS)
+            yield Job(stage, loss, STALEST, TRIAL_SEED, overrides, variant, steps, config=config)
 
-    return [job for loss in ALTERNATIVES for job in of_method(loss)]
+    return [job for loss in losses for job in of_method(loss)]
 
 
 def jobs(chosen: Mapping[str, str], best: Sequence[str] = ()) -> list[Job]:

@@ -9,7 +9,7 @@ from pages import replace_section
 
 from staleness_study import page as pages
 from staleness_study import rival_figures, rivals
-from staleness_study.long_plan import AGES, OWN, SETTINGS, STAGE, TRIAL_STAGE
+from staleness_study.long_plan import AGES, GRID_STAGE, OWN, SETTINGS, SETTINGS_HERE, STAGE, TRIAL_STAGE
 from staleness_study.plan import STALEST
 from staleness_study.results import Result, by_accuracy, select
 from staleness_study.rival_figures import Panel
@@ -17,7 +17,7 @@ from staleness_study.rival_figures import Panel
 SECTION = "long"
 CAPTION = (
     "Final accuracy on long responses by the age of the data: each method as published (dot) and at the setting that "
-    "the grid on short responses took (circle); bars: lowest to highest seed; line: GRPO on-policy."
+    "a grid took (circle; on long responses or else on short ones); bars: lowest to highest seed; line: GRPO on-policy."
 )
 
 
@@ -28,7 +28,8 @@ def _by_accuracy(results: Sequence[Result]) -> list[str]:
 def panels(results: Sequence[Result]) -> list[Panel]:
     """Of the figure: an age each."""
     losses, reference = _by_accuracy(results), rivals.finals(results, STAGE, "grpo", 0)
-    chosen = {loss: rivals.finals(results, STAGE, loss, STALEST, variant) for loss, variant in SETTINGS.items()}
+    settings = SETTINGS | SETTINGS_HERE
+    chosen = {loss: rivals.finals(results, STAGE, loss, STALEST, variant) for loss, variant in settings.items()}
     return [
         Panel(
             f"Data {age} updates old" if age else "On-policy",
@@ -58,29 +59,33 @@ def rivals_table(results: Sequence[Result]) -> list[str]:
     return pages.table(["", "seeds", *ages, *rivals.HEADER, "collapse step"], rows) if rows else ["Not run yet."]
 
 
+def _chosen_on() -> dict[tuple[str, str], list[str]]:
+    """By method and setting: on responses of which length a grid took it."""
+    chosen: dict[tuple[str, str], list[str]] = {}
+    for length, settings in (("short", SETTINGS), ("long", SETTINGS_HERE)):
+        for taken in settings.items():
+            chosen.setdefault(taken, []).append(length)
+    return chosen
+
+
 def settings_table(results: Sequence[Result]) -> list[str]:
-    """A row for each method at the setting that the grid on short responses took, the best first."""
-    runs = {loss: select(results, STAGE, loss, STALEST, variant) for loss, variant in SETTINGS.items()}
-    finals = {loss: [run.final for run in found] for loss, found in runs.items() if found}
+    """A row for each setting that a grid took in the place of the preset's, the best first."""
+    chosen_on = _chosen_on()
+    ran = {taken: runs for taken in chosen_on if (runs := select(results, STAGE, taken[0], STALEST, taken[1]))}
     rows = [
         [
-            " ".join([pages.name_of(loss), *rivals.setting(loss, SETTINGS[loss])]),
-            str(len(finals[loss])),
-            pages.accuracy_of(finals[loss]),
-            pages.points_against(runs[loss], select(results, STAGE, loss, STALEST)),
-            pages.percent([run.mean(run.left_out_name) for run in runs[loss]]),
-            pages.collapse(runs[loss]),
+            " ".join([pages.name_of(loss), *rivals.setting(loss, variant)]),
+            " and ".join(chosen_on[loss, variant]) + " responses",
+            str(len(runs)),
+            pages.accuracy_of([run.final for run in runs]),
+            pages.points_against(runs, select(results, STAGE, loss, STALEST)),
+            pages.percent([run.mean(run.left_out_name) for run in runs]),
+            pages.collapse(runs),
         ]
-        for loss in sorted(finals, key=lambda loss: (-np.mean(finals[loss]), loss))
+        for (loss, variant), runs in sorted(ran.items(), key=lambda row: -np.mean([run.final for run in row[1]]))
     ]
-    header = [
-        "",
-        "seeds",
-        f"s={STALEST}",
-        "points against its preset, same seeds",
-        "clipped or masked",
-        "collapse step",
-    ]
+    header = ["", "chosen on", "seeds", f"s={STALEST}"]
+    header += ["points against its preset, same seeds", "clipped or masked", "collapse step"]
     return pages.table(header, rows) if rows else ["Not run yet."]
 
 
@@ -89,7 +94,7 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
 
     Args:
         data: What the runs have in common.
-        results: Of both stages, the trials of the learning rate and what came of them.
+        results: Of all its stages.
         page: docs/results.md.
     """
     figure = rival_figures.draw(_by_accuracy(results), panels(results), one_scale=True)
@@ -104,9 +109,13 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
         "",
         *rivals_table(results),
         "",
-        "At the settings that the grid on short responses took, where that is not the preset:",
+        "At the settings that a grid took in the place of the preset's:",
         "",
         *settings_table(results),
+        "",
+        "The grid on long responses, with a seed that is not reported:",
+        "",
+        *rivals.grid_table(results, GRID_STAGE),
         "",
         *pages.provenance(data, results, "python -m staleness_study long"),
     ]

@@ -1,7 +1,8 @@
 """The runs of the stage `long`: the same questions where a response has 60 to 120 tokens."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
+from staleness_study import comparison_plan
 from staleness_study.comparison_plan import ALTERNATIVES
 from staleness_study.plan import CLAIM, FEW_SEEDS, SEEDS, STALEST, SWEEP_SEEDS, TRIAL_SEED, Job
 
@@ -16,7 +17,7 @@ OWN = tuple(dict.fromkeys(loss for loss, _ in (*CLAIM, *BETTER)))
 # Compared with these
 RIVALS = ("gspo", "vespo", "ctpo", "drpo", "vcpo", "dppo", "decoupled_ppo")
 AGES = (STALEST, 64, 0)
-# What the grid on short responses found better than the preset (`comparison_page.best_settings`): chosen there, on a
+# What the grid on short responses found better than the preset (`rivals.best_settings`): chosen there, on a
 # seed that is not reported, and judged here
 SETTINGS = {
     "grpo": "clip0.8_0.8",
@@ -27,6 +28,11 @@ SETTINGS = {
     "vcpo": "base_share0.25",
     "decoupled_ppo": "clip0.4_0.4",
 }
+# The same grid here, method by method, and what it found better than the preset where it is whole: it need not be what
+# is best on short responses. What leads with its preset has none.
+GRID_STAGE = "long_grid"
+GRID_OF = ("gspo", "m2po", "ctpo", "vespo", "grpo", "dppo", "decoupled_ppo", "drpo", "vcpo")
+SETTINGS_HERE = {"gspo": "clip0.003_0.004"}
 
 Condition = tuple[str, int]
 """(loss, staleness in optimizer updates)."""
@@ -46,6 +52,11 @@ def trials() -> Iterator[Job]:
         yield Job(TRIAL_STAGE, "grpo", STALEST, TRIAL_SEED, overrides, f"lr{rate:g}", STEPS, config=CONFIG)
 
 
+def grid() -> list[Job]:
+    """Every setting of `GRID_OF`, with a seed that is not reported."""
+    return comparison_plan.grid(GRID_OF, GRID_STAGE, STEPS, CONFIG)
+
+
 def is_of_the_claim(job: Job) -> bool:
     """Whether `job` is of the claim, or of what is better than M2PO."""
     return job.stage == STAGE and (job.loss, job.staleness_updates) in (*CLAIM, *BETTER) and not job.variant
@@ -61,12 +72,12 @@ def jobs() -> list[Job]:
     def seeds_of(chosen: Iterable[Condition], seeds: Iterable[int]) -> Iterator[Job]:
         yield from (job(condition, seed) for seed in seeds for condition in chosen)
 
-    def with_settings(seed: int) -> Iterator[Job]:
-        yield from (job((loss, STALEST), seed, variant) for loss, variant in SETTINGS.items())
+    def with_settings(settings: Mapping[str, str]) -> Iterator[Job]:
+        yield from (job((loss, STALEST), seed, settings[loss]) for seed in SWEEP_SEEDS for loss in settings)
 
     queue = [*trials(), *seeds_of((*CLAIM, *BETTER), SEEDS)]
     queue += [run for conditions in (stalest, *younger) for run in seeds_of(conditions, FEW_SEEDS)]
     queue += seeds_of(stalest, SEEDS)
-    queue += [run for seed in SWEEP_SEEDS for run in with_settings(seed)]
+    queue += [*with_settings(SETTINGS), *with_settings(SETTINGS_HERE), *grid()]
     queue += [run for conditions in younger for run in seeds_of(conditions, SWEEP_SEEDS)]
     return list(dict.fromkeys(queue))

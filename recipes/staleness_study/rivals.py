@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from staleness_study import page as pages
-from staleness_study.comparison_plan import ALTERNATIVES
+from staleness_study.comparison_plan import ALTERNATIVES, GRID
 from staleness_study.plan import STALEST
 from staleness_study.results import Result, select
 
@@ -23,6 +23,29 @@ def setting(loss: str, variant: str) -> list[str]:
     overrides = ALTERNATIVES[loss][variant] if variant else ()
     keys = [override.partition("=") for override in overrides]
     return [f"`{key.rpartition('.')[2]}={value}`" for key, _, value in keys]
+
+
+def best_settings(results: Sequence[Result], stage: str = GRID) -> dict[str, str]:
+    """By method whose grid is whole: its setting with the highest final accuracy; empty for that of the preset."""
+    chosen = {}
+    for loss, alternatives in ALTERNATIVES.items():
+        found = {variant: select(results, stage, loss, STALEST, variant) for variant in ("", *alternatives)}
+        if all(found.values()):
+            chosen[loss] = max(found, key=lambda variant: found[variant][0].final)
+    return chosen
+
+
+def grid_table(results: Sequence[Result], stage: str = GRID) -> list[str]:
+    """A row for each setting that was tried, and which one is taken."""
+    chosen, rows = best_settings(results, stage), []
+    for loss, alternatives in ALTERNATIVES.items():
+        for variant in ("", *alternatives):
+            for run in select(results, stage, loss, STALEST, variant):
+                left_out = [run.mean(run.left_out_name)] if run.left_out_name in run.curves else []
+                values = " ".join(setting(loss, variant)) or "preset"
+                mark = "taken" if chosen.get(loss) == variant else ""
+                rows.append([pages.name_of(loss), values, f"{run.final:.3f}", pages.percent(left_out), mark])
+    return pages.table(["", "setting", "final accuracy", "clipped or masked", ""], rows) if rows else ["Not run yet."]
 
 
 def cells(results: Sequence[Result], stage: str, loss: str) -> list[str]:

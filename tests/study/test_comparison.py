@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from staleness_study import __main__ as study
-from staleness_study import collect, comparison_page, comparison_plan, plan, results
+from staleness_study import collect, comparison_page, comparison_plan, plan, results, rivals
 from staleness_study.comparison_plan import AGES_STAGE, ALTERNATIVES, GRID, HOT_STAGE, STAGE
 from staleness_study.results import Result
 from staleness_study.run import CONFIG_FILES
@@ -89,7 +89,7 @@ def test_methods_and_settings_are_those_of_the_config():
 
 
 def test_what_is_best_of_a_whole_grid_is_taken_and_run_on_the_stalest_data():
-    chosen = comparison_page.best_settings(whole_grid({"m2po": "threshold0.16", "grpo": ""}))
+    chosen = rivals.best_settings(whole_grid({"m2po": "threshold0.16", "grpo": ""}))
     assert (chosen["m2po"], chosen["grpo"]) == ("threshold0.16", "")
     jobs = [job for job in comparison_plan.jobs(chosen) if job.stage == STAGE]
     runs = [job for job in jobs if job.variant and job.loss in ("m2po", "grpo")]
@@ -100,7 +100,7 @@ def test_what_is_best_of_a_whole_grid_is_taken_and_run_on_the_stalest_data():
 
 def test_of_a_grid_that_is_not_whole_nothing_is_taken():
     partial = [run for run in whole_grid({}) if (run.loss, run.variant) != ("m2po", "threshold0.64")]
-    chosen = comparison_page.best_settings(partial)
+    chosen = rivals.best_settings(partial)
     assert "m2po" not in chosen and "grpo" in chosen
 
 

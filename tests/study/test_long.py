@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from staleness_study import collect, comparison_page, comparison_plan, long_page, long_plan, plan, rival_figures
+from staleness_study import collect, comparison_plan, long_page, long_plan, plan, rival_figures, rivals
 from staleness_study import run as driver
 from staleness_study.results import Result, load
 from staleness_study.run import CONFIG_FILES
@@ -37,20 +37,30 @@ def test_the_claim_has_every_seed_and_its_rivals_are_options_of_the_group_loss()
     assert {name for name, _ in seeds} <= options
 
 
-def test_settings_are_those_that_the_grid_on_short_responses_took():
-    settings = comparison_page.best_settings(load(REPOSITORY / "docs" / "results" / "comparison.json")[1])
+def taken_of(file: str, stage: str) -> dict[str, str]:
+    """What a grid in the committed results took in the place of the preset's, of methods that run here."""
+    settings = rivals.best_settings(load(REPOSITORY / "docs" / "results" / file)[1], stage)
     here = {job.loss for job in long_plan.jobs()}
-    assert {loss: setting for loss, setting in settings.items() if setting and loss in here} == long_plan.SETTINGS
+    return {loss: setting for loss, setting in settings.items() if setting and loss in here}
+
+
+def test_settings_are_those_that_the_grids_took():
+    assert taken_of("comparison.json", comparison_plan.GRID) == long_plan.SETTINGS
+    assert taken_of("long.json", long_plan.GRID_STAGE) == long_plan.SETTINGS_HERE
     ran = [job for job in long_plan.jobs() if job.variant and job.stage == long_plan.STAGE]
-    assert {(job.loss, job.variant) for job in ran} == set(long_plan.SETTINGS.items())
+    settings = {*long_plan.SETTINGS.items(), *long_plan.SETTINGS_HERE.items()}
+    assert Counter((job.loss, job.variant) for job in ran) == dict.fromkeys(settings, len(plan.SWEEP_SEEDS))
     assert all(job.overrides == comparison_plan.ALTERNATIVES[job.loss][job.variant] for job in ran)
+    assert {job.seed for job in long_plan.grid()} == {plan.TRIAL_SEED}
+    assert {job.loss for job in long_plan.grid()} == {"grpo", "m2po", *long_plan.RIVALS}
 
 
 def test_a_setting_is_compared_with_its_preset_on_the_same_seeds():
     preset = [result(long_plan.STAGE, "grpo", 256, seed) for seed in (1, 2, 3)]
     wide = [replace(run, variant="clip0.8_0.8", accuracy=[0.34, 0.5, 0.6]) for run in preset[:2]]
     rows = long_page.settings_table([*preset, *wide])[2:]
-    assert rows == ["| GRPO `clip_ratio_low=0.8` `clip_ratio_high=0.8` | 2 | 0.480 | +6.67 | 1% | none |"]
+    setting = "GRPO `clip_ratio_low=0.8` `clip_ratio_high=0.8`"
+    assert rows == [f"| {setting} | short responses | 2 | 0.480 | +6.67 | 1% | none |"]
 
 
 def test_what_a_run_depends_on_is_that_of_its_own_task():
