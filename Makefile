@@ -147,7 +147,7 @@ study-long: $(STAMP) ## The claim and its rivals where responses have 60 to 120 
 	$(WORKSHOP) -m staleness_study long-results
 
 study-prosperity: $(STAMP) ## Long responses at a learning rate at which no trust region collapses, and its figure in docs/results.md
-	$(WORKSHOP) -m staleness_study prosperity $(if $(RUNS),--most $(RUNS))
+	$(WORKSHOP) -m staleness_study prosperity $(if $(RUNS),--most $(RUNS)) $(if $(ONCE),--once)
 	$(WORKSHOP) -m staleness_study prosperity-results
 
 study-comparison: $(STAMP) ## M2PO and its rivals: a grid of settings, then five seeds, and their tables in docs/results.md

@@ -141,9 +141,11 @@ def prosperity(
     workers: Workers = CORES,
     most: Most = None,
     known: Known = None,
+    once: Once = False,
 ) -> None:
     """Column addition at a learning rate at which training without a trust region collapses. Goes on as the others."""
-    _run(prosperity_plan.jobs()[:most], out, workers, known)
+    jobs = plan.once(prosperity_plan.jobs()) if once else prosperity_plan.jobs()
+    _run(jobs[:most], out, workers, known)
 
 
 @app.command()

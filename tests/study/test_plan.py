@@ -54,11 +54,12 @@ def test_with_one_seed_each_condition_is_still_there_in_its_order_and_the_claim_
 def test_the_commands_leave_out_seeds_where_they_are_told_to(tmp_path, monkeypatch):
     queues = []
     monkeypatch.setattr(study, "_run", lambda jobs, *_: queues.append(jobs))
-    for command in (study.run, study.long):
+    for command in (study.run, study.long, study.prosperity):
         command(tmp_path, once=True)
         command(tmp_path)
     assert queues[0] == plan.once(plan.jobs(), plan.is_of_the_claim) and queues[1] == plan.jobs()
     assert queues[2] == plan.once(long_plan.jobs(), long_plan.is_of_the_claim) and queues[3] == long_plan.jobs()
+    assert queues[4] == plan.once(prosperity_plan.jobs()) and queues[5] == prosperity_plan.jobs()
 
 
 def test_make_passes_on_what_it_is_told_about_seeds():
@@ -67,7 +68,7 @@ def test_make_passes_on_what_it_is_told_about_seeds():
     ).stdout
     commands = {line.split("staleness_study ")[1] for line in shown.splitlines() if "staleness_study " in line}
     assert {" ".join(command.split()) for command in commands if "--once" in command} == {
-        f"{part} --once" for part in ("run", "long", "compare")
+        f"{part} --once" for part in ("run", "long", "prosperity", "compare")
     }
 
 
