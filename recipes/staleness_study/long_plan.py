@@ -32,7 +32,13 @@ SETTINGS = {
 # is best on short responses. What leads with its preset has none.
 GRID_STAGE = "long_grid"
 GRID_OF = ("gspo", "m2po", "ctpo", "vespo", "grpo", "dppo", "decoupled_ppo", "drpo", "vcpo")
-SETTINGS_HERE = {"gspo": "clip0.003_0.004", "m2po": "threshold0.01", "ctpo": "bounds_x64"}
+SETTINGS_HERE = {
+    "gspo": "clip0.003_0.004",
+    "m2po": "threshold0.01",
+    "ctpo": "bounds_x64",
+    "vespo": "docstring",
+    "grpo": "clip0.8_0.8",
+}
 
 Condition = tuple[str, int]
 """(loss, staleness in optimizer updates)."""
