@@ -60,7 +60,7 @@ def test_a_setting_is_compared_with_its_preset_on_the_same_seeds():
     wide = [replace(run, variant="clip0.8_0.8", accuracy=[0.34, 0.5, 0.6]) for run in preset[:2]]
     rows = long_page.settings_table([*preset, *wide])[2:]
     setting = "GRPO `clip_ratio_low=0.8` `clip_ratio_high=0.8`"
-    assert rows == [f"| {setting} | short responses | 2 | 0.480 | +6.67 | 1% | none |"]
+    assert rows == [f"| {setting} | short and long responses | 2 | 0.480 | +6.67 | 1% | none |"]
 
 
 def test_what_a_run_depends_on_is_that_of_its_own_task():
