@@ -161,8 +161,8 @@ study-tried: $(STAMP) ## Changes to M2PO that might win back what old data costs
 
 study-all: study study-long study-prosperity study-comparison study-tried ## These five, one after the other (ONCE=1: less than eight hours on two cores; without it 15; goes on where it stopped)
 
-study-results: $(STAMP) ## Bring docs/results.md and its figures up to date with what has run so far
-	$(WORKSHOP) -m staleness_study results
+study-results: $(STAMP) ## Write the tables and figures of docs/results.md and docs/replay.md again, from the JSON in docs/results
+	$(WORKSHOP) -m staleness_study pages
 
 study-disturbance: $(STAMP) ## A learning rate ten times as large for a while, under a fixed and an adaptive bound (about ten minutes)
 	$(WORKSHOP) -m staleness_study disturbance

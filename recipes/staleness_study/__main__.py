@@ -363,6 +363,17 @@ def results(
     typer.echo(f"written: {page}, {data}")
 
 
+@app.command("pages")
+def write_pages(
+    folder: Annotated[Path, typer.Option(help="Of the pages, with their JSON in its folder `results`.")] = PAGE.parent,
+) -> None:
+    """Every table and figure of docs/results.md and docs/replay.md again, from the JSON beside them: no run is read."""
+    page = folder / PAGE.name
+    for write in (results, long_results, prosperity_results, compare_results, tried_results):
+        write(page=page, collect=False)
+    replay_results(page=folder / REPLAY_PAGE.name, collect=False)
+
+
 @app.command()
 def disturbance(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each run.")] = 3,

@@ -31,7 +31,7 @@ SETTINGS = {
 # The same grid here, method by method, and what it found better than the preset where it is whole: it need not be what
 # is best on short responses. What leads with its preset has none.
 GRID_STAGE = "long_grid"
-GRID_OF = ("gspo", "m2po", "ctpo", "vespo", "grpo", "dppo", "decoupled_ppo", "drpo", "vcpo")
+GRID_OF = ("gspo", "m2po", "ctpo", "vespo", "grpo", "dppo", "decoupled_ppo", "drpo", "vcpo", "topr", "m2po_tapered")
 SETTINGS_HERE = {
     "gspo": "clip0.003_0.004",
     "m2po": "threshold0.01",

@@ -52,7 +52,7 @@ def test_settings_are_those_that_the_grids_took():
     assert Counter((job.loss, job.variant) for job in ran) == dict.fromkeys(settings, len(plan.SWEEP_SEEDS))
     assert all(job.overrides == comparison_plan.ALTERNATIVES[job.loss][job.variant] for job in ran)
     assert {job.seed for job in long_plan.grid()} == {plan.TRIAL_SEED}
-    assert {job.loss for job in long_plan.grid()} == {"grpo", "m2po", *long_plan.RIVALS}
+    assert {job.loss for job in long_plan.grid()} == {"grpo", "m2po", "topr", "m2po_tapered", *long_plan.RIVALS}
 
 
 def test_a_setting_is_compared_with_its_preset_on_the_same_seeds():
