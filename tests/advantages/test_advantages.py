@@ -173,10 +173,14 @@ def test_max_at_n_is_verls_grpo_passk():
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("max_at_k", {"max_at_k": {"k": 0}}, r"max_at_k.k must be between 1 and the size of a group \(2\), got 0"),
+        ("max_at_k", {"max_at_k": {"k": 0}}, "algorithm.max_at_k.k must be a number >= 1, got 0"),
+        ("max_at_k", {"max_at_k": {"k": 2.5}}, "algorithm.max_at_k.k must be a whole number, got 2.5"),
         ("max_at_k", {"max_at_k": {"k": 1, "baseline": "mean"}}, "max_at_k.baseline must be one of none"),
-        ("oapl", {"oapl": {"beta1": 0}}, "oapl.beta1 must be positive, got 0"),
-        ("red_weight", {"red_weight": {"temperature": -1}}, "red_weight.temperature must be positive"),
+        ("oapl", {"oapl": {"beta1": 0}}, "algorithm.oapl.beta1 must be a number > 0, got 0"),
+        ("oapl", {"oapl": {"beta1": "abc"}}, "algorithm.oapl.beta1 must be a number > 0, got 'abc'"),
+        ("red_weight", {"red_weight": {"temperature": -1}}, "algorithm.red_weight.temperature must be a number > 0"),
+        ("red_drop", {"red_drop": {"seed": "x"}}, "algorithm.red_drop.seed must be a number >= 0, got 'x'"),
+        ("asymre", {"asymre": {"baseline_shift": float("inf")}}, "algorithm.asymre.baseline_shift must be finite"),
     ],
 )
 def test_wrong_settings_are_refused(name, config, message):

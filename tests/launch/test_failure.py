@@ -55,6 +55,16 @@ def test_an_error_is_said_with_the_process_it_came_from():
     assert "ray::TaskRunner.run() (pid=7" in line
 
 
+def test_an_error_that_is_its_own_cause_is_said_once():
+    try:
+        try:
+            raise ValueError("no dashboard")
+        except ValueError as error:
+            raise error from error
+    except ValueError as error:
+        assert failure.causes(error) == ["ValueError: no dashboard"]
+
+
 def test_the_first_error_comes_first():
     try:
         try:

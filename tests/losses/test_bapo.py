@@ -1,6 +1,7 @@
 """The loss `bapo`: reference values, its limits, and its search against the obvious loop."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -164,6 +165,8 @@ def test_metrics_tell_the_bounds():
         ({"order": "paper"}, "bapo.order must be one of high_first, low_first"),
         ({"low_end": 0.5}, "bapo.low_end must be a number >= 0.6, got 0.5"),
         ({"high_step": 0}, "bapo.high_step must be a number > 0, got 0"),
+        ({"high_start": math.inf, "high_end": math.inf}, "bapo.high_end must be finite"),
+        ({"high_step": math.inf}, "bapo.high_step must be finite"),
         ({"scope": "batch"}, "bapo.scope must be one of mini_batch, micro_batch, got 'batch'"),
     ],
 )

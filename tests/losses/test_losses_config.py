@@ -32,6 +32,20 @@ def test_mismatch_floor_needs_the_mini_batch():
         M2POPolicyLossConfig(m2po={"scope": "micro_batch", "subtract_mismatch_floor": True})
 
 
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("oapl.unit_gradient", {"oapl": {"unit_gradient": "no"}}),
+        ("m2po.subtract_mismatch_floor", {"m2po": {"subtract_mismatch_floor": "off"}}),
+        ("diagnostics", {"diagnostics": "no"}),
+    ],
+)
+def test_a_text_is_no_boolean(key, settings):
+    """Hydra passes no and off on as text, which Python takes for true."""
+    with pytest.raises(ValueError, match=rf"policy_loss\.{key} must be true or false, got '(no|off)'"):
+        M2POPolicyLossConfig(**settings)
+
+
 def test_selected_wins_and_says_what_it_replaces(caplog):
     with caplog.at_level(logging.WARNING, logger="verl_m2po"):
         config = M2POPolicyLossConfig(selected="m2po", loss_mode="gspo")

@@ -102,6 +102,21 @@ def test_a_violation_is_named_with_key_value_and_remedy(overrides, key, remedy):
     assert remedy.format(key=key) in found[key].remedy
 
 
+@pytest.mark.parametrize(
+    ("preset_name", "key", "value"),
+    [
+        ("max_at_k", "algorithm.max_at_k.k", 2.5),
+        ("max_at_k", "algorithm.max_at_k.baseline", "mean"),
+        ("oapl", "algorithm.oapl.beta1", -1),
+        ("red_weight", "algorithm.red_weight.temperature", "x"),
+        ("asymre", "algorithm.asymre.baseline_shift", "x"),
+    ],
+)
+def test_what_an_estimator_would_refuse_is_refused_before_the_start(preset_name, key, value):
+    (problem,) = problems(changed(preset_name, f"{key}={value}"))
+    assert problem.is_fatal and key in str(problem) and str(value) in str(problem)
+
+
 def test_the_remedies_leave_nothing_to_complain_about():
     broken = ["mix_ppg", f"{CORRECTION}.bypass_mode=true", f"{CORRECTION}.rollout_is=null"]
     remedies = [problem.remedy.removeprefix("Set ") for problem in problems(changed(*broken))]

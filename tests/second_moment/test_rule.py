@@ -121,6 +121,14 @@ def test_non_finite_tokens_are_dropped_and_change_nothing_else(dtype):
     assert torch.equal(keep_mask(poisoned, advantages, response_mask, 0.04), without)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threshold", [1e76, 1e80, 1e300, 1.7e308])
+def test_a_threshold_whose_root_is_no_number_of_the_type_masks_nothing(threshold, dtype):
+    log_ratio = torch.tensor([[1.0, -30.0, 300.0, 0.0]], dtype=dtype)
+    mask = torch.ones_like(log_ratio, dtype=torch.bool)
+    assert torch.equal(keep_mask(log_ratio, torch.ones_like(log_ratio), mask, threshold), mask)
+
+
 def test_infinite_threshold_keeps_every_finite_response_token():
     log_ratio, advantages, response_mask = heavy_tailed(6, 40, seed=2)
     assert torch.equal(keep_mask(log_ratio, advantages, response_mask, math.inf), response_mask)

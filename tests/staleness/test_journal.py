@@ -115,6 +115,18 @@ def test_a_record_that_was_changed_is_left_out_and_the_next_is_read(tmp_path):
     assert [decode(frame).uid for frame in read_frames(path)] == ["b"]
 
 
+@pytest.mark.parametrize("byte", range(4, 12))
+def test_a_record_whose_length_was_changed_ends_the_file(tmp_path, byte):
+    path = tmp_path / "rows"
+    for uid in "ab":
+        RowsWriter(path, fsync=True).append(group(uid))
+    data = bytearray(path.read_bytes())
+    second = len(data) // 2
+    data[second + byte] ^= 0x40
+    path.write_bytes(data)
+    assert [decode(frame).uid for frame in read_frames(path)] == ["a"]
+
+
 def test_a_full_disk_is_one_clear_error():
     with pytest.raises(JournalError, match=r"journal /dev/full cannot be written: .*No space left on device"):
         RowsWriter("/dev/full", fsync=False).append(group("a"))

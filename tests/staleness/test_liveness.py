@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -243,6 +245,53 @@ def test_a_server_that_does_not_answer_is_its_actors_business():
     watched = watch()
     watched.add_engines("rollout engine", ["127.0.0.1:9"])
     assert watched.find_dead(timeout_s=0.1) is None
+
+
+@pytest.fixture
+def babbler():
+    """The address of a server that speaks something else than HTTP, and ends the connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        connection.recv(1024)
+                        connection.sendall(b"\x00\x00\x18\x04\x00")
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_a_port_that_is_another_ones_by_now_says_nothing(babbler):
+    watched = watch()
+    watched.add_engines("rollout engine", [babbler])
+    assert watched.find_dead(timeout_s=0.1) is None
+
+
+def test_an_engine_is_watched_until_it_is_dropped(server):
+    address, status = server
+    watched = watch()
+    watched.add_engines("rollout engine", [address])
+    status[0] = HTTPStatus.SERVICE_UNAVAILABLE
+    watched.drop_engine(address)
+    assert watched.find_dead(timeout_s=0.1) is None
+
+
+def test_a_look_that_fails_does_not_end_the_watch(monkeypatch, caplog):
+    looks = iter([RuntimeError("what nobody thought of"), "rollout server 0 died."])
+
+    def find_dead(timeout_s: float) -> str:
+        if isinstance(look := next(looks), Exception):
+            raise look
+        return look
+
+    watched = Watch(ask_every_s=0.01, unwind_s=0.01, exit_s=None)
+    monkeypatch.setattr(watched, "find_dead", find_dead)
+    with pytest.raises(WorkerDied, match="rollout server 0 died"), watched.guard():
+        time.sleep(30)
+    assert "what nobody thought of" in caplog.text
 
 
 def test_one_of_several_is_told_apart(cluster, actor):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from verl_m2po.staleness.rule.events import Advanced, Dispatched
-from verl_m2po.staleness.rule.records import Ticket
+from verl_m2po.staleness.rule.events import Advanced, Dispatched, SetAside
+from verl_m2po.staleness.rule.records import GroupReport, Ticket
 from verl_m2po.staleness.watch.liveness import Watch, WorkerDied
 from verl_m2po.staleness.watch.progress import Progress
 
@@ -47,6 +47,16 @@ def test_the_message_names_key_last_move_and_the_oldest_groups(progress, clock):
     assert f"{KEY}=60 seconds" in said and "the last that did: weights were pushed" in said
     assert "12 prompt groups are in flight" in said and "prompt 100 (group g0, dispatched at weight version 3)" in said
     assert "g7" in said and "g8" not in said
+
+
+def test_groups_without_advantage_are_progress(progress, clock):
+    progress.begin(tickets)
+    clock.now = 59
+    progress.on_event(SetAside(tickets()[0], GroupReport("g0", (), shared_metric=1.0)))
+    clock.now = 60
+    assert progress.standstill() is None
+    clock.now = 119
+    assert "a prompt group without advantage was set aside" in progress.standstill()
 
 
 def test_what_moves_nothing_does_not_count(progress, clock):

@@ -3,6 +3,7 @@
 See "Asymmetric REINFORCE for off-policy Reinforcement Learning" (arXiv:2506.20520), and `asymre` in Trinity-RFT.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
 from verl_m2po.advantages.groups import group_advantages, settings_of
+from verl_m2po.ground.settings import check_number
+
+KEY = "algorithm.asymre.baseline_shift"
 
 
 @dataclass
@@ -23,6 +27,11 @@ class AsymREConfig:
     """
 
     baseline_shift: float = -0.1
+
+    def __post_init__(self):
+        check_number(self.baseline_shift, KEY)
+        if math.isinf(self.baseline_shift):
+            raise ValueError(f"{KEY} must be finite, got {self.baseline_shift}: every advantage would be infinite.")
 
 
 @register_adv_est("asymre")

@@ -14,6 +14,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
 from verl_m2po.advantages.groups import group_advantages, settings_of
+from verl_m2po.ground.settings import check_choice, check_whole_number
 
 BASELINES = ("none", "leave_one_out")
 
@@ -30,6 +31,10 @@ class MaxAtKConfig:
 
     k: int = 4
     baseline: str = "leave_one_out"
+
+    def __post_init__(self):
+        check_whole_number(self.k, "algorithm.max_at_k.k", at_least=1)
+        check_choice(self.baseline, BASELINES, "algorithm.max_at_k.baseline")
 
 
 @register_adv_est("max_at_k")
@@ -60,8 +65,6 @@ def max_at_k_advantage(
     """
     settings = settings_of(config, "max_at_k", MaxAtKConfig)
     k, baseline = settings.k, settings.baseline
-    if baseline not in BASELINES:
-        raise ValueError(f"algorithm.max_at_k.baseline must be one of {', '.join(BASELINES)}, got {baseline!r}.")
 
     def rule(rewards: Tensor, _group: Hashable) -> Tensor:
         best_of = min(k, len(rewards))

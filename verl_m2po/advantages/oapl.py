@@ -13,6 +13,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
 from verl_m2po.advantages.groups import group_advantages, settings_of
+from verl_m2po.ground.settings import check_number
 
 
 @dataclass
@@ -25,6 +26,9 @@ class OAPLAdvantageConfig:
     """
 
     beta1: float = 1.0
+
+    def __post_init__(self):
+        check_number(self.beta1, "algorithm.oapl.beta1", above=0)
 
 
 @register_adv_est("oapl")
@@ -50,8 +54,6 @@ def oapl_advantage(
         ValueError: beta1 is not a positive number.
     """
     beta1 = settings_of(config, "oapl", OAPLAdvantageConfig).beta1
-    if not beta1 > 0:
-        raise ValueError(f"algorithm.oapl.beta1 must be positive, got {beta1}.")
     return group_advantages(
         token_level_rewards, response_mask, index, lambda rewards, _group: rewards - soft_value(rewards, beta1)
     )

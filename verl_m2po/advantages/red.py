@@ -13,6 +13,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
 from verl_m2po.advantages.groups import group_advantages, settings_of
+from verl_m2po.ground.settings import check_number, check_whole_number
 
 
 @dataclass
@@ -25,6 +26,9 @@ class REDDropConfig:
 
     seed: int = 0
 
+    def __post_init__(self):
+        check_whole_number(self.seed, "algorithm.red_drop.seed", at_least=0)
+
 
 @dataclass
 class REDWeightConfig:
@@ -35,6 +39,9 @@ class REDWeightConfig:
     """
 
     temperature: float = 1.0
+
+    def __post_init__(self):
+        check_number(self.temperature, "algorithm.red_weight.temperature", above=0)
 
 
 @register_adv_est("red_drop")
@@ -89,8 +96,6 @@ def red_weight_advantage(
         ValueError: The temperature is not a positive number.
     """
     temperature = settings_of(config, "red_weight", REDWeightConfig).temperature
-    if not temperature > 0:
-        raise ValueError(f"algorithm.red_weight.temperature must be positive, got {temperature}.")
 
     def rule(rewards: Tensor, _group: Hashable) -> Tensor:
         advantages = rewards - rewards.mean()

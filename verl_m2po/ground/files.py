@@ -38,3 +38,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def append(path: Path, text: str) -> None:
+    """Append `text` to the file at `path`; it has reached the operating system on return.
+
+    Raises:
+        OSError: It cannot be written; names the file, which Python does not of a full disk.
+    """
+    try:
+        with path.open("a") as file:
+            file.write(text)
+    except OSError as error:
+        what_to_do = "make room or allow it, and start again: the run goes on from its last checkpoint"
+        raise OSError(error.errno, f"{error.strerror}; {what_to_do}", str(path)) from error

@@ -1,6 +1,7 @@
 """What a single setting may be, as data: a number of some kind, or text."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,50 @@ from omegaconf import DictConfig
 
 from verl_m2po.ground.problem import Problem, WrongValue
 from verl_m2po.ground.verl_config import read
+
+
+def check_number(value: Any, key: str, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf):
+    """Raise unless `value` is a number that is >= `at_least`, > `above` and < `below` (inf is a number).
+
+    Args:
+        value: Of the setting.
+        key: Full name of the setting.
+        at_least: Smallest value that is allowed.
+        above: Largest value that is too small.
+        below: Smallest value that is too large; inf: none is.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if is_number and value >= at_least and value > above and (value < below or below == math.inf):
+        return
+    limits = [f">= {at_least:g}"] if at_least > -math.inf else []
+    limits += [f"> {above:g}"] if above > -math.inf else []
+    limits += [f"< {below:g}"] if below < math.inf else []
+    raise ValueError(f"{key} must be a number{''.join(' ' + limit for limit in limits)}, got {value!r}.")
+
+
+def check_whole_number(value: Any, key: str, at_least: int) -> None:
+    """Raise a ValueError unless `value` of the setting `key`, its full name, is a whole number >= `at_least`."""
+    check_number(value, key, at_least)
+    if not isinstance(value, int):
+        raise ValueError(f"{key} must be a whole number, got {value!r}.")
+
+
+def check_choice(value: Any, choices: Sequence[str], key: str) -> None:
+    """Raise a ValueError unless `value` of the setting `key`, its full name, is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def check_boolean(value: Any, key: str) -> None:
+    """Raise a ValueError unless `value` of the setting `key`, its full name, is true or false.
+
+    Hydra passes no, off and the like on as text, which is true.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, got {value!r}.")
 
 
 @dataclass(frozen=True)

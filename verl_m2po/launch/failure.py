@@ -40,8 +40,11 @@ def report(config: DictConfig, error: BaseException, warnings: list[str]) -> str
 def causes(error: BaseException) -> list[str]:
     """The errors that led to `error`, the first one first, each as one line; one of a Ray process with that process."""
     said: dict[str, None] = {}
+    seen: set[int] = set()
     step: BaseException | None = error
-    while step is not None:
+    # `raise error from error`, as Ray has it, makes an error its own cause.
+    while step is not None and id(step) not in seen:
+        seen.add(id(step))
         said.setdefault(_line(step))
         step = step.__cause__ or (None if step.__suppress_context__ else step.__context__)
     return list(reversed(said))

@@ -11,7 +11,7 @@ from verl.base_config import BaseConfig
 from verl.workers.config import PolicyLossConfig
 
 from verl_m2po.losses.kernel import registry
-from verl_m2po.losses.kernel.settings import KEY
+from verl_m2po.losses.kernel.settings import KEY, check_boolean
 from verl_m2po.losses.step_scale import StepScaleConfig
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class _SelectablePolicyLossConfig(PolicyLossConfig):
     diagnostics: bool = False
 
     def __post_init__(self):
+        check_boolean(self.diagnostics, "diagnostics")
         for name, settings in SETTINGS.items():
             object.__setattr__(self, name, _as_config(getattr(self, name), settings))
         if self.selected is not None:

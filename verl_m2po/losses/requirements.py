@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 import verl_m2po.losses  # noqa: F401  (fills LOSSES)
+from verl_m2po import advantages
+from verl_m2po.advantages.groups import settings_of
 from verl_m2po.ground.problem import Problem
 from verl_m2po.ground.verl_config import read
 from verl_m2po.losses.kernel import sequence_mask
@@ -147,6 +150,12 @@ def _opsm(config: DictConfig, name: str) -> Iterator[Problem]:
 def _estimator(config: DictConfig) -> Iterator[Problem]:
     name, responses = read(config, ESTIMATOR), read(config, RESPONSES)
     if name not in GROUP_ESTIMATORS:
+        return
+    section = f"algorithm.{name}"
+    try:
+        settings_of(config.algorithm, name, advantages.SETTINGS[name])
+    except (ValueError, TypeError, AttributeError, OmegaConfBaseException) as error:
+        yield Problem(section, read(config, section), str(error).rstrip("."), "")
         return
     if responses is not None and responses < 2 and name != "max_at_k":
         yield Problem(

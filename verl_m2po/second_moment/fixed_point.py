@@ -93,7 +93,10 @@ def largest_root(threshold: float, dtype: torch.dtype) -> float:
     """The largest number of `dtype` whose exact square is at most `threshold`."""
     if threshold == math.inf:
         return math.inf
-    root = torch.tensor(math.sqrt(threshold), dtype=dtype)
+    largest = torch.finfo(dtype).max
+    root = torch.tensor(min(math.sqrt(threshold), largest), dtype=dtype)
+    if root >= largest:
+        return largest
     up, down = torch.tensor(math.inf, dtype=dtype), torch.tensor(0.0, dtype=dtype)
     while Fraction(root.item()) ** 2 > Fraction(threshold):
         root = torch.nextafter(root, down)

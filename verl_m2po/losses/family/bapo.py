@@ -3,6 +3,7 @@
 See "BAPO: Balanced Policy Optimization with Adaptive Clipping" (arXiv:2510.18927) and the recipe in WooooDyy/BAPO.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +69,9 @@ class BAPOConfig(BaseConfig):
         check_number(self.high_end, "bapo.high_end", at_least=self.high_start)
         check_number(self.low_step, "bapo.low_step", above=0)
         check_number(self.high_step, "bapo.high_step", above=0)
+        for name in ("low_end", "low_step", "high_end", "high_step"):
+            if math.isinf(getattr(self, name)):
+                raise ValueError(f"{KEY}.bapo.{name} must be finite: bounds up to there are tried one by one.")
         if self.dual_clip is not None:
             check_number(self.dual_clip, "bapo.dual_clip", above=1)
 

@@ -14,7 +14,7 @@ from verl_m2po.losses.kernel.mini_batch import SCOPES
 from verl_m2po.losses.kernel.needs import BEHAVIOUR, MODE, VERL_MODES
 from verl_m2po.losses.kernel.record import Decision, Loss, TokenLoss
 from verl_m2po.losses.kernel.registry import register
-from verl_m2po.losses.kernel.settings import KEY, check_choice, check_positive_threshold
+from verl_m2po.losses.kernel.settings import KEY, check_boolean, check_choice, check_positive_threshold
 from verl_m2po.losses.kernel.tokens import Tokens, at_most, tapered
 from verl_m2po.second_moment import TrustRegion, TrustRegionSearch
 
@@ -47,6 +47,7 @@ class M2POConfig(BaseConfig):
         check_positive_threshold(self.threshold, f"{KEY}.m2po.threshold")
         check_choice(self.scope, SCOPES, "m2po.scope")
         check_choice(self.weight, WEIGHTS, "m2po.weight")
+        check_boolean(self.subtract_mismatch_floor, "m2po.subtract_mismatch_floor")
         if self.subtract_mismatch_floor and self.scope != "mini_batch":
             raise ValueError(
                 f"{MISMATCH_FLOOR}=true needs {KEY}.m2po.scope=mini_batch: "

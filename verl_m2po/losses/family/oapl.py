@@ -11,7 +11,7 @@ from verl_m2po.losses.kernel import needs
 from verl_m2po.losses.kernel.needs import Need
 from verl_m2po.losses.kernel.record import Call, Loss, TokenLoss
 from verl_m2po.losses.kernel.registry import register
-from verl_m2po.losses.kernel.settings import check_number
+from verl_m2po.losses.kernel.settings import check_boolean, check_number
 from verl_m2po.losses.kernel.tokens import Tokens
 
 AGGREGATION = "seq-mean-token-sum"
@@ -33,6 +33,7 @@ class OAPLConfig(BaseConfig):
 
     def __post_init__(self):
         check_number(self.beta2, "oapl.beta2", above=0)
+        check_boolean(self.unit_gradient, "oapl.unit_gradient")
 
 
 def oapl_tokens(tokens: Tokens, settings: OAPLConfig) -> TokenLoss:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from verl.base_config import BaseConfig
 from verl.workers.config import ActorConfig
 
+from verl_m2po.ground import settings as ground
 from verl_m2po.second_moment import check_threshold
 
 KEY = "actor_rollout_ref.actor.policy_loss"
@@ -23,19 +24,17 @@ def settings_of(config: ActorConfig | None, name: str, settings_class: type[Sett
 
 def check_choice(value: Any, choices: tuple[str, ...], key: str) -> None:
     """Raise unless `value` is one of `choices`; `key` is relative to the policy loss settings."""
-    if value not in choices:
-        raise ValueError(f"{KEY}.{key} must be one of {', '.join(choices)}, got {value!r}.")
+    ground.check_choice(value, choices, f"{KEY}.{key}")
+
+
+def check_boolean(value: Any, key: str) -> None:
+    """Raise unless `value` is true or false; `key` is relative to the policy loss settings."""
+    ground.check_boolean(value, f"{KEY}.{key}")
 
 
 def check_number(value: Any, key: str, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf):
-    """Raise unless `value` is a number that is >= `at_least`, > `above` and < `below` (inf is a number)."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-    if is_number and value >= at_least and value > above and (value < below or below == math.inf):
-        return
-    limits = [f">= {at_least:g}"] if at_least > -math.inf else []
-    limits += [f"> {above:g}"] if above > -math.inf else []
-    limits += [f"< {below:g}"] if below < math.inf else []
-    raise ValueError(f"{KEY}.{key} must be a number{''.join(' ' + limit for limit in limits)}, got {value!r}.")
+    """As `ground.settings.check_number`; `key` is relative to the policy loss settings."""
+    ground.check_number(value, f"{KEY}.{key}", at_least, above, below)
 
 
 def check_positive_threshold(threshold: Any, key: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_m2po.ground import ledger
+from verl_m2po.ground.files import append
 from verl_m2po.ground.ledger import surviving
 from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.rule.records import Group, GroupReport
@@ -139,8 +140,7 @@ class TrainedRowsLedger:
         self._append({"resumed_from": step})
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        append(self._path, json.dumps(line, separators=(",", ":")) + "\n")
 
 
 def _end_torn_line(path: Path) -> None:

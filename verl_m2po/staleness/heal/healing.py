@@ -139,6 +139,7 @@ class Healing:
             *(name, reason.strip().splitlines()[0], len(self.fleet.serving)),
         )
         self._members.give_no_work(replica)
+        self._watch.drop_engine(name)
         return vacancy
 
     def add_one(self, vacancy: Vacancy) -> None:

@@ -2,10 +2,13 @@
 
 import json
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from verl_m2po.ground.files import append
 from verl_m2po.staleness.rule import events
 
 logger = logging.getLogger(__name__)
@@ -48,11 +51,19 @@ class PoisonedPrompts:
             case events.Failed(ticket, report) if report.deaths and ticket.prompt_index != UNKNOWN:
                 self._indices.add(ticket.prompt_index)
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("a") as file:
-                    file.write(json.dumps(ticket.prompt_index) + "\n")
+                append(self._path, json.dumps(ticket.prompt_index) + "\n")
 
 
-def _read(path: Path) -> list[int | str]:
-    """Whole lines; one that a crash cut off has no end and is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+def _read(path: Path) -> Iterator[int | str]:
+    """Whole lines. One that a crash cut off is taken off the file: what is appended would make another name of it."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        os.truncate(path, end)
+    for number, line in enumerate(data[:end].splitlines(), start=1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            logger.warning("%s: line %d is no JSON, and is left out: %r", path, number, line)

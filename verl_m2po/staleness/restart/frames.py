@@ -177,11 +177,14 @@ class RowsWriter:
 def read_frames(path: Path) -> Iterator[bytes]:
     """The whole frames of a file. A frame that is cut off ends it, one that does not fit its checksum is left out."""
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         while header := file.read(_FRAME.size):
             position = file.tell() - len(header)
             magic, length, crc = _FRAME.unpack(header) if len(header) == _FRAME.size else (b"", 0, 0)
-            data = file.read(length) if magic == MAGIC else b""
-            if magic != MAGIC or len(data) < length:
+            # A length that is not the writer's could be more than fits into memory.
+            is_whole = magic == MAGIC and length <= size - file.tell()
+            data = file.read(length) if is_whole else b""
+            if not is_whole or len(data) < length:
                 logger.warning("%s: what stands after byte %d is no whole record, and is dropped", path, position)
                 return
             if zlib.crc32(data) == crc:

@@ -6,6 +6,7 @@ an error that names it.
 """
 
 import asyncio
+import http.client
 import logging
 import os
 import signal
@@ -113,7 +114,7 @@ def _is_engine_dead(address: str) -> bool:
             return False
     except urllib.error.HTTPError as error:
         return error.code == HTTPStatus.SERVICE_UNAVAILABLE
-    except OSError:
+    except (OSError, http.client.HTTPException):  # the latter from a port that does not speak HTTP
         return False
 
 
@@ -162,6 +163,11 @@ class Watch:
         """
         with self._lock:
             self._engines |= {address: f"{name} at {address}" for address in addresses}
+
+    def drop_engine(self, address: str) -> None:
+        """Watch the engine behind the server at `address` no more: its port may be another's before long."""
+        with self._lock:
+            self._engines.pop(address, None)
 
     def end_at(self, standstill: Callable[[], str | None]) -> None:
         """End the run, too, when `standstill` says that nothing moves any more."""
@@ -293,7 +299,13 @@ class Watch:
         while death is None:
             if has_ended.wait(self._ask_every_s):
                 return
-            death = self.find_dead(timeout_s=0.5) or self._stands_still()
+            try:
+                death = self.find_dead(timeout_s=0.5) or self._stands_still()
+            except Exception:
+                # Without this thread nothing would be watched, and nobody would know.
+                logger.exception(
+                    "a look at the processes of the run failed, the next one is in %g s", self._ask_every_s
+                )
         self._death = death
         if not has_ended.wait(self._unwind_s):
             self.end(death)

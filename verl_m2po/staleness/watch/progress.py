@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from verl_m2po.staleness.rule.events import Advanced, Event, Failed, Finished, Trained
+from verl_m2po.staleness.rule.events import Advanced, Event, Failed, Finished, SetAside, Trained
 from verl_m2po.staleness.rule.records import Ticket
 
 MOVES = {
     Finished: "a prompt group finished",
     Failed: "a prompt group failed",
+    SetAside: "a prompt group without advantage was set aside",
     Trained: "a batch was taken to train on",
     Advanced: "weights were pushed",
 }
