@@ -61,6 +61,15 @@ def test_the_same_seed_plans_the_same():
     assert planned("--seed", "3", "--modes", "bounded_async") == planned("--seed", "3", "--modes", "bounded_async")
 
 
+def test_hours_are_those_of_all_trainer_steps_and_no_more():
+    # A server is as fast with one request as with many.
+    alike = ("--lengths", "0:200,1:200", "--tokens-per-s", "1:50,256:50", "--modes", "sync", "--modes", "stale_k")
+    for steps in (1, 3, 40):
+        for each in planned(*alike, "--run-steps", str(steps))["settings"]:
+            # On shared devices every batch takes its time to be generated and to be trained, whenever that is.
+            assert each["run_hours"] == pytest.approx(steps * each["step_s_mean"] / 3600)
+
+
 def test_a_target_age_and_a_deadline_are_kept():
     young = planned("--target-age", "4.0")["recommended"]
     assert young["age_updates_mean"] <= 4.0

@@ -232,6 +232,7 @@ def plan(
             shares,
             simulate_steps,
             seed,
+            run_steps,
             buffer_bytes,
             replay or (),
         )
@@ -296,7 +297,7 @@ def _tell(
     # Where the output is no terminal, rich takes 80 columns, in which no number would be whole. The table takes what it
     # needs.
     console = Console(width=max(Console().width, 200))
-    console.print(show.table(choices, run_steps, cost_per_hour))
+    console.print(show.table(choices, cost_per_hour))
     console.print("Recommended:", style="bold")
     for override, reason in chosen.overrides():
         console.print(Text(f"  {override}"), Text(f"    # {reason}", style="dim"), sep="\n", soft_wrap=True)

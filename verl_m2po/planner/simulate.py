@@ -224,3 +224,14 @@ def simulate(
             simulation.account.start_counting(simulation.fleet, simulation.wall)
         simulation.step()
     return simulation.account.outcome(setting.staleness_steps, simulation.wall)
+
+
+def run_s(setting: Setting, workload: Workload, run_steps: int, mean_step_s: float, seed: int = 0) -> float:
+    """Seconds of a whole run of `run_steps` trainer steps.
+
+    Simulated are its beginning and its end, at which nothing is generated for later steps. In a long run steps of
+    `mean_step_s` seconds, those of the steady state, lie between.
+    """
+    simulated = min(run_steps, 2 * (setting.staleness_steps + 1))
+    edges = simulate(setting, workload, simulated, seed, warm_up=0, run_steps=simulated)
+    return sum(edges.step_s) + (run_steps - simulated) * mean_step_s
