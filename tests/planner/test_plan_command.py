@@ -247,6 +247,37 @@ def test_a_ledger_tells_lengths_and_speed(tmp_path):
     assert facts.lengths.draw(np.random.default_rng(0), 3, 2, 0) == [[40, 40]] * 3
 
 
+def test_a_group_that_was_trained_again_was_generated_once(tmp_path):
+    once, again = tmp_path / "once", tmp_path / "again"
+    once.mkdir(), again.mkdir()
+    path = ledger(once)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    repeated = [line | {"step": 2 * i + j} for i, line in enumerate(lines) for j in (1, 2)]
+    (again / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in repeated))
+    first, second = (read_ledger_facts(folder / "ledger.jsonl", servers=1) for folder in (once, again))
+    assert first.speeds == second.speeds
+    drawn = [facts.lengths.draw(np.random.default_rng(0), 8, 2, 0) for facts in (first, second) if facts.lengths]
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("has_log", [False, True])
+def test_how_many_servers_wrote_a_ledger_is_asked_for_where_no_config_says_it(tmp_path, has_log):
+    log = logged(tmp_path, "sync")
+    (log.parent / "config.yaml").unlink()
+    told = ("--ledger", str(ledger(tmp_path)), *((str(log),) if has_log else ()), "--modes", "sync", "--json")
+    code, output = plan(*told, without=("--tokens-per-s", "--lengths"))
+    assert code == 2
+    assert "give --ledger-servers" in output and ("config.yaml beside" in output) == has_log
+    steps = []
+    for servers in ("1", "2"):
+        code, output = plan(*told, "--ledger-servers", servers, without=("--tokens-per-s", "--lengths"))
+        assert code == 0, output
+        steps.append(json.loads(output)["recommended"]["step_s_mean"])
+    assert steps[0] < steps[1]
+    # The speed of a server is known: whoever wrote the ledger.
+    assert plan(*told, without=("--lengths",))[0] == 0
+
+
 def test_a_log_without_a_needed_column_says_which_and_what_supplies_it(tmp_path):
     log = logged(tmp_path, "bounded_async")  # no phase of training
     options = ["--ledger", str(ledger(tmp_path)), "--max-staleness", "4"]
@@ -270,6 +301,18 @@ def test_what_is_no_ledger_is_refused(tmp_path):
     path.write_text('{"step": 1, "data": {}}\n')
     with pytest.raises(PlanError, match="no ledger of the staleness modes"):
         read_ledger_facts(path, 1)
+    group = '[0, "uid", 0, [["row", [[0, 40]]]]]'
+    for groups, generated in (
+        ("[1, 2]", "[null, null]"),
+        (f"[{group}, {group}]", "[[0, 2]]"),
+        (f"[{group}]", "[[0, null]]"),
+        (f"[{group}]", "[3]"),
+        ('[[0, "uid", 0, [["row", [[0, "40"]]]]]]', "[[0, 2]]"),
+        (f"[{group}]", "null"),
+    ):
+        path.write_text(f'{{"step": 1, "groups": {groups}, "generated": {generated}}}\n')
+        with pytest.raises(PlanError, match=r"no ledger of the staleness modes .*; give the file"):
+            read_ledger_facts(path, 1)
     path.write_text("")
     with pytest.raises(PlanError, match="holds no trained group"):
         read_ledger_facts(path, 1)

@@ -122,6 +122,9 @@ def plan(
     ledger: Annotated[
         Path | None, typer.Option(help="The ledger of that run: response lengths, and the speed of a server.")
     ] = None,
+    ledger_servers: Annotated[
+        int | None, typer.Option(min=1, help="Rollout servers of that run, where the config beside its log is missing.")
+    ] = None,
     devices: Annotated[int | None, typer.Option(help="Devices of the planned run.")] = None,
     server_devices: Annotated[int | None, typer.Option(help="Devices of one rollout server.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Prompts of a trainer step.")] = None,
@@ -214,7 +217,7 @@ def plan(
             update_devices=update_devices,
             push_s=_push_s(push_s, model_billions, push_gb_per_s),
         )
-        facts = _facts(given, run, ledger, _quantiles(lengths))
+        facts = _facts(given, run, ledger, ledger_servers, _quantiles(lengths))
         facts.require_whole(f" from {run}" if run else "")
         assumed = Assumed(
             prefill_tokens_per_s,
@@ -248,7 +251,13 @@ def plan(
             Console().print(Text(f"written: {out}"), soft_wrap=True)
 
 
-def _facts(given: "Facts", run: Path | None, ledger: Path | None, quantiles: dict[float, float] | None) -> "Facts":
+def _facts(
+    given: "Facts",
+    run: Path | None,
+    ledger: Path | None,
+    ledger_servers: int | None,
+    quantiles: dict[float, float] | None,
+) -> "Facts":
     """What the options say, and where they say nothing the run."""
     from verl_m2po.planner.facts import Facts
     from verl_m2po.planner.readings import read_ledger_facts, read_run
@@ -260,7 +269,14 @@ def _facts(given: "Facts", run: Path | None, ledger: Path | None, quantiles: dic
         read = replace(read, update_devices=None)
     facts = given.over(read)
     if ledger is not None:
-        facts = facts.over(read_ledger_facts(ledger, read.measured_servers or 1))
+        servers = read.measured_servers if ledger_servers is None else ledger_servers
+        if servers is None and facts.speeds is None:
+            without = "RUN" if run is None else f"a config.yaml beside {run} that says so"
+            raise PlanError(
+                f"--ledger {ledger}: how many rollout servers generated is not known without {without}; give "
+                "--ledger-servers, or the speed of one server with --tokens-per-s"
+            )
+        facts = facts.over(read_ledger_facts(ledger, servers))
     if quantiles is None:
         return facts
     if facts.longest is None:
