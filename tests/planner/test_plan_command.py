@@ -104,7 +104,8 @@ def test_replay_is_compared_beside_none_in_the_modes_that_have_it():
 
 
 def test_a_server_that_is_replaced_saves_the_restart():
-    fails = ("--failures-per-device-year", "300000", "--modes", "bounded_async", "--splits", "0.5")
+    fails = ("--failures-per-device-year", "1000", "--update-s", "1000", "--simulate-steps", "30")
+    fails += ("--modes", "bounded_async", "--splits", "0.875")
     restarted, healed = planned(*fails), planned(*fails, "--replace-s", "60")
     assert sum(each["restarts"] for each in restarted["settings"]) > sum(
         each["restarts"] for each in healed["settings"]
@@ -159,7 +160,12 @@ def test_what_is_missing_is_named_with_the_option_that_supplies_it(option):
         (("--prefill-tokens-per-s", "0"), "--prefill-tokens-per-s is 0"),
         (("--target-age", "nan"), "--target-age is nan"),
         (("--deadline", "-1"), "--deadline is -1"),
-        (("--failures-per-device-year", "inf"), "--failures-per-device-year is inf"),
+        (("--replace-s", "inf"), "--replace-s is inf"),
+        (("--failures-per-device-year", "1e8", "--replace-s", "60"), "Invalid value for '--failures-per-device-year'"),
+        (("--failures-per-device-year", "1000", "--update-s", "1e6"), "repeats more than it trains"),
+        (("--speed-spread", "50"), "Invalid value for '--speed-spread'"),
+        (("--update-spread", "1000"), "Invalid value for '--update-spread'"),
+        (("--seed", "-1"), "Invalid value for '--seed'"),
         (("--prompt-tokens", "-5"), "--prompt-tokens is -5"),
         (("--splits", "2"), "no shares of the devices"),
         (("--update-s", "-3"), "must be 0 or more"),
@@ -175,6 +181,24 @@ def test_bad_input_gives_one_clear_error(more, says):
     code, output = plan(*more, numbers=given)
     assert code == 2
     assert says in output
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_simulation(tmp_path, monkeypatch):
+    def unexpected(*_):
+        raise AssertionError("simulated")
+
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.svg").mkdir()
+    code, output = plan("--out", str(tmp_path / "folder.svg"), "--modes", "sync")
+    assert code == 2 and "which cannot be written" in output
+    monkeypatch.setattr("verl_m2po.planner.compare.simulate", unexpected)
+    code, output = plan("--out", str(tmp_path / "file" / "p.svg"))
+    assert code == 2 and "is no folder: choose another" in output
+
+
+@pytest.mark.parametrize("option", ["--speed-spread", "--update-spread"])
+def test_the_largest_spread_can_be_planned(option):
+    assert all(each["step_s_mean"] > 0 for each in planned(option, "1", "--devices", "64")["settings"])
 
 
 def logged(tmp_path, mode: str, **metrics: float):

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from verl_m2po.ground.places import why_no_folder
+
 if TYPE_CHECKING:
     from verl_m2po.planner.compare import Choice
     from verl_m2po.planner.facts import Facts
@@ -148,9 +150,15 @@ def plan(
     prefill_tokens_per_s: Annotated[
         float, typer.Option(help="Of one server, when a push has interrupted its requests; inf: at once.")
     ] = math.inf,
-    speed_spread: Annotated[float, typer.Option(min=0.0, help="Spread of the servers' speeds, 0.05: 5%.")] = 0.0,
-    update_spread: Annotated[float, typer.Option(min=0.0, help="The same of the trainer's devices.")] = 0.0,
-    failures_per_device_year: Annotated[float, typer.Option(min=0.0, help="Of any device.")] = 0.0,
+    speed_spread: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Spread of the servers' speeds, 0.05: 5%; at most 1.")
+    ] = 0.0,
+    update_spread: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The same of the trainer's devices; at most 1.")
+    ] = 0.0,
+    failures_per_device_year: Annotated[
+        float, typer.Option(min=0.0, max=1000.0, help="Of any device; at most 1,000, nearly three a day.")
+    ] = 0.0,
     restart_s: Annotated[float, typer.Option(min=0.0, help="Until a run that died trains again.")] = 600.0,
     checkpoint_steps: Annotated[int, typer.Option(min=1, help="Trainer steps between checkpoints.")] = 20,
     replace_s: Annotated[
@@ -172,7 +180,7 @@ def plan(
     deadline: Annotated[float | None, typer.Option(help="Hours that the whole run may take.")] = None,
     cost_per_hour: Annotated[float | None, typer.Option(min=0.0, help="Of one device.")] = None,
     simulate_steps: Annotated[int, typer.Option(help="Trainer steps that count in each simulation.")] = 30,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Picture to write: .svg, .png or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of the table.")] = False,
 ) -> None:
@@ -190,6 +198,8 @@ def plan(
         raise typer.BadParameter('the planner needs matplotlib: pip install "verl-m2po[report]"') from error
     if out is not None and out.suffix not in (".svg", ".png", ".pdf"):
         raise typer.BadParameter(f"--out is {out}; its name must end in .svg, .png or .pdf")
+    if out is not None and (reason := why_no_folder(out.parent)):
+        raise typer.BadParameter(f"--out: {reason}")
     try:
         _require_numbers(
             positive={"--prefill-tokens-per-s": prefill_tokens_per_s, "--deadline": deadline},
@@ -244,11 +254,15 @@ def plan(
     except PlanError as error:
         raise typer.BadParameter(str(error)) from error
     _tell(choices, chosen, run_steps, cost_per_hour, as_json)
-    if out is not None:
+    if out is None:
+        return
+    try:
         out.parent.mkdir(parents=True, exist_ok=True)
         show.picture(choices, chosen).savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-        if not as_json:
-            Console().print(Text(f"written: {out}"), soft_wrap=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--out is {out}, which cannot be written: {error.strerror or error}") from error
+    if not as_json:
+        Console().print(Text(f"written: {out}"), soft_wrap=True)
 
 
 def _facts(
