@@ -18,6 +18,7 @@ from benchmarks.paced import SECONDS_PER_TOKEN, SECONDS_PER_UPDATE
 from staleness_study import exact, plan
 from staleness_study.run import RECORD, last_step
 from verl_m2po.cli import quickstart
+from verl_m2po.ground.overrides import override
 from verl_m2po.one_process.setup import CONFIG, RECIPE
 from verl_m2po.tasks import arithmetic, tiny_model
 
@@ -170,7 +171,7 @@ class VerlRun(quickstart.Run):
         made = [
             int(match[1]) for path in run.folder.glob("*.jsonl") if (match := re.match(r"attempt-(\d+)", path.name))
         ]
-        folder = f"trainer.default_local_dir={run.folder / 'checkpoints'}"
+        folder = override("trainer.default_local_dir", run.folder / "checkpoints")
         return replace(run, overrides=(*overrides, folder), attempt=max(made, default=0) + 1)
 
     def command(self, model: Path, data: Path) -> list[str]:

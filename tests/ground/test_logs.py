@@ -34,6 +34,21 @@ def test_every_attempt_keeps_its_log(environment):
     assert len(list(path.parent.iterdir())) == 3
 
 
+def test_an_attempt_comes_after_all_that_are_left(environment):
+    path = logs.path_of(CONFIG)
+    path.parent.mkdir(exist_ok=True)
+    for others in (
+        f"{path.stem}.attempt-9.jsonl.part",
+        f"a{path.stem}.attempt-8.jsonl",
+        f"{path.stem}.attempt-x.jsonl",
+    ):
+        (path.parent / others).touch()
+    path.with_name(f"{path.stem}.attempt-2.jsonl").write_text("earlier")
+    path.write_text("later")
+    assert logs.keep_earlier(path) == path.with_name(f"{path.stem}.attempt-3.jsonl")
+    assert path.with_name(f"{path.stem}.attempt-3.jsonl").read_text() == "later" and not path.exists()
+
+
 def test_nothing_is_moved_where_nothing_is_lost(environment, tmp_path):
     assert logs.keep_earlier(logs.path_of(CONFIG)) is None
     path = logs.path_of(CONFIG)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from verl_m2po.launch import sweep
@@ -68,6 +69,15 @@ def test_another_launcher_is_left_in_place(callback):
     joblib = OmegaConf.create({"hydra": {"launcher": {"_target_": "hydra_plugins.joblib.JoblibLauncher"}}})
     callback.on_multirun_start(joblib)
     assert joblib.hydra.launcher._target_ == "hydra_plugins.joblib.JoblibLauncher"
+
+
+@pytest.mark.parametrize("name", ["m2po_s0", "a(b)=é", "a,b"])
+def test_a_name_with_the_seed_is_read_as_it_was(monkeypatch, name):
+    config = OmegaConf.create({"algorithm": {"policy_loss": "m2po"}, "trainer": {"experiment_name": name}})
+    launcher = sweep.SweepLauncher()
+    monkeypatch.setattr(launcher, "_config_of", lambda _overrides: config)
+    *_, named = launcher._named(["data.seed=2"])
+    assert OverridesParser.create().parse_override(named).value() == f"{name}_seed2"
 
 
 MAIN = """

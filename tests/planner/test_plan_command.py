@@ -61,6 +61,15 @@ def test_the_same_seed_plans_the_same():
     assert planned("--seed", "3", "--modes", "bounded_async") == planned("--seed", "3", "--modes", "bounded_async")
 
 
+def test_hours_are_those_of_all_trainer_steps_and_no_more():
+    # A server is as fast with one request as with many.
+    alike = ("--lengths", "0:200,1:200", "--tokens-per-s", "1:50,256:50", "--modes", "sync", "--modes", "stale_k")
+    for steps in (1, 3, 40):
+        for each in planned(*alike, "--run-steps", str(steps))["settings"]:
+            # On shared devices every batch takes its time to be generated and to be trained, whenever that is.
+            assert each["run_hours"] == pytest.approx(steps * each["step_s_mean"] / 3600)
+
+
 def test_a_target_age_and_a_deadline_are_kept():
     young = planned("--target-age", "4.0")["recommended"]
     assert young["age_updates_mean"] <= 4.0
@@ -95,7 +104,8 @@ def test_replay_is_compared_beside_none_in_the_modes_that_have_it():
 
 
 def test_a_server_that_is_replaced_saves_the_restart():
-    fails = ("--failures-per-device-year", "300000", "--modes", "bounded_async", "--splits", "0.5")
+    fails = ("--failures-per-device-year", "1000", "--update-s", "1000", "--simulate-steps", "30")
+    fails += ("--modes", "bounded_async", "--splits", "0.875")
     restarted, healed = planned(*fails), planned(*fails, "--replace-s", "60")
     assert sum(each["restarts"] for each in restarted["settings"]) > sum(
         each["restarts"] for each in healed["settings"]
@@ -150,7 +160,12 @@ def test_what_is_missing_is_named_with_the_option_that_supplies_it(option):
         (("--prefill-tokens-per-s", "0"), "--prefill-tokens-per-s is 0"),
         (("--target-age", "nan"), "--target-age is nan"),
         (("--deadline", "-1"), "--deadline is -1"),
-        (("--failures-per-device-year", "inf"), "--failures-per-device-year is inf"),
+        (("--replace-s", "inf"), "--replace-s is inf"),
+        (("--failures-per-device-year", "1e8", "--replace-s", "60"), "Invalid value for '--failures-per-device-year'"),
+        (("--failures-per-device-year", "1000", "--update-s", "1e6"), "repeats more than it trains"),
+        (("--speed-spread", "50"), "Invalid value for '--speed-spread'"),
+        (("--update-spread", "1000"), "Invalid value for '--update-spread'"),
+        (("--seed", "-1"), "Invalid value for '--seed'"),
         (("--prompt-tokens", "-5"), "--prompt-tokens is -5"),
         (("--splits", "2"), "no shares of the devices"),
         (("--update-s", "-3"), "must be 0 or more"),
@@ -166,6 +181,24 @@ def test_bad_input_gives_one_clear_error(more, says):
     code, output = plan(*more, numbers=given)
     assert code == 2
     assert says in output
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_simulation(tmp_path, monkeypatch):
+    def unexpected(*_):
+        raise AssertionError("simulated")
+
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.svg").mkdir()
+    code, output = plan("--out", str(tmp_path / "folder.svg"), "--modes", "sync")
+    assert code == 2 and "which cannot be written" in output
+    monkeypatch.setattr("verl_m2po.planner.compare.simulate", unexpected)
+    code, output = plan("--out", str(tmp_path / "file" / "p.svg"))
+    assert code == 2 and "is no folder: choose another" in output
+
+
+@pytest.mark.parametrize("option", ["--speed-spread", "--update-spread"])
+def test_the_largest_spread_can_be_planned(option):
+    assert all(each["step_s_mean"] > 0 for each in planned(option, "1", "--devices", "64")["settings"])
 
 
 def logged(tmp_path, mode: str, **metrics: float):
@@ -238,6 +271,37 @@ def test_a_ledger_tells_lengths_and_speed(tmp_path):
     assert facts.lengths.draw(np.random.default_rng(0), 3, 2, 0) == [[40, 40]] * 3
 
 
+def test_a_group_that_was_trained_again_was_generated_once(tmp_path):
+    once, again = tmp_path / "once", tmp_path / "again"
+    once.mkdir(), again.mkdir()
+    path = ledger(once)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    repeated = [line | {"step": 2 * i + j} for i, line in enumerate(lines) for j in (1, 2)]
+    (again / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in repeated))
+    first, second = (read_ledger_facts(folder / "ledger.jsonl", servers=1) for folder in (once, again))
+    assert first.speeds == second.speeds
+    drawn = [facts.lengths.draw(np.random.default_rng(0), 8, 2, 0) for facts in (first, second) if facts.lengths]
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("has_log", [False, True])
+def test_how_many_servers_wrote_a_ledger_is_asked_for_where_no_config_says_it(tmp_path, has_log):
+    log = logged(tmp_path, "sync")
+    (log.parent / "config.yaml").unlink()
+    told = ("--ledger", str(ledger(tmp_path)), *((str(log),) if has_log else ()), "--modes", "sync", "--json")
+    code, output = plan(*told, without=("--tokens-per-s", "--lengths"))
+    assert code == 2
+    assert "give --ledger-servers" in output and ("config.yaml beside" in output) == has_log
+    steps = []
+    for servers in ("1", "2"):
+        code, output = plan(*told, "--ledger-servers", servers, without=("--tokens-per-s", "--lengths"))
+        assert code == 0, output
+        steps.append(json.loads(output)["recommended"]["step_s_mean"])
+    assert steps[0] < steps[1]
+    # The speed of a server is known: whoever wrote the ledger.
+    assert plan(*told, without=("--lengths",))[0] == 0
+
+
 def test_a_log_without_a_needed_column_says_which_and_what_supplies_it(tmp_path):
     log = logged(tmp_path, "bounded_async")  # no phase of training
     options = ["--ledger", str(ledger(tmp_path)), "--max-staleness", "4"]
@@ -261,6 +325,18 @@ def test_what_is_no_ledger_is_refused(tmp_path):
     path.write_text('{"step": 1, "data": {}}\n')
     with pytest.raises(PlanError, match="no ledger of the staleness modes"):
         read_ledger_facts(path, 1)
+    group = '[0, "uid", 0, [["row", [[0, 40]]]]]'
+    for groups, generated in (
+        ("[1, 2]", "[null, null]"),
+        (f"[{group}, {group}]", "[[0, 2]]"),
+        (f"[{group}]", "[[0, null]]"),
+        (f"[{group}]", "[3]"),
+        ('[[0, "uid", 0, [["row", [[0, "40"]]]]]]', "[[0, 2]]"),
+        (f"[{group}]", "null"),
+    ):
+        path.write_text(f'{{"step": 1, "groups": {groups}, "generated": {generated}}}\n')
+        with pytest.raises(PlanError, match=r"no ledger of the staleness modes .*; give the file"):
+            read_ledger_facts(path, 1)
     path.write_text("")
     with pytest.raises(PlanError, match="holds no trained group"):
         read_ledger_facts(path, 1)

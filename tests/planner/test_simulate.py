@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import verl_m2po
 from verl_m2po.planner.fleet import Fleet
 from verl_m2po.planner.setting import FRESH_SHARES, MODES, OFF, REPLAYING, Setting
-from verl_m2po.planner.simulate import simulate
+from verl_m2po.planner.simulate import run_s, simulate
 from verl_m2po.planner.workload import (
     EngineCurve,
     Failures,
@@ -180,6 +180,19 @@ def test_the_same_seed_gives_the_same_numbers(setting, seed):
 def of_mode(mode: str, staleness_steps: int = 2) -> Setting:
     """A mode that trains again only does so."""
     return Setting(mode, 0 if mode == "sync" else staleness_steps, replay="x2" if mode == "replay" else OFF)
+
+
+@pytest.mark.parametrize("lengths", [None, TAIL])
+@pytest.mark.parametrize(("mode", "staleness"), [(mode, steps) for mode in MODES for steps in (2, 8, 64)])
+def test_the_time_of_a_run_is_that_of_all_its_steps(mode, staleness, lengths):
+    setting = of_mode(mode, staleness)
+    run = workload(step_s=5.0, push_s=0.5, saturates_at=8, lengths=lengths)
+    steady = simulate(setting, run, steps=200).mean_step_s
+    # Where beginning and end meet, all of the run is simulated.
+    edges = 2 * setting.staleness_steps + 2
+    for steps, tolerance in ((1, 1e-9), (edges, 1e-9), (edges + 100, 0.05)):
+        whole = sum(simulate(setting, run, steps, warm_up=0, run_steps=steps).step_s)
+        assert run_s(setting, run, steps, steady) == pytest.approx(whole, rel=tolerance)
 
 
 def test_a_lost_server_costs_its_share_of_the_time_until_it_is_replaced():

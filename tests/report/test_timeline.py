@@ -35,6 +35,29 @@ def test_steps_that_were_trained_again_after_a_crash_count_once(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"weights_at": None}, "weights_at is None; it must be a number"),
+        ({"sampled_at": True}, "sampled_at is True; it must be a number"),
+        ({"step": "1"}, "step is '1'; it must be a whole number"),
+        ({"step": 1.5}, "step is 1.5; it must be a whole number"),
+        ({"version": [0]}, r"version is \[0\]; it must be a whole number"),
+        ({"weights_at": float("inf")}, "weights_at is inf"),
+        ({"sampled_at": 10**400}, "sampled_at is 1000"),
+        ({"generated": [["0", 1.0]]}, "generated is '0'"),
+        ({"generated": [[1.0]]}, "ValueError"),
+        ({"servers_lost_at": [None]}, "servers_lost_at is None"),
+        ({"generated": [None], "groups": [[0, "uid", 0, [["row", [[None, 5]]]]]]}, "version is None"),
+        ({"resumed_from": "1"}, "resumed_from is '1'"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(tmp_path, change, says):
+    write(tmp_path / "l", line(1, 1.5, [[0.0, 1.0]]), line(2, 2.5, [[1.0, 2.0]]) | change)
+    with pytest.raises(LedgerError, match=f"entry 2 of .* is not a ledger's: .*{says}"):
+        read_ledger(tmp_path / "l")
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "empty"),

@@ -117,6 +117,21 @@ def test_a_share_is_never_written_with_an_exponent(tmp_path, share, text):
     assert rows(report.summaries, None)[0]["clipped or masked"] == text
 
 
+@pytest.mark.parametrize(
+    ("figures", "pages"), [("--figures", {"report.md", "report.html"}), ("--no-figures", {"report.md"})]
+)
+def test_a_folder_whose_name_is_no_text_is_reported(tmp_path, figures, pages):
+    folder = tmp_path / os.fsdecode(b"caf\xe9-run")
+    write_log(folder / "metrics.jsonl", {step: {ACC: 0.5} for step in (1, 2)})
+    command = [sys.executable, "-m", "verl_m2po", "report", folder, "--out", tmp_path / "out", figures]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert b"caf?-run" in done.stdout
+    # What cannot be printed is a space in the table of report.md.
+    assert {page for page in pages if re.search("caf[? ]-run", (tmp_path / "out" / page).read_text())} == pages
+
+
 def test_markdown_of_nothing_says_so():
     assert "Nothing to show" in markdown([], None, ["runs/x: not there"])
     assert "runs/x: not there" in markdown([], None, ["runs/x: not there"])

@@ -64,6 +64,14 @@ def assert_same(one: FinishedGroup, other: FinishedGroup) -> None:
             assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name])
 
 
+def test_a_journal_in_the_home_is_where_the_preflight_looks(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    journal = Journal("~/run1/journal", fsync=False, settings=SETTINGS)
+    journal.start(run=None)
+    assert (tmp_path / "run1" / "journal" / RUN_FILE).is_file()
+    assert journal.rows_path(0).parent == tmp_path / "run1" / "journal"
+
+
 @given(plain)
 def test_python_objects_come_back_as_they_were(value):
     again = from_json(json.loads(json.dumps(to_json(value))))

@@ -45,9 +45,12 @@ def _compose(*overrides: str) -> DictConfig:
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
+    from verl_m2po.ground.overrides import override
+
     GlobalHydra.instance().clear()
     with tempfile.TemporaryDirectory() as folder, initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=[*_RUN, *overrides, f"trainer.default_local_dir={folder}"])
+        local = override("trainer.default_local_dir", folder)
+        config = compose("ppo_trainer", overrides=[*_RUN, *overrides, local])
         OmegaConf.resolve(config)
         return config
 

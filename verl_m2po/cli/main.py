@@ -1,5 +1,7 @@
 """The ``verl-m2po`` command."""
 
+import io
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -48,4 +50,8 @@ def quickstart(
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # A path may have bytes that are no text: what is told of the work must not end it.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     app()

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from verl_m2po.ground.places import why_no_folder
+
 if TYPE_CHECKING:
     from verl_m2po.planner.compare import Choice
     from verl_m2po.planner.facts import Facts
@@ -122,6 +124,9 @@ def plan(
     ledger: Annotated[
         Path | None, typer.Option(help="The ledger of that run: response lengths, and the speed of a server.")
     ] = None,
+    ledger_servers: Annotated[
+        int | None, typer.Option(min=1, help="Rollout servers of that run, where the config beside its log is missing.")
+    ] = None,
     devices: Annotated[int | None, typer.Option(help="Devices of the planned run.")] = None,
     server_devices: Annotated[int | None, typer.Option(help="Devices of one rollout server.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Prompts of a trainer step.")] = None,
@@ -145,9 +150,15 @@ def plan(
     prefill_tokens_per_s: Annotated[
         float, typer.Option(help="Of one server, when a push has interrupted its requests; inf: at once.")
     ] = math.inf,
-    speed_spread: Annotated[float, typer.Option(min=0.0, help="Spread of the servers' speeds, 0.05: 5%.")] = 0.0,
-    update_spread: Annotated[float, typer.Option(min=0.0, help="The same of the trainer's devices.")] = 0.0,
-    failures_per_device_year: Annotated[float, typer.Option(min=0.0, help="Of any device.")] = 0.0,
+    speed_spread: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Spread of the servers' speeds, 0.05: 5%; at most 1.")
+    ] = 0.0,
+    update_spread: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The same of the trainer's devices; at most 1.")
+    ] = 0.0,
+    failures_per_device_year: Annotated[
+        float, typer.Option(min=0.0, max=1000.0, help="Of any device; at most 1,000, nearly three a day.")
+    ] = 0.0,
     restart_s: Annotated[float, typer.Option(min=0.0, help="Until a run that died trains again.")] = 600.0,
     checkpoint_steps: Annotated[int, typer.Option(min=1, help="Trainer steps between checkpoints.")] = 20,
     replace_s: Annotated[
@@ -169,7 +180,7 @@ def plan(
     deadline: Annotated[float | None, typer.Option(help="Hours that the whole run may take.")] = None,
     cost_per_hour: Annotated[float | None, typer.Option(min=0.0, help="Of one device.")] = None,
     simulate_steps: Annotated[int, typer.Option(help="Trainer steps that count in each simulation.")] = 30,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Picture to write: .svg, .png or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of the table.")] = False,
 ) -> None:
@@ -187,6 +198,8 @@ def plan(
         raise typer.BadParameter('the planner needs matplotlib: pip install "verl-m2po[report]"') from error
     if out is not None and out.suffix not in (".svg", ".png", ".pdf"):
         raise typer.BadParameter(f"--out is {out}; its name must end in .svg, .png or .pdf")
+    if out is not None and (reason := why_no_folder(out.parent)):
+        raise typer.BadParameter(f"--out: {reason}")
     try:
         _require_numbers(
             positive={"--prefill-tokens-per-s": prefill_tokens_per_s, "--deadline": deadline},
@@ -214,7 +227,7 @@ def plan(
             update_devices=update_devices,
             push_s=_push_s(push_s, model_billions, push_gb_per_s),
         )
-        facts = _facts(given, run, ledger, _quantiles(lengths))
+        facts = _facts(given, run, ledger, ledger_servers, _quantiles(lengths))
         facts.require_whole(f" from {run}" if run else "")
         assumed = Assumed(
             prefill_tokens_per_s,
@@ -232,6 +245,7 @@ def plan(
             shares,
             simulate_steps,
             seed,
+            run_steps,
             buffer_bytes,
             replay or (),
         )
@@ -240,14 +254,24 @@ def plan(
     except PlanError as error:
         raise typer.BadParameter(str(error)) from error
     _tell(choices, chosen, run_steps, cost_per_hour, as_json)
-    if out is not None:
+    if out is None:
+        return
+    try:
         out.parent.mkdir(parents=True, exist_ok=True)
         show.picture(choices, chosen).savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-        if not as_json:
-            Console().print(Text(f"written: {out}"), soft_wrap=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--out is {out}, which cannot be written: {error.strerror or error}") from error
+    if not as_json:
+        Console().print(Text(f"written: {out}"), soft_wrap=True)
 
 
-def _facts(given: "Facts", run: Path | None, ledger: Path | None, quantiles: dict[float, float] | None) -> "Facts":
+def _facts(
+    given: "Facts",
+    run: Path | None,
+    ledger: Path | None,
+    ledger_servers: int | None,
+    quantiles: dict[float, float] | None,
+) -> "Facts":
     """What the options say, and where they say nothing the run."""
     from verl_m2po.planner.facts import Facts
     from verl_m2po.planner.readings import read_ledger_facts, read_run
@@ -259,7 +283,14 @@ def _facts(given: "Facts", run: Path | None, ledger: Path | None, quantiles: dic
         read = replace(read, update_devices=None)
     facts = given.over(read)
     if ledger is not None:
-        facts = facts.over(read_ledger_facts(ledger, read.measured_servers or 1))
+        servers = read.measured_servers if ledger_servers is None else ledger_servers
+        if servers is None and facts.speeds is None:
+            without = "RUN" if run is None else f"a config.yaml beside {run} that says so"
+            raise PlanError(
+                f"--ledger {ledger}: how many rollout servers generated is not known without {without}; give "
+                "--ledger-servers, or the speed of one server with --tokens-per-s"
+            )
+        facts = facts.over(read_ledger_facts(ledger, servers))
     if quantiles is None:
         return facts
     if facts.longest is None:
@@ -296,7 +327,7 @@ def _tell(
     # Where the output is no terminal, rich takes 80 columns, in which no number would be whole. The table takes what it
     # needs.
     console = Console(width=max(Console().width, 200))
-    console.print(show.table(choices, run_steps, cost_per_hour))
+    console.print(show.table(choices, cost_per_hour))
     console.print("Recommended:", style="bold")
     for override, reason in chosen.overrides():
         console.print(Text(f"  {override}"), Text(f"    # {reason}", style="dim"), sep="\n", soft_wrap=True)

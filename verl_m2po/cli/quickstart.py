@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from verl_m2po.ground import logs
+from verl_m2po.ground.overrides import override
 from verl_m2po.tasks import arithmetic, tiny_model
 
 ACCURACY = "val-core/arithmetic/acc/mean@1"
@@ -73,14 +74,14 @@ class Run:
             "--config-name=arithmetic",
             "hardware=cpu",
             f"loss={self.loss}",
-            f"actor_rollout_ref.model.path={model}",
-            f"data.train_files={data / 'train.parquet'}",
-            f"data.val_files={data / 'validation.parquet'}",
+            override("actor_rollout_ref.model.path", model),
+            override("data.train_files", data / "train.parquet"),
+            override("data.val_files", data / "validation.parquet"),
             f"data.seed={self.seed}",
             f"actor_rollout_ref.rollout.seed={self.seed}",
             f"trainer.total_training_steps={self.steps}",
-            f"trainer.experiment_name={self.name}",
-            f"hydra.run.dir={self.folder / 'hydra'}",
+            override("trainer.experiment_name", self.name),
+            override("hydra.run.dir", self.folder / "hydra"),
             *self.overrides,
         ]
 

@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+LARGEST = 2**53
+"""Of the numbers in a ledger: times in seconds since the epoch, steps, versions and tokens."""
+
 
 class Lines(NamedTuple):
     """What a ledger holds.
@@ -37,6 +40,32 @@ def read(path: str | Path) -> Lines:
         else:
             lines.torn.append(number)
     return lines
+
+
+def number(name: str, value: Any, is_whole: bool = False) -> Any:
+    """`value`, which a line has in the field `name`.
+
+    Raises:
+        TypeError: it is no number, or none that a float holds exactly.
+    """
+    kinds = int if is_whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) <= LARGEST:
+        raise TypeError(f"{name} is {f'{value!r}':.60}; it must be a {'whole ' if is_whole else ''}number")
+    return value
+
+
+def times(batch: dict[str, Any]) -> list[tuple[float, float] | None]:
+    """(began, ended) of each group of a batch, in seconds since the epoch; None where a restart has lost them.
+
+    Raises:
+        KeyError, TypeError, ValueError: it has no such times.
+    """
+    return [None if each is None else _moments(each) for each in batch["generated"]]
+
+
+def _moments(pair: Any) -> tuple[float, float]:
+    began, ended = pair
+    return number("generated", began), number("generated", ended)
 
 
 def surviving(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,9 +4,9 @@ The present attempt logs under the name that verl gives it; those before it are 
 `<name>.attempt-2.jsonl`, ... beside it, and `verl-m2po report` joins them.
 """
 
-import itertools
 import logging
 import os
+import re
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -34,8 +34,10 @@ def keep_earlier(path: Path | None) -> Path | None:
     """Move the log of an earlier attempt out of the way of the next; returns where it went, None if there was none."""
     if path is None or not path.is_file() or not path.stat().st_size:
         return None
-    names = (path.with_name(f"{path.stem}.attempt-{number}{path.suffix}") for number in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
+    name = re.compile(rf"{re.escape(path.stem)}\.attempt-(\d+){re.escape(path.suffix)}")
+    # Above all that are there, never in a gap: the report joins attempts in the order of their numbers.
+    numbers = [int(match[1]) for other in path.parent.iterdir() if (match := name.fullmatch(other.name))]
+    aside = path.with_name(f"{path.stem}.attempt-{max(numbers, default=0) + 1}{path.suffix}")
     os.rename(path, aside)
     logger.info("the log of the attempt before this one is now %s", aside)
     return aside

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from verl_m2po.ground import logs
+from verl_m2po.ground.overrides import override
 from verl_m2po.ground.problem import Problem
 from verl_m2po.launch.callback import Refused, uses_this_package
 
@@ -94,7 +95,7 @@ class SweepLauncher(BasicLauncher):
             return list(overrides)
         name = str(OmegaConf.select(config, NAME))
         seed = f"seed{keys[SEED]}"
-        return [*overrides, *([] if seed in name else [f"{NAME}={name}_{seed}"])]
+        return [*overrides, *([] if seed in name else [override(NAME, f"{name}_{seed}")])]
 
     def _job(self, overrides: Sequence[str]) -> Job:
         config = self._config_of(overrides)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from verl_m2po.planner.account import Outcome
 from verl_m2po.planner.facts import Assumed, Facts
 from verl_m2po.planner.setting import FRESH_SHARES, REPLAYING, Setting
-from verl_m2po.planner.simulate import simulate
+from verl_m2po.planner.simulate import run_s, simulate
 from verl_m2po.planner.workload import PlanError
 
 CLOSE = 0.02
@@ -24,6 +24,7 @@ class Choice:
         updates_per_step: optimizer updates of a trainer step.
         buffer_gib: memory of the waiting rollouts if every response has its full length.
         outcome: simulated.
+        run_s: seconds of the whole run.
     """
 
     setting: Setting
@@ -32,6 +33,7 @@ class Choice:
     updates_per_step: int
     buffer_gib: float
     outcome: Outcome
+    run_s: float
 
     @property
     def staleness_updates(self) -> int:
@@ -48,9 +50,10 @@ class Choice:
         """Trained tokens."""
         return self.outcome.tokens_per_s * 3600 / self.devices
 
-    def hours(self, steps: int) -> float:
-        """Of a run of so many trainer steps."""
-        return (self.outcome.ramp_s + steps * self.outcome.mean_step_s) / 3600
+    @property
+    def hours(self) -> float:
+        """Of the whole run."""
+        return self.run_s / 3600
 
     def overrides(self) -> list[tuple[str, str]]:
         """Hydra overrides, ready to paste, each with the reason in one sentence."""
@@ -157,6 +160,7 @@ def compare(
     shares: Sequence[float],
     steps: int,
     seed: int,
+    run_steps: int,
     buffer_bytes: Callable[[Facts, Setting], int],
     replays: Sequence[str] = (),
 ) -> Iterator[Choice]:
@@ -170,6 +174,7 @@ def compare(
         shares: of the devices that generate, where these are separate.
         steps: trainer steps that count in each simulation.
         seed: of the simulations.
+        run_steps: trainer steps of the whole run.
         buffer_bytes: memory of the waiting rollouts.
         replays: see `settings`.
     """
@@ -178,9 +183,11 @@ def compare(
         shared = [facts.devices]
         for generating in shared if setting.is_shared else splits(facts.devices, facts.server_devices or 1, shares):
             trainer_devices = facts.devices if setting.is_shared else facts.devices - generating
-            outcome = simulate(setting, facts.workload(generating, trainer_devices, assumed), steps, seed)
+            workload = facts.workload(generating, trainer_devices, assumed)
+            outcome = simulate(setting, workload, steps, seed)
             gib = buffer_bytes(facts, setting) / 2**30
-            yield Choice(setting, facts.devices, generating, facts.updates_per_step, gib, outcome)
+            whole_s = run_s(setting, workload, run_steps, outcome.mean_step_s, seed)
+            yield Choice(setting, facts.devices, generating, facts.updates_per_step, gib, outcome, whole_s)
 
 
 def pareto(choices: Sequence[Choice]) -> list[Choice]:
@@ -219,9 +226,9 @@ def recommend(
     )
     if deadline_h is None:
         return best
-    in_time = [each for each in young if each.hours(run_steps) <= deadline_h]
+    in_time = [each for each in young if each.hours <= deadline_h]
     if not in_time:
-        needed = min(each.hours(run_steps) for each in young)
+        needed = min(each.hours for each in young)
         raise PlanError(f"--deadline {deadline_h:g}: {run_steps} trainer steps take {needed:.1f} hours at best")
     # Time enough: the youngest data that come home in it.
     return min(in_time, key=lambda each: (each.outcome.mean_age, each.outcome.mean_step_s))

@@ -20,6 +20,9 @@ SKIPPED_STEPS = 2
 
 TRAINING_PHASES = ("reward", "old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
 
+Group = tuple[list[int], tuple[float, float] | None]
+"""Lengths of a prompt group's responses, tokens, and when it began and ended, seconds since the epoch."""
+
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
 
@@ -100,7 +103,7 @@ def _rounded(value: float | None) -> int | None:
     return None if value is None else round(value)
 
 
-def read_ledger_facts(path: Path, servers: int) -> Facts:
+def read_ledger_facts(path: Path, servers: int | None) -> Facts:
     """Response lengths by group, and a server's speed, from what a run has trained on.
 
     The speed is that of the longest response of each group, from its dispatch to its end, at the mean number of
@@ -108,29 +111,40 @@ def read_ledger_facts(path: Path, servers: int) -> Facts:
 
     Args:
         path: the ledger.
-        servers: of the run that wrote it.
+        servers: of the run that wrote it; None: not known, so nothing is said of the speed.
 
     Raises:
         PlanError: it is no ledger, or nothing was trained in it.
     """
     try:
-        batches = ledger.surviving(ledger.read(path).whole)
-        groups = [group for batch in batches for group in batch["groups"]]
-        times = [each for batch in batches for each in batch["generated"]]
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+        groups = _groups(path)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanError(
             f"--ledger {path} is no ledger of the staleness modes ({type(error).__name__}: {error}); give the file "
             "that trainer.v1.<mode>.ledger_path named, or --lengths and --tokens-per-s"
         ) from error
-    lengths = [[sum(tokens for _, tokens in spans) for _, spans in group[3]] for group in groups]
-    lengths = [[length for length in group if length] for group in lengths]
+    lengths = [lengths for lengths, _ in groups]
     if not any(lengths):
         raise PlanError(f"--ledger {path} holds no trained group; give --lengths and --tokens-per-s instead")
-    return Facts(lengths=MeasuredLengths(lengths), speeds=_speed(lengths, times, servers))
+    speeds = None if servers is None else _speed(groups, servers)
+    return Facts(lengths=MeasuredLengths(lengths), speeds=speeds)
 
 
-def _speed(lengths: list[list[int]], times: list[Any], servers: int) -> tuple[tuple[int, float], ...] | None:
-    whole = [(*each, group) for group, each in zip(lengths, times, strict=True) if each and group]
+def _groups(path: Path) -> list[Group]:
+    """What was trained; a group that was trained again was generated once, and counts once."""
+    groups: dict[str, Group] = {}
+    for batch in ledger.surviving(ledger.read(path).whole):
+        for (_, uid, _, rows), times in zip(batch["groups"], ledger.times(batch), strict=True):
+            groups.setdefault(uid, ([length for _, spans in rows if (length := _tokens(spans)) > 0], times))
+    return list(groups.values())
+
+
+def _tokens(spans: list[Any]) -> int:
+    return sum(ledger.number("tokens", tokens, is_whole=True) for _, tokens in spans)
+
+
+def _speed(groups: list[Group], servers: int) -> tuple[tuple[int, float], ...] | None:
+    whole = [(*times, lengths) for lengths, times in groups if times and lengths]
     tokens, seconds = sum(max(group) for _, _, group in whole), sum(ended - began for began, ended, _ in whole)
     if not whole or seconds <= 0:
         return None

@@ -24,7 +24,6 @@ MODE_COLOURS = {
 def as_json(choice: Choice, run_steps: int, cost_per_hour: float | None) -> dict[str, Any]:
     """One setting, with the unit in every name."""
     outcome = choice.outcome
-    hours = choice.hours(run_steps)
     return {
         "mode": choice.setting.mode,
         "staleness_updates": choice.staleness_updates,
@@ -48,14 +47,14 @@ def as_json(choice: Choice, run_steps: int, cost_per_hour: float | None) -> dict
         "buffer_gib_at_full_length": choice.buffer_gib,
         "tokens_per_device_hour": choice.tokens_per_device_hour,
         "run_steps": run_steps,
-        "run_hours": hours,
-        "run_cost": None if cost_per_hour is None else hours * choice.devices * cost_per_hour,
+        "run_hours": choice.hours,
+        "run_cost": None if cost_per_hour is None else choice.hours * choice.devices * cost_per_hour,
         "server_failures": outcome.server_failures,
         "restarts": outcome.restarts,
     }
 
 
-def table(choices: Sequence[Choice], run_steps: int, cost_per_hour: float | None) -> Table:
+def table(choices: Sequence[Choice], cost_per_hour: float | None) -> Table:
     """All settings, the fastest first; a star marks those that no other beats in both speed and age."""
     best = {id(choice) for choice in pareto(choices)}
     shown = Table(title="Simulated steady state; ages in optimizer updates")
@@ -66,7 +65,7 @@ def table(choices: Sequence[Choice], run_steps: int, cost_per_hour: float | None
     for name in names:
         shown.add_column(name, justify="left" if name in ("", "mode", "replay") else "right")
     for choice in sorted(choices, key=lambda each: each.outcome.mean_step_s):
-        outcome, hours = choice.outcome, choice.hours(run_steps)
+        outcome = choice.outcome
         cells = [
             "*" if id(choice) in best else "",
             choice.setting.mode,
@@ -80,10 +79,10 @@ def table(choices: Sequence[Choice], run_steps: int, cost_per_hour: float | None
             f"{outcome.wasted_share:.1%}",
             f"{choice.buffer_gib:.1f}",
             f"{choice.tokens_per_device_hour:,.0f}",
-            f"{hours:.1f}",
+            f"{choice.hours:.1f}",
         ]
         if cost_per_hour is not None:
-            cells.append(f"{hours * choice.devices * cost_per_hour:,.0f}")
+            cells.append(f"{choice.hours * choice.devices * cost_per_hour:,.0f}")
         if has_replay:
             cells += [choice.setting.replay, f"{outcome.replayed_share:.0%}"]
         shown.add_row(*cells)

@@ -14,12 +14,14 @@ import numpy as np
 from verl_m2po.planner.account import Account, Outcome
 from verl_m2po.planner.fleet import Fleet
 from verl_m2po.planner.setting import Setting
-from verl_m2po.planner.workload import PlanError, Workload
+from verl_m2po.planner.workload import SECONDS_PER_YEAR, PlanError, Workload
 from verl_m2po.staleness.rule.records import Group, Row
 
 _NEVER = math.inf
 MOST_QUEUEING_S = 60.0
 """`_GATE_BARRIER_TIMEOUT_S` of verl's `vllm_async_server`."""
+LONGEST_S = 1000 * SECONDS_PER_YEAR
+"""Nobody waits so long: a run that restarts more often than it gets on would take for ever."""
 GATHERED_SHARE = 5e-3
 """Of the requests in flight: fewer that replace evicted groups start together, in the mode that waits for no group."""
 
@@ -191,6 +193,11 @@ class _Simulation:
             self._freeze(failures.restart_s + repeated)
             self.account.restarted(failures.restart_s + repeated)
             self.fleet.restart()
+            if self.wall > LONGEST_S:
+                raise PlanError(
+                    f"--failures-per-device-year: {self.setting.mode} restarts every {1 / rate:.3g} s and repeats more "
+                    f"than it trains until then; lower it, or --checkpoint-steps {failures.checkpoint_steps}"
+                )
 
 
 def simulate(
@@ -224,3 +231,14 @@ def simulate(
             simulation.account.start_counting(simulation.fleet, simulation.wall)
         simulation.step()
     return simulation.account.outcome(setting.staleness_steps, simulation.wall)
+
+
+def run_s(setting: Setting, workload: Workload, run_steps: int, mean_step_s: float, seed: int = 0) -> float:
+    """Seconds of a whole run of `run_steps` trainer steps.
+
+    Simulated are its beginning and its end, at which nothing is generated for later steps. In a long run steps of
+    `mean_step_s` seconds, those of the steady state, lie between.
+    """
+    simulated = min(run_steps, 2 * (setting.staleness_steps + 1))
+    edges = simulate(setting, workload, simulated, seed, warm_up=0, run_steps=simulated)
+    return sum(edges.step_s) + (run_steps - simulated) * mean_step_s

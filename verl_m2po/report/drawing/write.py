@@ -224,5 +224,6 @@ def write(report: Report, out: Path, refresh_s: float | None = None) -> Written:
                 (out / f"{plot.name}.{kind}").unlink(missing_ok=True)
     _replace(out / "report.md", markdown(report.summaries, report.target, problems).encode())
     html = page(rows(report.summaries, report.target), about(report.groups), in_page, problems, refresh_s)
-    _replace(out / "report.html", html.encode())
+    # A name may be bytes that are no text; of these Python makes characters that cannot be written.
+    _replace(out / "report.html", html.encode(errors="replace"))
     return Written(out / "report.html", out / "report.md", paths, problems)

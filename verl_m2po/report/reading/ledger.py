@@ -97,7 +97,7 @@ class _Reader:
     def take(self, line: dict[str, Any]) -> None:
         """One line more."""
         if "resumed_from" in line:
-            self._restart(line["resumed_from"])
+            self._restart(ledger.number("resumed_from", line["resumed_from"], is_whole=True))
         else:
             self._batch(line)
 
@@ -106,24 +106,36 @@ class _Reader:
         self._down_since = self._last_sign
 
     def _batch(self, line: dict[str, Any]) -> None:
-        times = [(began, ended) for began, ended in filter(None, line["generated"])]
-        step = self.steps.get(line["step"])
+        times = [pair for pair in ledger.times(line) if pair is not None]
+        sampled = _step(line)
+        step = self.steps.get(sampled.step)
         if step is None:  # verl's separate modes sample a step's mini-batches one by one
-            step = Step(line["step"], line["version"], line["weights_at"], line["sampled_at"])
+            step = sampled
             if self._down_since is None and self.steps:
                 next(reversed(self.steps.values())).ended_at = step.weights_at
             step.down_since, self._down_since = self._down_since, None
             self.steps[step.step] = step
-        self.servers_lost_at += line.get("servers_lost_at", [])
-        self.servers_joined_at += line.get("servers_joined_at", [])
+        self.servers_lost_at += _moments(line, "servers_lost_at")
+        self.servers_joined_at += _moments(line, "servers_joined_at")
         step.generated += times
         step.restored += _versions_without_times(line)
         self.weights.add((step.weights_at, step.version))
-        self._last_sign = max([self._last_sign or 0.0, line["sampled_at"], *(ended for _, ended in times)])
+        self._last_sign = max([self._last_sign or 0.0, sampled.sampled_at, *(ended for _, ended in times)])
+
+
+def _step(line: dict[str, Any]) -> Step:
+    step, version = (ledger.number(name, line[name], is_whole=True) for name in ("step", "version"))
+    weights_at, sampled_at = (ledger.number(name, line[name]) for name in ("weights_at", "sampled_at"))
+    return Step(step, version, weights_at, sampled_at)
+
+
+def _moments(line: dict[str, Any], name: str) -> list[float]:
+    return [ledger.number(name, at) for at in line.get(name, [])]
 
 
 def _versions_without_times(line: dict[str, Any]) -> list[int]:
     """The weight version that each group of the batch began with whose times are null."""
     groups = line.get("groups", [])
     lost = [group for group, times in zip(groups, line["generated"], strict=False) if times is None]
-    return [min(version for _, spans in rows for version, _ in spans) for _, _, _, rows in lost]
+    versions = [[version for _, spans in rows for version, _ in spans] for _, _, _, rows in lost]
+    return [min(ledger.number("version", version, is_whole=True) for version in of_group) for of_group in versions]

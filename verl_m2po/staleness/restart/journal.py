@@ -46,13 +46,13 @@ class Journal:
     """The trainer's half of the journal.
 
     Args:
-        root: folder of the journal; every node must see the same files there.
+        root: folder of the journal, `~` is the home; every node must see the same files there.
         fsync: wait until each record is on disk, see `RowsWriter`.
         settings: those of the run, see resume.py; each segment begins with them.
     """
 
     def __init__(self, root: str | Path, fsync: bool, settings: dict[str, Any]) -> None:
-        self.root = Path(root).absolute()
+        self.root = Path(root).expanduser().absolute()
         self.fsync = fsync
         self._settings = settings
         self._run: str | None = None
