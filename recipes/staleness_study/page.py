@@ -1,5 +1,6 @@
 """The tables of docs/results.md. What stands between its markers is written here; the text around it is by hand."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def _suffix(variant: str) -> str:
     if variant == SEPARATE:
         return ", separate devices"
     of_rate = variant.removeprefix("lr").replace("-threshold", ", threshold ")
+    of_rate = re.sub(r"-steps(\d+)", r", \1 trainer steps", of_rate)
     return f", learning rate {of_rate}" if variant.startswith("lr") else ""
 
 
@@ -227,7 +229,8 @@ def thresholds(results: Sequence[Result]) -> list[str]:
 
 def provenance(data: dict[str, Any], results: Sequence[Result], command: str = "make study") -> list[str]:
     """How the numbers of `command` came about."""
-    lengths = ", ".join(f"{stage} {steps}" for stage, steps in {r.stage: r.steps[-1] for r in results}.items())
+    steps = {run.stage: sorted({r.steps[-1] for r in results if r.stage == run.stage}) for run in results}
+    lengths = ", ".join(f"{stage} {' or '.join(map(str, lengths))}" for stage, lengths in steps.items())
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     total = sum(r.seconds for r in results) / 3600
     return [

@@ -16,23 +16,45 @@ from staleness_study import page as pages
 from staleness_study.figures import NAMES, band, label_ends
 from staleness_study.long_plan import BETTER
 from staleness_study.plan import STALEST
-from staleness_study.prosperity_plan import CONDITIONS, RATE, STAGE, TRIAL_STAGE, VARIANT
+from staleness_study.prosperity_plan import (
+    CONDITIONS,
+    LATER_CONDITIONS,
+    LATER_RATE,
+    LATER_STAGE,
+    LATER_STEPS,
+    LATER_TRIAL_STAGE,
+    RATE,
+    STAGE,
+    TRIAL_STAGE,
+    VARIANT,
+    later,
+)
 from staleness_study.results import Result, select
 from verl_m2po.report.drawing.style import COLOURS, ON_POLICY, OTHERS, RC
 
 SECTION = NAME = "prosperity"
+LATER_NAME = LATER_STAGE
 CAPTION = (
-    f"Training without a trust region prospers and collapses: column addition, data {STALEST} updates old, learning "
+    f"Training without a trust region collapses: column addition, data {STALEST} updates old, learning "
     f"rate {RATE:g}. Line: mean over seeds; band: lowest to highest seed."
+)
+LATER_CAPTION = (
+    f"The same at a learning rate of {LATER_RATE:g}, over {LATER_STEPS} trainer steps. Line: mean over seeds; band: "
+    "lowest to highest seed."
 )
 # The smallest second moment that is drawn
 FLOOR = 5e-4
 BETTER_COLOURS = {loss: colour for (loss, _), colour in zip(BETTER, (OTHERS[0], OTHERS[3]), strict=True)}
 
 
-def draw(results: Sequence[Result]) -> Figure | None:
+def draw(
+    results: Sequence[Result],
+    stage: str = STAGE,
+    conditions: Sequence[tuple[str, int]] = CONDITIONS,
+    variant: str = VARIANT,
+) -> Figure | None:
     """Accuracy and second moment by trainer step, a line for each condition; None before any has run."""
-    runs = {condition: select(results, STAGE, *condition, VARIANT) for condition in CONDITIONS}
+    runs = {condition: select(results, stage, *condition, variant) for condition in conditions}
     runs = {condition: found for condition, found in runs.items() if found}
     if not runs:
         return None
@@ -74,21 +96,43 @@ def write(data: dict[str, Any], results: Sequence[Result], page: Path) -> None:
         results: Of both stages, the trials of the learning rate and what came of them.
         page: docs/results.md.
     """
-    shown = []
-    if (figure := draw(results)) is not None:
-        folder = page.parent / "figures" / "results"
-        folder.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context(RC):
-            figure.savefig(folder / f"{NAME}.svg", metadata={"Date": None})
-        shown = [f"![{CAPTION}](figures/results/{NAME}.svg)", "", f"*{CAPTION}*", ""]
     lines = [
-        *shown,
+        *_shown(draw(results), NAME, CAPTION, page),
         *pages.conditions(results, STAGE),
         "",
         "Learning rates at which it was looked for, with another seed:",
         "",
         *pages.conditions(results, TRIAL_STAGE),
         "",
+        *_later(results, page),
         *pages.provenance(data, results, "python -m staleness_study prosperity"),
     ]
     replace_section(page, SECTION, "\n".join(lines))
+
+
+def _later(results: Sequence[Result], page: Path) -> list[str]:
+    """The smaller rate, over more steps; nothing before any of it has run."""
+    variant = later(LATER_STAGE, *LATER_CONDITIONS[0], 0).variant
+    figure = draw(results, LATER_STAGE, LATER_CONDITIONS, variant)
+    if figure is None:
+        return []
+    return [
+        *_shown(figure, LATER_NAME, LATER_CAPTION, page),
+        *pages.conditions(results, LATER_STAGE),
+        "",
+        "Where this was looked for, with another seed:",
+        "",
+        *pages.conditions(results, LATER_TRIAL_STAGE),
+        "",
+    ]
+
+
+def _shown(figure: Figure | None, name: str, caption: str, page: Path) -> list[str]:
+    """The lines of `page` that show `figure`, which is written beside it; none without one."""
+    if figure is None:
+        return []
+    folder = page.parent / "figures" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(RC):
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    return [f"![{caption}](figures/results/{name}.svg)", "", f"*{caption}*", ""]

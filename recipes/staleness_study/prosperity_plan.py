@@ -17,6 +17,13 @@ REPORTED = SEEDS[:3]
 VALIDATE_EVERY = 5
 # The claim, and what is better on long responses
 CONDITIONS = (*CLAIM, *long_plan.BETTER)
+# At smaller rates the rise lasts longer and the fall comes later: (rate, trainer steps) at which it was looked for, and
+# what was taken of these
+LATER_STAGE, LATER_TRIAL_STAGE = "prosperity_later", "prosperity_later_rate"
+LATER_TRIALS = ((7e-5, 500), (1e-4, 500), (1.2e-4, 400))
+LATER_RATE, LATER_STEPS = 1e-4, 500
+LATER_CONDITIONS = (("no_trust_region", STALEST), ("grpo", STALEST), ("m2po_tapered", STALEST), ("m2po", STALEST))
+LATER_VALIDATE_EVERY = 10
 
 
 def trials() -> Iterator[Job]:
@@ -26,8 +33,23 @@ def trials() -> Iterator[Job]:
         yield Job(TRIAL_STAGE, "no_trust_region", STALEST, TRIAL_SEED, overrides, f"lr{rate:g}", STEPS, config=CONFIG)
 
 
+def later(stage: str, loss: str, updates: int, seed: int, rate: float = LATER_RATE, steps: int = LATER_STEPS) -> Job:
+    """A run at a smaller learning rate over more trainer steps."""
+    at_rate = (f"actor_rollout_ref.actor.optim.lr={rate}", f"trainer.test_freq={LATER_VALIDATE_EVERY}")
+    return Job(stage, loss, updates, seed, at_rate, f"lr{rate:g}-steps{steps}", steps, config=CONFIG)
+
+
+def later_trials() -> Iterator[Job]:
+    """As `trials`, at smaller rates over more trainer steps."""
+    for rate, steps in LATER_TRIALS:
+        yield later(LATER_TRIAL_STAGE, "no_trust_region", STALEST, TRIAL_SEED, rate, steps)
+
+
 def jobs() -> list[Job]:
-    """All runs: the trials, each condition with every seed, and other trust regions of M2PO's with the first."""
+    """All runs: the trials, each condition with every seed, and other trust regions of M2PO's with the first.
+
+    Then the same at a smaller rate, over more trainer steps.
+    """
     at_rate = (f"actor_rollout_ref.actor.optim.lr={RATE}", f"trainer.test_freq={VALIDATE_EVERY}")
 
     def job(loss: str, updates: int, seed: int, threshold: float | None = None) -> Job:
@@ -38,4 +60,5 @@ def jobs() -> list[Job]:
     compared = [job(loss, updates, seed) for seed in REPORTED for loss, updates in CONDITIONS]
     first = REPORTED[0]
     others = [job("m2po", STALEST, first, min(THRESHOLDS)), job("m2po_clip", STALEST, first)]
-    return [*trials(), *compared, *others]
+    compared_later = [later(LATER_STAGE, *condition, seed) for seed in REPORTED for condition in LATER_CONDITIONS]
+    return [*trials(), *compared, *others, *later_trials(), *compared_later]

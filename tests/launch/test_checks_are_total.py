@@ -14,6 +14,7 @@ from verl_m2po.ground import verl_config
 from verl_m2po.ground.check import Check, ask_all
 from verl_m2po.ground.problem import Problem
 from verl_m2po.launch import callback, registry
+from verl_m2po.launch.checks import outputs
 
 MODEL = "actor_rollout_ref.model.path"
 SKIPPING, TOP_K = "skip.rollout_tq.enable", "actor_rollout_ref.rollout.top_k"
@@ -214,3 +215,12 @@ def test_the_callback_ends_a_run_with_garbage_or_lets_it_through_and_never_raise
             return
     with pytest.raises(SystemExit):  # of the three things wrong, if of nothing else
         callback.PreflightCallback().on_job_start(config)
+
+
+def test_a_folder_of_checkpoints_below_the_home_is_named_as_verl_takes_it(base, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.chdir(tmp_path)
+    config = changed(changed(base, "trainer.save_freq", 5), "trainer.default_local_dir", "~/checkpoints")
+    (said,) = (problem for problem in outputs.checkpoints(config))
+    assert not said.is_fatal and f"{tmp_path}/~/checkpoints" in str(said)
+    assert said.remedy == "Set it to /home/somebody/checkpoints"

@@ -3,7 +3,15 @@
 from collections import Counter
 
 from staleness_study import collect, plan, prosperity_page, prosperity_plan
-from staleness_study.prosperity_plan import CONDITIONS, RATE, REPORTED, STAGE, TRIAL_STAGE
+from staleness_study.prosperity_plan import (
+    CONDITIONS,
+    LATER_STAGE,
+    LATER_TRIAL_STAGE,
+    RATE,
+    REPORTED,
+    STAGE,
+    TRIAL_STAGE,
+)
 from staleness_study.results import Result
 from verl_m2po.one_process import setup as setups
 
@@ -52,6 +60,23 @@ def test_the_section_has_a_collapse_and_where_it_was_looked_for(tmp_path):
     assert collapsed.endswith("| 10 (3/3) |") and held.endswith("| none |") and tried.endswith("| 10 (1/1) |")
     assert f"| M2PO, s=256, learning rate {RATE:g}, threshold 0.01 | 1 |" in page.read_text()
     assert (tmp_path / "figures" / "results" / "prosperity.svg").is_file()
+
+
+def test_a_smaller_rate_over_more_steps_has_a_figure_and_tables_of_its_own(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- prosperity: begin -->\n<!-- prosperity: end -->\n")
+    jobs = [job for job in prosperity_plan.jobs() if job.stage in (LATER_STAGE, LATER_TRIAL_STAGE)]
+    assert {job.seed for job in jobs if job.stage == LATER_STAGE} == set(REPORTED)
+    assert {job.seed for job in jobs if job.stage == LATER_TRIAL_STAGE} == {plan.TRIAL_SEED}
+    assert setups.read(jobs[0].all_overrides, jobs[0].config).actor.optim.lr == prosperity_plan.LATER_TRIALS[0][0]
+    falls = [0.3, 0.45, 0.5, 0.2]
+    runs = [result(job.stage, job.loss, job.staleness_updates, job.seed, falls, job.variant) for job in jobs]
+    common = {"config": prosperity_plan.CONFIG, "versions": {"verl": "0"}, "machine": "a machine"}
+    prosperity_page.write(common, runs, page)
+    text = page.read_text()
+    assert "| no trust region, s=256, learning rate 0.0001, 500 trainer steps | 3 |" in text
+    assert "| no trust region, s=256, learning rate 0.00012, 400 trainer steps | 1 |" in text
+    assert (tmp_path / "figures" / "results" / "prosperity_later.svg").is_file()
 
 
 def test_nothing_is_drawn_of_nothing():

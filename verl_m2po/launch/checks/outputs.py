@@ -55,14 +55,19 @@ def journal(config: DictConfig) -> Iterator[Problem]:
         return
     mode, settings = mode_and_settings(config)
     if settings.journal and settings.journal_path is not None:
-        yield from _writable_folder(f"trainer.v1.{mode}.journal_path", settings.journal_path)
+        path = settings.journal_path
+        yield from _writable_folder(f"trainer.v1.{mode}.journal_path", path, Path(path).expanduser())
 
 
 def checkpoints(config: DictConfig) -> Iterator[Problem]:
     """Yield a folder of checkpoints in which nothing can be written although the run writes some."""
     folder = CHECKPOINTS.of(config)
-    if SAVE_FREQ.of(config) > 0:
-        yield from _writable_folder(CHECKPOINTS.key, folder)
+    if SAVE_FREQ.of(config) <= 0:
+        return
+    if Path(folder).parts[:1] == ("~",):
+        why = f"verl does not expand ~: checkpoints would go to {Path(folder).absolute()}"
+        yield Problem(CHECKPOINTS.key, folder, why, f"Set it to {Path(folder).expanduser()}", is_fatal=False)
+    yield from _writable_folder(CHECKPOINTS.key, folder, Path(folder))
 
 
 def resumed(config: DictConfig) -> Iterator[Problem]:
@@ -91,11 +96,11 @@ def _writable_file(key: str, value: str, path: Path) -> Iterator[Problem]:
         yield _not_writable(key, value, path, error)
 
 
-def _writable_folder(key: str, value: str) -> Iterator[Problem]:
+def _writable_folder(key: str, value: str, folder: Path) -> Iterator[Problem]:
     try:
-        _try_folder(Path(value).expanduser())
+        _try_folder(folder)
     except OSError as error:
-        yield _not_writable(key, value, Path(value), error)
+        yield _not_writable(key, value, folder, error)
 
 
 def _not_writable(key: str, value: str, path: Path, error: OSError) -> Problem:
