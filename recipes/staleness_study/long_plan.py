@@ -38,6 +38,9 @@ SETTINGS_HERE = {
     "ctpo": "bounds_x64",
     "vespo": "docstring",
     "grpo": "clip0.8_0.8",
+    "decoupled_ppo": "clip0.1_0.1",
+    "drpo": "delta0.5",
+    "vcpo": "base_share0.5",
 }
 
 Condition = tuple[str, int]
