@@ -20,7 +20,7 @@ CONDITIONS = (*CLAIM, *long_plan.BETTER)
 # At smaller rates the rise lasts longer and the fall comes later: (rate, trainer steps) at which it was looked for, and
 # what was taken of these
 LATER_STAGE, LATER_TRIAL_STAGE = "prosperity_later", "prosperity_later_rate"
-LATER_TRIALS = ((7e-5, 500), (1e-4, 500), (1.2e-4, 400))
+LATER_TRIALS = ((7e-5, 1000), (1e-4, 500), (1.2e-4, 400))
 LATER_RATE, LATER_STEPS = 1e-4, 500
 LATER_CONDITIONS = (("no_trust_region", STALEST), ("grpo", STALEST), ("m2po_tapered", STALEST), ("m2po", STALEST))
 LATER_VALIDATE_EVERY = 10

@@ -153,6 +153,12 @@ def test_missing_data(config, tmp_path):
     assert message.startswith(f"data.train_files={tmp_path / 'none.parquet'}: there is no such file")
 
 
+def test_a_path_that_verl_would_take_for_a_pattern(config, tmp_path):
+    path = tmp_path / "a[b].parquet"
+    pd.DataFrame({"prompt": [[]] * 64}).to_parquet(path)
+    assert f"data.train_files={path}" in next(str(found) for found in inputs(config(f"data.train_files='{path}'")))
+
+
 def test_a_file_that_stands_several_times_is_one_problem(config):
     four = ",".join(["/no/such.parquet"] * 4)
     assert "there is no such file" in one(inputs(config(f"data.val_files=[{four}]")))

@@ -1,5 +1,6 @@
 """Is the data of a run there, is it what verl needs, and is it enough for the run?"""
 
+import glob
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -42,6 +43,9 @@ def exist(config: DictConfig, key: str) -> Iterator[Problem]:
     for file in dict.fromkeys(files(config, key)):
         if not is_remote(file) and not Path(file).expanduser().is_file():
             yield Problem(key, file, "there is no such file", "Write it with `python -m verl_m2po.tasks --help`")
+        elif glob.escape(file) != file:
+            why = "verl reads it with `datasets`, to which *, ? and [ in a path are a pattern that matches others"
+            yield Problem(key, file, why, "Rename the file or the folder")
 
 
 def columns(config: DictConfig, key: str) -> Iterator[Problem]:
