@@ -17,10 +17,12 @@ REPORTED = SEEDS[:3]
 VALIDATE_EVERY = 5
 # The claim, and what is better on long responses
 CONDITIONS = (*CLAIM, *long_plan.BETTER)
-# At smaller rates the rise lasts longer and the fall comes later: (rate, trainer steps) at which it was looked for, and
-# what was taken of these
+# At smaller rates the rise lasts longer: (loss, rate, trainer steps) at which a fall was looked for, and what was taken
 LATER_STAGE, LATER_TRIAL_STAGE = "prosperity_later", "prosperity_later_rate"
-LATER_TRIALS = ((7e-5, 1000), (1e-4, 500), (1.2e-4, 400))
+LATER_TRIALS = (
+    *(("no_trust_region", 7e-5, 1000), ("grpo", 7e-5, 1000)),
+    *(("no_trust_region", 1e-4, 500), ("no_trust_region", 1.2e-4, 400)),
+)
 LATER_RATE, LATER_STEPS = 1e-4, 500
 LATER_CONDITIONS = (("no_trust_region", STALEST), ("grpo", STALEST), ("m2po_tapered", STALEST), ("m2po", STALEST))
 LATER_VALIDATE_EVERY = 10
@@ -41,8 +43,8 @@ def later(stage: str, loss: str, updates: int, seed: int, rate: float = LATER_RA
 
 def later_trials() -> Iterator[Job]:
     """As `trials`, at smaller rates over more trainer steps."""
-    for rate, steps in LATER_TRIALS:
-        yield later(LATER_TRIAL_STAGE, "no_trust_region", STALEST, TRIAL_SEED, rate, steps)
+    for loss, rate, steps in LATER_TRIALS:
+        yield later(LATER_TRIAL_STAGE, loss, STALEST, TRIAL_SEED, rate, steps)
 
 
 def jobs() -> list[Job]:

@@ -156,7 +156,20 @@ def test_missing_data(config, tmp_path):
 def test_a_path_that_verl_would_take_for_a_pattern(config, tmp_path):
     path = tmp_path / "a[b].parquet"
     pd.DataFrame({"prompt": [[]] * 64}).to_parquet(path)
-    assert f"data.train_files={path}" in next(str(found) for found in inputs(config(f"data.train_files='{path}'")))
+    message = one(inputs(config(f"data.train_files='{path}'")))
+    assert message.startswith(f"data.train_files={path}: verl reads it with `datasets`, to which *, ? and [ in a path")
+
+
+def test_a_pattern_is_all_the_files_that_it_matches(config, tmp_path):
+    rows = {name: ["x"] * 40 for name in ("prompt", "data_source", "reward_model")}
+    for folder in ("a", "b", "c[d]"):
+        (tmp_path / folder).mkdir()
+        pd.DataFrame(rows).to_parquet(tmp_path / folder / "part.parquet")
+    matched = config(f"data.train_files={tmp_path}/*/part.parquet")
+    assert not any("data.train_files" in str(problem) for problem in inputs(matched))
+    assert data.known_rows(matched, data.TRAIN) == 120
+    assert "there is no such file" in one(inputs(config(f"data.train_files={tmp_path}/*.parquet")))
+    assert list(inputs(config("data.train_files=hdfs://somewhere/*.parquet"))) == []
 
 
 def test_a_file_that_stands_several_times_is_one_problem(config):

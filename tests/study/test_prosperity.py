@@ -68,7 +68,7 @@ def test_a_smaller_rate_over_more_steps_has_a_figure_and_tables_of_its_own(tmp_p
     jobs = [job for job in prosperity_plan.jobs() if job.stage in (LATER_STAGE, LATER_TRIAL_STAGE)]
     assert {job.seed for job in jobs if job.stage == LATER_STAGE} == set(REPORTED)
     assert {job.seed for job in jobs if job.stage == LATER_TRIAL_STAGE} == {plan.TRIAL_SEED}
-    assert setups.read(jobs[0].all_overrides, jobs[0].config).actor.optim.lr == prosperity_plan.LATER_TRIALS[0][0]
+    assert setups.read(jobs[0].all_overrides, jobs[0].config).actor.optim.lr == prosperity_plan.LATER_TRIALS[0][1]
     falls = [0.3, 0.45, 0.5, 0.2]
     runs = [result(job.stage, job.loss, job.staleness_updates, job.seed, falls, job.variant) for job in jobs]
     common = {"config": prosperity_plan.CONFIG, "versions": {"verl": "0"}, "machine": "a machine"}

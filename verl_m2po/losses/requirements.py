@@ -50,7 +50,7 @@ STEP_SCALE_NEEDS = (
     Need(STRATEGY, SCALABLE, "the learning rate of a single step cannot be changed in this engine's optimizer"),
 )
 # Estimators that compare the responses to a prompt.
-GROUP_ESTIMATORS = ("oapl", "asymre", "red_drop", "red_weight", "max_at_k")
+GROUP_ESTIMATORS = tuple(advantages.SETTINGS)
 # Losses whose own rule replaces the rollout correction's weights, or makes them itself.
 _WEIGHTS_OF_THEIR_OWN = ("bypass_mode",)
 

@@ -40,12 +40,14 @@ def exist(config: DictConfig, key: str) -> Iterator[Problem]:
     """Yield every file of `key` that is not there; what a data set class of the user's reads is its own affair."""
     if is_custom(config):
         return
-    for file in dict.fromkeys(files(config, key)):
-        if not is_remote(file) and not Path(file).expanduser().is_file():
-            yield Problem(key, file, "there is no such file", "Write it with `python -m verl_m2po.tasks --help`")
-        elif glob.escape(file) != file:
-            why = "verl reads it with `datasets`, to which *, ? and [ in a path are a pattern that matches others"
-            yield Problem(key, file, why, "Rename the file or the folder")
+    for entry in dict.fromkeys(_entries(config, key)):
+        if any(is_remote(file) or Path(file).expanduser().is_file() for file in _matched(entry)):
+            continue
+        if Path(entry).expanduser().is_file():
+            why = "verl reads it with `datasets`, to which *, ? and [ in a path are a pattern, and it matches no file"
+            yield Problem(key, entry, why, "Rename the file or the folder")
+        else:
+            yield Problem(key, entry, "there is no such file", "Write it with `python -m verl_m2po.tasks --help`")
 
 
 def columns(config: DictConfig, key: str) -> Iterator[Problem]:
@@ -121,6 +123,17 @@ def has_column(config: DictConfig, name: Any) -> bool:
 
 def files(config: DictConfig, key: str) -> list[str]:
     """What `data.train_files` or `data.val_files` names, in order; a file may stand several times, to weigh more."""
+    return [file for entry in _entries(config, key) for file in _matched(entry)]
+
+
+def _matched(entry: str) -> list[str]:
+    """The files of one entry as `datasets` finds them, with which verl reads: a local one is a pattern."""
+    if is_remote(entry) or glob.escape(entry) == entry:
+        return [entry]
+    return sorted(path for path in glob.glob(entry, recursive=True) if Path(path).is_file())
+
+
+def _entries(config: DictConfig, key: str) -> list[str]:
     found = read(config, key)
     if found is None:
         return []
