@@ -24,7 +24,7 @@ LATER_TRIALS = (
     *(("no_trust_region", 1e-4, 500), ("no_trust_region", 1.2e-4, 400)),
 )
 LATER_RATE, LATER_STEPS = 1e-4, 500
-LATER_CONDITIONS = (("no_trust_region", STALEST), ("grpo", STALEST), ("m2po_tapered", STALEST), ("m2po", STALEST))
+LATER_CONDITIONS = (*CLAIM, ("m2po_tapered", STALEST))
 LATER_VALIDATE_EVERY = 10
 
 
