@@ -164,4 +164,7 @@ class Persistence:
                 must_agree = [*must_agree, resume.MODEL]
             in_flight = [ticket.uid for ticket in buffer.rule.in_flight_tickets()]
             buffer.backlog.replay(journal.read(position["segment"], step, in_flight, must_agree), draw)
-        journal.start(None if position is None else position["run"], after=self.resumed_from)
+        if position is None:
+            journal.start(None, after=self.resumed_from)
+        else:
+            journal.start(position["run"], read_from=position["segment"])
