@@ -148,8 +148,7 @@ class _StalenessTrainer(PPOTrainer):
         prompts, rule = len(self.train_dataset), self.replay_buffer.rule
         require_a_batch(prompts, self.config.data.train_batch_size)
         steps = checks.planned_steps(self.config, prompts)
-        problems = checks.check_run_length(rule.staleness_steps, self._updates.clock, self.trainer_mode, steps)
-        checks.require_sound(problems)
+        checks.require_sound(checks.too_short(self.config, steps))
         rule.limit(steps)
 
     def on_train_begin(self) -> None:

@@ -25,10 +25,19 @@ from verl_m2po.staleness.checks import (
     setup,
     units,
 )
-from verl_m2po.staleness.checks.run_length import check_run_length, planned_steps
+from verl_m2po.staleness.checks.run_length import check_run_length, planned_steps, too_short
 from verl_m2po.staleness.config import is_chosen
 
-__all__ = ["PreflightError", "Problem", "check", "check_run_length", "checks", "planned_steps", "require_sound"]
+__all__ = [
+    "PreflightError",
+    "Problem",
+    "check",
+    "check_run_length",
+    "checks",
+    "planned_steps",
+    "require_sound",
+    "too_short",
+]
 
 
 logger = logging.getLogger(__name__)
