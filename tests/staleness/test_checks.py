@@ -343,6 +343,21 @@ def test_where_rollouts_are_trained_again_the_window_may_be_longer_than_the_run(
     assert all(f"at most {most}," in problem.remedy for problem in found)
 
 
+@pytest.mark.parametrize(
+    ("reference", "setting"),
+    [
+        ({"least_base_share": 0.5, "reincarnate_after_steps": 100}, "least_base_share"),
+        ({"least_base_share": 1.0, "reincarnate_after_steps": 100}, "reincarnate_after_steps"),
+        ({"least_base_share": 1.0}, None),
+    ],
+)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "replay"])
+def test_a_reference_that_moves_is_refused_in_a_mode_whose_reference_stays(mode, reference, setting):
+    found = checks.check(config(mode, trainer__v1__replay__reference=reference))
+    assert [problem.key for problem in found] == ([] if setting is None else [f"trainer.v1.replay.reference.{setting}"])
+    assert all(problem.is_fatal and f"trainer_mode={mode}" in problem.why for problem in found)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_modes_set_what_they_need(mode):
     from verl_m2po.staleness.needs import set_what_the_mode_needs

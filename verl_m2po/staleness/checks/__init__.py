@@ -107,6 +107,7 @@ def checks(
         Check("the length of the run", partial(run_length.problems, prompts=prompts), "trainer.total_training_steps"),
     )
     yield Check("replay in a mode without it", replay.in_another_mode, "trainer.v1")
+    yield Check("a moving reference in a mode without it", reference.in_another_mode, reference.KEY)
     yield Check("a moving bound in a mode without it", adaptive.in_another_mode, adaptive.KEY)
     for question in questions:
         yield question._replace(ask=partial(_of_our_modes, question.ask))
