@@ -324,6 +324,40 @@ def test_a_run_shorter_than_its_staleness_is_refused():
     assert checks.check_run_length(0, clock, "stale_k", 0) == []
 
 
+@pytest.mark.parametrize(
+    ("steps", "changes", "key", "most"),
+    [
+        (9, {}, None, None),
+        (8, {}, "ahead_updates", 28),
+        (9, {"ahead_updates": 64}, "ahead_updates", 32),
+        (9, {"replay": {"max_uses": 1}}, "staleness_updates", 32),
+    ],
+)
+def test_where_rollouts_are_trained_again_the_window_may_be_longer_than_the_run(steps, changes, key, most):
+    section = {"staleness_updates": 256, "replay": {"max_uses": None, "fresh_share": 0.25}, **changes}
+    found = checks.check(
+        config("bounded_async", trainer__v1__bounded_async=section, trainer__total_training_steps=steps)
+    )
+    assert [problem.key for problem in found] == ([] if key is None else [f"trainer.v1.bounded_async.{key}"])
+    assert all("before it trains on a rollout of its own weights" in problem.why for problem in found)
+    assert all(f"at most {most}," in problem.remedy for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("reference", "setting"),
+    [
+        ({"least_base_share": 0.5, "reincarnate_after_steps": 100}, "least_base_share"),
+        ({"least_base_share": 1.0, "reincarnate_after_steps": 100}, "reincarnate_after_steps"),
+        ({"least_base_share": 1.0}, None),
+    ],
+)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "replay"])
+def test_a_reference_that_moves_is_refused_in_a_mode_whose_reference_stays(mode, reference, setting):
+    found = checks.check(config(mode, trainer__v1__replay__reference=reference))
+    assert [problem.key for problem in found] == ([] if setting is None else [f"trainer.v1.replay.reference.{setting}"])
+    assert all(problem.is_fatal and f"trainer_mode={mode}" in problem.why for problem in found)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_modes_set_what_they_need(mode):
     from verl_m2po.staleness.needs import set_what_the_mode_needs

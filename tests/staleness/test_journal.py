@@ -228,6 +228,30 @@ def test_a_journal_that_begins_at_a_checkpoint_without_one_is_that_checkpoints(t
     assert again.position_of(moved) == begun and again.read(1, 4, [], []).events == [("dispatched", [ticket(0)])]
 
 
+def begin_again(tmp_path, position, *events) -> None:
+    """A run goes on from the checkpoint at `position`, dispatches, and dies."""
+    journal = Journal(tmp_path, False, SETTINGS)
+    journal.start(position["run"], read_from=position["segment"])
+    journal.dispatched(list(events))
+
+
+def test_what_a_run_did_that_was_rewound_is_not_taken_for_what_came_after_a_later_checkpoint(tmp_path):
+    journal, positions = Journal(tmp_path, False, SETTINGS), []
+    journal.start(None)
+    for place in range(3):
+        journal.next_segment()
+        positions.append(journal.position())
+        journal.dispatched([ticket(place)])
+    begin_again(tmp_path, positions[1], ticket(10))
+    begin_again(tmp_path, positions[2], ticket(20))
+    begin_again(tmp_path, {"run": positions[1]["run"], "segment": 5}, ticket(30))  # a checkpoint of the first of these
+    read = [
+        [ticket.place for _, tickets in journal.read(position["segment"], 0, [], []).events for ticket in tickets]
+        for position in positions
+    ]
+    assert read == [[0, 1, 2, 10, 20, 30], [1, 2, 10, 20, 30], [2, 20]]
+
+
 def test_segments_that_no_checkpoint_needs_are_deleted(tmp_path):
     checkpoints, journal = Checkpoints(tmp_path / "checkpoints"), Journal(tmp_path / "journal", False, SETTINGS)
     journal.start(None)

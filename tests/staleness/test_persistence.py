@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
+from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.prompts import require_a_batch
 from verl_m2po.staleness.restart.checkpoint import CheckpointError, Checkpoints, flaws
 from verl_m2po.staleness.restart.persistence import Persistence
+from verl_m2po.staleness.rule import events
 
 STATE = {"state_version": 2}
 
@@ -86,6 +88,36 @@ def test_when_verls_half_fails_nothing_has_changed(trainer, tmp_path):
         save(persistence, trainer, 4, full)
     assert OmegaConf.to_container(trainer.config) == before and persistence.saved_step == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_2", "latest_checkpointed_iteration.txt"]
+
+
+class NoRollouts:
+    """What restoring a run without a checkpoint asks of the buffer."""
+
+    rule = SimpleNamespace(in_flight_tickets=list)
+    backlog = SimpleNamespace(replay=lambda *_: None)
+
+    def begin(self, version):
+        assert version == 0
+
+
+def accounts(tmp_path, **trainer):
+    """Starts a run anew that keeps a journal and a ledger, and returns what its ledger has."""
+    section = {"journal": True, "ledger_path": str(tmp_path / "ledger.jsonl")}
+    run = {"default_local_dir": str(tmp_path), "resume_mode": "disable", "save_freq": -1, **trainer}
+    config = OmegaConf.create({"trainer": {**run, "v1": {"trainer_mode": "stale_k", "stale_k": section}}})
+    Persistence.open(config).restore(NoRollouts(), config, 0, lambda count: pytest.fail("no prompts are drawn"))
+    if (ledger := TrainedRowsLedger.of(config)) is not None:
+        ledger.on_event(events.Resumed(0))
+    return (tmp_path / "ledger.jsonl").read_text().splitlines()
+
+
+def test_a_start_that_only_validates_takes_nothing_from_the_accounts_of_the_training(tmp_path):
+    accounts(tmp_path)
+    before = {path.name: path.read_text() for path in (tmp_path / "journal").iterdir()}
+    assert len(accounts(tmp_path, val_only=True)) == 1
+    assert {path.name: path.read_text() for path in (tmp_path / "journal").iterdir()} == before
+    assert len(accounts(tmp_path, val_only=True, val_before_train=False)) == 2, "verl trains then"
+    assert {path.name: path.read_text() for path in (tmp_path / "journal").iterdir()} != before
 
 
 def test_a_training_set_smaller_than_a_batch_is_refused_with_a_remedy():

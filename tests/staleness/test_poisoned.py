@@ -1,6 +1,7 @@
 """Prompts that kill what generates them stay set aside over crashes, and no other prompt is."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from verl_m2po.staleness.account.ledger import TrainedRowsLedger
 from verl_m2po.staleness.heal.poisoned import PoisonedPrompts
@@ -31,6 +32,14 @@ def test_a_line_that_is_no_json_is_named_and_left_out(tmp_path, caplog):
     prompts = PoisonedPrompts(path)
     assert prompts.has(7) and prompts.has(8)
     assert f"{path}: line 2 is no JSON" in caplog.text
+
+
+@pytest.mark.parametrize(("val_only", "is_kept"), [(True, True), (False, False)])
+def test_a_validation_of_the_base_model_forgets_nothing_of_the_training_in_that_folder(tmp_path, val_only, is_kept):
+    set_aside(PoisonedPrompts(tmp_path / "poisoned.jsonl"), 7)
+    trainer = {"default_local_dir": str(tmp_path), "resume_mode": "disable", "val_only": val_only}
+    PoisonedPrompts.of(OmegaConf.create({"trainer": trainer}))
+    assert PoisonedPrompts(tmp_path / "poisoned.jsonl").has(7) is is_kept
 
 
 def test_a_full_disk_is_an_error_that_names_the_file_and_what_to_do(tmp_path):

@@ -56,3 +56,11 @@ def test_a_restart_draws_what_the_uninterrupted_run_would(rule, work, bound, max
 
     parts = 1 if rule is Replay else parts
     assert trace(make, work, stop, parts, stop) == trace(make, work, stop, parts, None)
+
+
+@pytest.mark.parametrize("rule", [Replay, BoundedReplay])
+def test_another_seed_draws_others_from_then_on_as_it_does_of_the_data(rule):
+    state = rule(2, BATCH, Reuse(4, 2, seed=1)).state_dict()
+    rule(2, BATCH, Reuse(4, 2, seed=7)).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"written with .*'max_uses': 4.* this run reuses rollouts as .*'max_uses': 3"):
+        rule(2, BATCH, Reuse(3, 2, seed=1)).load_state_dict(state)

@@ -189,6 +189,33 @@ def test_a_checkpoint_with_replay_is_refused_without_it_or_with_another(tmp_path
     assert f"Resume with trainer.v1.{mode}.replay.{key}={replay[key]}" in problem.remedy
 
 
+AFTER = "trainer.v1.replay.reference.reincarnate_after_steps"
+
+
+@pytest.mark.parametrize(("old", "new"), [(2, None), (2, 8), (2, 3), (None, 2), (8, 2)])
+def test_a_reference_that_has_become_another_cannot_be_taken_back(tmp_path, old, new):
+    asked = {
+        after: config(tmp_path, "replay", trainer__v1__replay__reference={"reincarnate_after_steps": after})
+        for after in (old, new)
+    }
+    write(tmp_path, settings=resume.settings_of(asked[old]))
+    assert resume.problems(asked[old]) == []
+    problem = the_problem(asked[new])
+    assert problem.is_fatal and problem.key == AFTER and f"written with {old}" in problem.why
+    assert f"Resume with {AFTER}={'null' if old is None else old}," in problem.remedy
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, None), (None, 4), (5, 8)])
+def test_a_reference_that_is_still_to_become_another_may_do_so_at_another_time(tmp_path, old, new):
+    asked = {
+        after: config(tmp_path, "replay", trainer__v1__replay__reference={"reincarnate_after_steps": after})
+        for after in (old, new)
+    }
+    write(tmp_path, settings=resume.settings_of(asked[old]))
+    problem = the_problem(asked[new])
+    assert not problem.is_fatal and problem.key == AFTER
+
+
 @pytest.mark.parametrize("end", ["", "/", "//"])
 def test_a_path_with_a_trailing_slash_is_the_same_checkpoint(tmp_path, end):
     write(tmp_path)

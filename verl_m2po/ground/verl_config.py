@@ -51,6 +51,11 @@ def trains_an_adapter(config: DictConfig) -> bool:
     return has_rank or read(config, "actor_rollout_ref.model.lora_adapter_path") is not None
 
 
+def only_validates(config: DictConfig) -> bool:
+    """Whether the run ends after its first validation. Without that one verl trains, whatever `val_only` says."""
+    return bool(read(config, "trainer.val_only", False) and read(config, "trainer.val_before_train", True))
+
+
 def overridden_keys(config: DictConfig) -> list[str]:
     """Keys that were set by hand: those of the command line's overrides, without `+`, in order."""
     overrides = read(config, "hydra.overrides.task", [])

@@ -123,13 +123,12 @@ class _StalenessTrainer(PPOTrainer):
 
     def _build_replay_buffer(self) -> "buffer.StalenessReplayBuffer":
         settings = load_mode_config(self.config, self.trainer_mode)
-        clock, path = self._updates.clock, settings.ledger_path
-        ledger = None if path is None else TrainedRowsLedger(path, self._updates)
+        ledger = TrainedRowsLedger.of(self.config, self._updates)
         poisoned = PoisonedPrompts.of(self.config)
         listeners = (poisoned, ledger, self._persistence.journal, self._informative, self._progress)
         return buffer.StalenessReplayBuffer(
             rule=self._make_rule(settings),
-            metrics=StalenessMetrics(clock, self._updates),
+            metrics=StalenessMetrics(self._updates.clock, self._updates),
             failures=FailureWindow(settings.max_failed_fraction, settings.failed_window_groups),
             listeners=[each for each in listeners if each is not None],
             dispatch=self._add_prompts_to_generate,
@@ -149,8 +148,7 @@ class _StalenessTrainer(PPOTrainer):
         prompts, rule = len(self.train_dataset), self.replay_buffer.rule
         require_a_batch(prompts, self.config.data.train_batch_size)
         steps = checks.planned_steps(self.config, prompts)
-        problems = checks.check_run_length(rule.staleness_steps, self._updates.clock, self.trainer_mode, steps)
-        checks.require_sound(problems)
+        checks.require_sound(checks.too_short(self.config, steps))
         rule.limit(steps)
 
     def on_train_begin(self) -> None:

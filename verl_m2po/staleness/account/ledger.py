@@ -6,9 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from verl_m2po.ground import ledger
 from verl_m2po.ground.files import append
 from verl_m2po.ground.ledger import surviving
+from verl_m2po.ground.verl_config import only_validates
+from verl_m2po.staleness.config import load_mode_config
 from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.rule.records import Group, GroupReport
 from verl_m2po.staleness.rule.units import UpdateCount
@@ -54,6 +58,17 @@ class TrainedRowsLedger:
         self._servers: dict[str, list[float]] = {}
         self._generated: dict[str, tuple[float, float]] = {}
         self._weights_at = time.time()
+
+    @classmethod
+    def of(cls, config: DictConfig, updates: UpdateCount | None = None) -> "TrainedRowsLedger | None":
+        """That of a run with verl's `config`; None where none is asked for, or nothing is trained.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path = load_mode_config(config, config.trainer.v1.trainer_mode).ledger_path
+        # A start that trains nothing has thrown away no step, from whichever checkpoint it went on.
+        return None if path is None or only_validates(config) else cls(path, updates)
 
     def on_event(self, event: events.Event) -> None:
         """See `rule.events.Listener`."""

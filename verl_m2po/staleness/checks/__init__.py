@@ -25,10 +25,19 @@ from verl_m2po.staleness.checks import (
     setup,
     units,
 )
-from verl_m2po.staleness.checks.run_length import check_run_length, planned_steps
+from verl_m2po.staleness.checks.run_length import check_run_length, planned_steps, too_short
 from verl_m2po.staleness.config import is_chosen
 
-__all__ = ["PreflightError", "Problem", "check", "check_run_length", "checks", "planned_steps", "require_sound"]
+__all__ = [
+    "PreflightError",
+    "Problem",
+    "check",
+    "check_run_length",
+    "checks",
+    "planned_steps",
+    "require_sound",
+    "too_short",
+]
 
 
 logger = logging.getLogger(__name__)
@@ -98,6 +107,7 @@ def checks(
         Check("the length of the run", partial(run_length.problems, prompts=prompts), "trainer.total_training_steps"),
     )
     yield Check("replay in a mode without it", replay.in_another_mode, "trainer.v1")
+    yield Check("a moving reference in a mode without it", reference.in_another_mode, reference.KEY)
     yield Check("a moving bound in a mode without it", adaptive.in_another_mode, adaptive.KEY)
     for question in questions:
         yield question._replace(ask=partial(_of_our_modes, question.ask))

@@ -1,12 +1,13 @@
 """Can the reference of the KL loss move as it is asked to?"""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from omegaconf import DictConfig
 
 from verl_m2po.ground.problem import Problem
 from verl_m2po.ground.settings import Number
-from verl_m2po.ground.verl_config import has_proximal_policy, read, trains_an_adapter
+from verl_m2po.ground.verl_config import TRAINER_MODE, has_proximal_policy, read, trains_an_adapter
 from verl_m2po.staleness.checks.numbers import TOTAL_STEPS, mode_and_settings
 from verl_m2po.staleness.config import ReferenceConfig, ReplayModeConfig
 
@@ -39,6 +40,19 @@ def problems(config: DictConfig) -> Iterator[Problem]:
         yield from _of_two_policies(config, reference)
     if reference.reincarnate_after_steps is not None:
         yield from _of_another_base(config, reference.reincarnate_after_steps)
+
+
+def in_another_mode(config: DictConfig) -> Iterator[Problem]:
+    """Yield a reference that was asked to move, as by `replay=remix_whole`, in a mode whose reference stays."""
+    mode, asked = read(config, TRAINER_MODE), read(config, KEY)
+    if mode == "replay" or not isinstance(asked, DictConfig):
+        return
+    for setting, default in asdict(ReferenceConfig()).items():
+        if setting in asked and asked[setting] != default:
+            why = f"{TRAINER_MODE}={mode} does not read it: the reference stays the base model to the end"
+            remedy = f"Set staleness=replay beside it; without {KEY} replay=remix has the same batches"
+            yield Problem(f"{KEY}.{setting}", asked[setting], why, remedy)
+            return
 
 
 def _of_two_policies(config: DictConfig, reference: ReferenceConfig) -> Iterator[Problem]:

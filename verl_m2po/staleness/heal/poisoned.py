@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from verl_m2po.ground.files import append
+from verl_m2po.ground.verl_config import only_validates
 from verl_m2po.staleness.rule import events
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class PoisonedPrompts:
     @classmethod
     def of(cls, config: DictConfig) -> "PoisonedPrompts":
         """Beside the checkpoints of a run with `config`, which goes on with them or begins anew."""
-        return cls(Path(config.trainer.default_local_dir) / FILE, config.trainer.resume_mode != "disable")
+        goes_on = config.trainer.resume_mode != "disable" or only_validates(config)
+        return cls(Path(config.trainer.default_local_dir) / FILE, goes_on)
 
     def has(self, index: int | str) -> bool:
         """Whether the prompt was set aside."""

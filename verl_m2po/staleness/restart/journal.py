@@ -5,7 +5,8 @@
     <journal_path>/000007.worker-2.rows     agent loop worker 2: finished groups, packed, in frames
 
 Every start and every checkpoint begins a new segment, with the next number. A checkpoint names its segment: what stands
-in that one and in all later ones came after it. Segments that no checkpoint needs are deleted.
+in that one and in all later ones came after it, but for those of runs that went on from an earlier checkpoint: a start
+writes down from which segment. Segments that no checkpoint needs are deleted.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from typing import Any
 from verl_m2po.ground.files import write_durably
 from verl_m2po.staleness.restart.checkpoint import Checkpoints
 from verl_m2po.staleness.restart.frames import JournalError
-from verl_m2po.staleness.restart.replay import Replay
+from verl_m2po.staleness.restart.replay import SINCE, Replay, since
 from verl_m2po.staleness.restart.resume import STATE_FILE
 from verl_m2po.staleness.rule import events
 from verl_m2po.staleness.rule.records import Ticket
@@ -81,12 +82,13 @@ class Journal:
         except (FileNotFoundError, ValueError):
             return {}
 
-    def start(self, run: str | None, after: Path | None = None) -> None:
+    def start(self, run: str | None, after: Path | None = None, read_from: int | None = None) -> None:
         """Go on with the journal of `run`, or begin one, in place of what is in `root`.
 
         Args:
             run: None begins a new one.
             after: the checkpoint after which a new one begins; None is the beginning of the run.
+            read_from: the segment from which the run has read what it goes on from; None where it begins.
         """
         if run is None:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -99,6 +101,8 @@ class Journal:
         self._run = run
         self._segment = max(self._segments(), default=0)
         self.next_segment()
+        if read_from is not None:
+            self._write([SINCE, read_from])
 
     def next_segment(self) -> None:
         """What is written from now on came after the checkpoint that is about to be written."""
@@ -192,7 +196,7 @@ class Journal:
             JournalError: they differ.
         """
         replay, newest = Replay(), {}
-        segments = {number: paths for number, paths in self._segments().items() if number >= segment - 1}
+        segments = self._after(segment)
         for number, paths in segments.items():
             settings = replay.take_events(paths, is_wanted=number >= segment)
             self._require_agreement(settings, must_agree)
@@ -201,6 +205,22 @@ class Journal:
         for number, paths in segments.items():
             replay.take_rows(paths, wanted, newest[number])
         return replay
+
+    def _after(self, segment: int) -> dict[int, list[Path]]:
+        """The segment before `segment`, itself, and what was written later by runs that went on from one of these.
+
+        A run that was rewound to an earlier checkpoint writes into the same journal: to what came after a later
+        checkpoint it does not belong, since it has dispatched other groups in the same places.
+        """
+        found = {number: paths for number, paths in self._segments().items() if number in (segment - 1, segment)}
+        belongs = True
+        for number, paths in sorted(self._segments().items()):
+            if number > segment:
+                read_from = since(paths)
+                belongs = belongs if read_from is None else read_from >= segment and read_from in found
+                if belongs:
+                    found[number] = paths
+        return found
 
     def _require_agreement(self, settings: dict[str, Any], keys: Iterable[str]) -> None:
         for key in keys:

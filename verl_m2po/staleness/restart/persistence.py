@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from omegaconf import DictConfig
 
 from verl_m2po.ground.problem import Problem
+from verl_m2po.ground.verl_config import only_validates
 from verl_m2po.staleness.config import load_mode_config
 from verl_m2po.staleness.restart import random_states, resume, verl_half
 from verl_m2po.staleness.restart.backlog import Backlog, Draw
@@ -77,7 +78,7 @@ class Persistence:
             checkpoints.require_writable()
         mode = load_mode_config(config, config.trainer.v1.trainer_mode)
         journal = None
-        if mode.journal:
+        if mode.journal and not only_validates(config):
             root = checkpoints.root / "journal" if mode.journal_path is None else mode.journal_path
             journal = Journal(root, mode.journal_fsync, settings)
         return cls(checkpoints, settings, journal, resumed_from, state)
@@ -164,4 +165,7 @@ class Persistence:
                 must_agree = [*must_agree, resume.MODEL]
             in_flight = [ticket.uid for ticket in buffer.rule.in_flight_tickets()]
             buffer.backlog.replay(journal.read(position["segment"], step, in_flight, must_agree), draw)
-        journal.start(None if position is None else position["run"], after=self.resumed_from)
+        if position is None:
+            journal.start(None, after=self.resumed_from)
+        else:
+            journal.start(position["run"], read_from=position["segment"])

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,23 @@ from verl_m2po.staleness.restart.frames import FinishedGroup, about, decode, rea
 from verl_m2po.staleness.rule.records import Ticket
 
 logger = logging.getLogger(__name__)
+
+SINCE = "since"
+"""Of a start, below the settings: the segment from which it has read what the run goes on from."""
+
+
+def since(paths: Iterable[Path]) -> int | None:
+    """What a start has written into the segment of `paths`; None if none did, or that of an older version."""
+    for path in (path for path in paths if path.suffix == ".jsonl"):
+        with path.open("rb") as file:
+            for line in islice(file, 2):
+                try:
+                    kind, what = json.loads(line)
+                except ValueError:  # cut off
+                    return None
+                if kind == SINCE:
+                    return what
+    return None
 
 
 @dataclass
@@ -42,7 +60,7 @@ class Replay:
                     break
                 if kind == "settings":
                     settings = what
-                elif is_wanted:
+                elif is_wanted and kind != SINCE:
                     self.events.append((kind, what if kind == "failed" else [Ticket.from_json(each) for each in what]))
         return settings
 

@@ -40,8 +40,11 @@ _REFUSED = {
 }
 """Settings that must be those of the checkpoint, and why. The staleness of the mode is one more."""
 
+REINCARNATION = "trainer.v1.replay.reference.reincarnate_after_steps"
+
 _MENTIONED = (
     "trainer.v1.bounded_async.adaptive",
+    REINCARNATION,
     "actor_rollout_ref.actor.policy_loss",
     "actor_rollout_ref.actor.optim",
     "actor_rollout_ref.actor.loss_agg_mode",
@@ -214,17 +217,30 @@ def _check_format(folder: Path, state: Mapping[str, Any]) -> list[Problem]:
 
 def _check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
     """Format 1 recorded no settings; the rule still compares itself, its staleness and its batch size when it loads."""
-    refused = _refused_keys(new[MODE])
+    refused = _refused_keys(new[MODE]) | _refused_by_now(folder, old, new)
     problems = []
     for key in (key for key in new if key in old and old[key] != new[key]):
         if key in refused:
             why = f"{folder.name} was written with {old[key]!r}: {refused[key]}"
-            remedy = f"Resume with {key}={old[key]}, or start a new run in another trainer.default_local_dir"
+            value = "null" if old[key] is None else old[key]  # Hydra's word for it
+            remedy = f"Resume with {key}={value}, or start a new run in another trainer.default_local_dir"
             problems.append(Problem(key, new[key], why, remedy))
         else:
             why = f"{folder.name} was written with {old[key]!r}; the run goes on with the new value"
             problems.append(Problem(key, new[key], why, "Change it back if that is not meant", is_fatal=False))
     return problems
+
+
+def _refused_by_now(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Settings that may change until what they speak of has happened, and why they may not after it."""
+    if new[MODE] != "replay":
+        return {}
+    match = FOLDER.match(folder.name)
+    step = int(match[1]) if match else 0
+    moments = [settings.get(REINCARNATION) for settings in (old, new)]
+    if not any(isinstance(moment, int) and moment < step for moment in moments):
+        return {}
+    return {REINCARNATION: "it is past that step, and its KL loss would be taken to another reference than before"}
 
 
 def _check_ranks(folder: Path, ranks: int) -> list[Problem]:

@@ -62,10 +62,12 @@ class Reusing(StalenessRule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        if state.get("reuse") != (reuse := asdict(self.pool.reuse)):
+        reuse = asdict(self.pool.reuse)
+        # The seed may be another, as that of the data may: what is drawn from now on is then other.
+        if ((state.get("reuse") or {}) | {"seed": reuse["seed"]}) != reuse:
             raise ValueError(
                 f"the checkpoint was written with {state.get('reuse')}, this run reuses rollouts as {reuse}. "
-                "Resume with the old settings of replay and data.seed, or start a new run"
+                "Resume with the old settings of replay, or start a new run"
             )
         self.pool.load_state_dict(state["pool"])
         self.recalibration.load_state_dict(state.get("baseline", []))  # an earlier version had none
