@@ -65,6 +65,25 @@ def test_a_group_of_one(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reward", [1.0, 0.1, 0.3, -0.9, 1e30])
+def test_a_group_of_equal_rewards_has_no_advantage_of_either_sign(name, reward):
+    """In float32, as verl has rewards, the mean of seven 0.1 is not 0.1."""
+    config = OmegaConf.create({"asymre": {"baseline_shift": 0.0}})
+    for responses in range(2, 17):
+        rewards = torch.full((responses, 1), reward)
+        estimator = get_adv_estimator_fn(name)
+        advantages, _ = estimator(rewards, torch.ones_like(rewards), ["a"] * responses, config=config)
+        assert (advantages == 0).all(), responses
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_group_of_infinite_rewards_is_left_for_the_check_of_the_batch(name):
+    rewards = torch.full((4, 1), torch.inf)
+    advantages, _ = get_adv_estimator_fn(name)(rewards, torch.ones_like(rewards), ["a"] * 4)
+    assert not advantages.isfinite().any()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_index_that_is_missing_is_refused(name):
     with pytest.raises(ValueError, match="need the group of each of the 2 responses, got none"):
         get_adv_estimator_fn(name)(torch.zeros(2, 3), torch.ones(2, 3), None)

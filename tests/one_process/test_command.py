@@ -1,7 +1,9 @@
 """Where the experiment bench puts its runs."""
 
 import pytest
+from typer.testing import CliRunner
 
+from verl_m2po.cli.main import app
 from verl_m2po.one_process.command import _folder_name
 
 DEFAULT = "m2po_stale_k_s256"
@@ -25,3 +27,21 @@ def test_runs_of_other_settings_have_other_folders(overrides, name):
 def test_long_names_stay_different():
     names = {_folder_name(DEFAULT, ["data.seed=1"] * 30 + [f"data.seed={seed}"]) for seed in (1, 2)}
     assert len(names) == 2 and max(map(len, names)) < 200
+
+
+def tried(out, *arguments: str):
+    overrides = ["staleness=on_policy", "trainer.total_training_steps=1"]
+    return CliRunner().invoke(app, ["try", *overrides, *arguments, "--out", str(out)], env={"COLUMNS": "500"})
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "~/nowhere", "./nowhere"])
+def test_a_model_that_is_not_there_is_refused_before_anything_is_replaced(tmp_path, path):
+    result = tried(tmp_path, f"actor_rollout_ref.model.path='{path}'", "trainer.experiment_name=mine")
+    assert result.exit_code == 2
+    assert f"actor_rollout_ref.model.path={path}: there is no such folder" in result.output
+    assert not (tmp_path / "mine").exists()
+
+
+def test_more_digits_than_a_problem_can_have_are_refused_by_name(tmp_path):
+    result = tried(tmp_path, "--digits", "65")
+    assert result.exit_code == 2 and "--digits" in result.output and "not between 1 and 64" in result.output

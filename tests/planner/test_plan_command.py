@@ -235,6 +235,16 @@ def test_in_separate_modes_waiting_is_no_training(tmp_path):
     assert (facts.update_s, facts.devices, facts.measured_servers) == (5.5, 8, 1)
 
 
+@pytest.mark.parametrize("mode", ["sync", "bounded_async"])
+def test_the_validation_at_which_a_run_resumed_is_no_training_step(tmp_path, mode):
+    """verl erases the log of the attempt before, so that nothing else is in that row."""
+    path = logged(tmp_path, mode, **{"timing_s/update_actor": 5.0})
+    whole = read_run(path)
+    with path.open("a") as log:
+        log.write('{"step": 40, "data": {"val-core/a/acc/mean@1": 0.5}}\n')
+    assert read_run(path).update_s == whole.update_s
+
+
 def test_an_option_wins_over_the_run(tmp_path):
     read = read_run(logged(tmp_path, "sync"))
     assert Facts(push_s=2.0).over(read).push_s == 2.0

@@ -135,6 +135,38 @@ def test_a_run_given_twice_is_read_once(tmp_path):
     assert len(runs) == 1
 
 
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("r/a.attempt-1.jsonl", "r/a.jsonl"),
+        ("r/a.attempt-1.jsonl", "r"),
+        ("r", "r/a.attempt-1.jsonl"),
+        ("s/attempt-1.jsonl", "s/attempt-2.jsonl"),
+        ("s/attempt-1.jsonl", "s"),
+        ("s", "s/attempt-2.jsonl"),
+    ],
+)
+def test_attempts_given_file_by_file_or_beside_their_folder_are_one_run(tmp_path, paths):
+    """`report r/*.jsonl`: a shell names the attempt that was moved aside first."""
+    for first, second in (("r/a.attempt-1.jsonl", "r/a.jsonl"), ("s/attempt-1.jsonl", "s/attempt-2.jsonl")):
+        write_log(tmp_path / first, rows(1, 6, 1.0))
+        write_log(tmp_path / second, rows(5, 9, 2.0))
+    (run,), problems = read_runs([tmp_path / path for path in paths])
+    assert run.name == ("a" if paths[0].startswith("r") else "s") and problems == []
+    assert run.series("critic/score/mean").to_dict() == {s: 1.0 if s < 5 else 2.0 for s in range(1, 10)}
+
+
+def test_a_config_beside_several_logs_that_are_given_one_by_one_is_of_none(tmp_path):
+    paths = [write_log(tmp_path / f"runs/{name}.jsonl", rows(1, 4, 1.0)) for name in ("m2po-s256", "grpo-s256")]
+    write_config(tmp_path / "runs", algorithm__policy_loss="m2po", data__seed=1)
+    for named in ([tmp_path], paths, [paths[0], tmp_path]):
+        runs, _ = read_runs(named)
+        assert {run.settings.loss for run in runs} == {"m2po", "grpo"}
+        assert [run.settings.config for run in runs] == [{}, {}]
+    (alone,), _ = read_runs(paths[:1])
+    assert alone.settings.config != {}
+
+
 def test_logs_of_one_folder_have_names_of_their_own(tmp_path):
     """verl calls none of them so, but people do; their metrics must not end in one run."""
     paths = [write_log(tmp_path / f"runA/{name}.jsonl", rows(1, 2, 1.0)) for name in ("log", "metrics")]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from verl_m2po.advantages.groups import group_advantages, settings_of
+from verl_m2po.advantages.groups import group_advantages, settings_of, zero_if_equal
 from verl_m2po.ground.settings import check_number
 
 KEY = "algorithm.asymre.baseline_shift"
@@ -56,6 +56,9 @@ def asymre_advantage(
         Advantages and returns, the same tensor.
     """
     shift = settings_of(config, "asymre", AsymREConfig).baseline_shift
-    return group_advantages(
-        token_level_rewards, response_mask, index, lambda rewards, _group: rewards - (rewards.mean() + shift)
-    )
+
+    def rule(rewards: Tensor, _group: Hashable) -> Tensor:
+        advantages = rewards - (rewards.mean() + shift)
+        return advantages if shift else zero_if_equal(advantages, rewards)
+
+    return group_advantages(token_level_rewards, response_mask, index, rule)

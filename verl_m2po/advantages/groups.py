@@ -45,6 +45,16 @@ def group_advantages(
     return spread, spread
 
 
+def zero_if_equal(advantages: Tensor, rewards: Tensor) -> Tensor:
+    """`advantages` of one group, and exactly 0 where all its rewards are equal and finite; both [n].
+
+    Rounding would leave 1e-7 of either sign there, and who asks for the sign of an advantage, or whether there is one,
+    would take it for a real one: the trust region, sequence masking, and replay of informative groups.
+    """
+    # The difference of two infinite rewards is NaN: those are for `require_finite`.
+    return advantages.masked_fill((rewards - rewards[:1] == 0).all(), 0.0)
+
+
 def settings_of(config: Any, name: str, settings_class: type[Settings]) -> Settings:
     """`algorithm.<name>` as verl hands the config of the algorithm to an estimator; what is not set has its default."""
     section = None if config is None else config.get(name, None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from verl_m2po.advantages.groups import group_advantages, settings_of
+from verl_m2po.advantages.groups import group_advantages, settings_of, zero_if_equal
 from verl_m2po.ground.settings import check_choice, check_whole_number
 
 BASELINES = ("none", "leave_one_out")
@@ -69,8 +69,8 @@ def max_at_k_advantage(
     def rule(rewards: Tensor, _group: Hashable) -> Tensor:
         best_of = min(k, len(rewards))
         weights = max_at_k_weights(rewards, best_of)
-        if baseline == "leave_one_out":
-            weights = weights - leave_one_out_baseline(rewards, best_of)
+        if baseline == "leave_one_out" and best_of > 1:
+            weights = zero_if_equal(weights - leave_one_out_baseline(rewards, best_of), rewards)
         return len(rewards) * weights
 
     return group_advantages(token_level_rewards, response_mask, index, rule)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from verl_m2po.advantages.groups import group_advantages, settings_of
+from verl_m2po.advantages.groups import group_advantages, settings_of, zero_if_equal
 from verl_m2po.ground.settings import check_number
 
 
@@ -54,9 +54,11 @@ def oapl_advantage(
         ValueError: beta1 is not a positive number.
     """
     beta1 = settings_of(config, "oapl", OAPLAdvantageConfig).beta1
-    return group_advantages(
-        token_level_rewards, response_mask, index, lambda rewards, _group: rewards - soft_value(rewards, beta1)
-    )
+
+    def rule(rewards: Tensor, _group: Hashable) -> Tensor:
+        return zero_if_equal(rewards - soft_value(rewards, beta1), rewards)
+
+    return group_advantages(token_level_rewards, response_mask, index, rule)
 
 
 def soft_value(rewards: Tensor, beta1: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from verl_m2po.advantages.groups import group_advantages, settings_of
+from verl_m2po.advantages.groups import group_advantages, settings_of, zero_if_equal
 from verl_m2po.ground.settings import check_number, check_whole_number
 
 
@@ -68,7 +68,7 @@ def red_drop_advantage(
 
     def rule(rewards: Tensor, group: Hashable) -> Tensor:
         kept = balanced_subset(rewards, zlib.crc32(f"{seed}/{group}".encode()))
-        return torch.where(kept, rewards - rewards[kept].mean(), 0.0)
+        return zero_if_equal(torch.where(kept, rewards - rewards[kept].mean(), 0.0), rewards)
 
     return group_advantages(token_level_rewards, response_mask, index, rule)
 
@@ -99,7 +99,7 @@ def red_weight_advantage(
 
     def rule(rewards: Tensor, _group: Hashable) -> Tensor:
         advantages = rewards - rewards.mean()
-        return advantages * (advantages / temperature).exp()
+        return zero_if_equal(advantages * (advantages / temperature).exp(), rewards)
 
     return group_advantages(token_level_rewards, response_mask, index, rule)
 

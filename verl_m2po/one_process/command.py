@@ -3,13 +3,16 @@
 import hashlib
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from verl_m2po.ground.places import why_no_folder
+
+if TYPE_CHECKING:
+    from verl_m2po.one_process.setup import Setup
 
 NAME = "trainer.experiment_name="
 # In the default name already, or no setting of what is learnt
@@ -31,6 +34,25 @@ def _folder_name(experiment: str, overrides: list[str]) -> str:
     if len(name) <= LONGEST_NAME:
         return name
     return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _model(setup: "Setup", has_own: bool, digits: int | None) -> Path:
+    """The folder or hub id of the model to start from; one of ours is made where it is not there.
+
+    Raises:
+        typer.BadParameter: It is not there, or none can be made for so many digits.
+    """
+    from verl_m2po.launch.checks import model
+    from verl_m2po.one_process.setup import base_model
+
+    if has_own:
+        for problem in model.exists(setup.config):
+            raise typer.BadParameter(str(problem), param_hint="OVERRIDES")
+        return Path(setup.config.actor_rollout_ref.model.path).expanduser()
+    try:
+        return base_model(setup.recipe, digits)
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error), param_hint="--digits") from error
 
 
 def try_loss(
@@ -67,8 +89,7 @@ def try_loss(
         raise SystemExit(f"verl-m2po refuses this run:\n{refused}") from None
     except (setups.NotOnTheBench, HydraException, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="OVERRIDES") from error
-    has_own = setups.names_own_model(overrides)
-    model = Path(setup.config.actor_rollout_ref.model.path) if has_own else setups.base_model(setup.recipe, digits)
+    model = _model(setup, setups.names_own_model(overrides), digits)
     digits = setup.recipe.digits if digits is None else digits
     options = [f"digits={digits}"] if digits != setup.recipe.digits else []
     folder = out / _folder_name(setup.config.trainer.experiment_name, [*overrides, *options])

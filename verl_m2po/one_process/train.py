@@ -6,8 +6,9 @@
 import copy
 import os
 import platform
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -223,7 +224,9 @@ def _train(
     config, trainer = setup.config, setup.config.trainer
     # Where verl's loggers write; they read it from the environment only.
     os.environ |= {"VERL_FILE_LOGGER_PATH": str(folder / LOG), "TENSORBOARD_DIR": str(folder / "tensorboard")}
-    backends = [name for name in trainer.logger if name != "console"]
+    # Its new events would lie beside those of the run before, as one curve.
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    backends = _backends(trainer.logger)
     logger = Tracking(trainer.project_name, trainer.experiment_name, backends, OmegaConf.to_container(config))
     bench = Bench(setup, model_folder, digits)
     if trainer.val_before_train:
@@ -237,6 +240,16 @@ def _train(
             on_step(step, metrics)
     logger.finish()
     return folder / LOG
+
+
+def _backends(loggers: str | Sequence[str]) -> list[str]:
+    """verl's loggers of the run: its `file` logger in any case, and `console` never, in whose place is a progress bar.
+
+    Args:
+        loggers: `trainer.logger`; verl takes the name of a single one for a list of it.
+    """
+    named = [loggers] if isinstance(loggers, str) else loggers
+    return ["file", *(name for name in named if name not in ("console", "file"))]
 
 
 def _as_run(setup: Setup, model_folder: Path, digits: int) -> DictConfig:

@@ -95,7 +95,8 @@ def _times(run: Run, path: Path) -> Facts:
         phases = [f"timing_s/{name}" for name in TRAINING_PHASES if f"timing_s/{name}" in frame]
         if "timing_s/update_actor" not in phases:
             return Facts(push_s=push_s, prompt_tokens=_rounded(mean("prompt_length/mean")))
-        training = frame[phases].sum(axis=1)
+        # A row of a validation alone, as at the start of a resumed run, is no step that took no time.
+        training = frame[phases].sum(axis=1, min_count=1)
     return Facts(update_s=float(training.mean()), push_s=push_s, prompt_tokens=_rounded(mean("prompt_length/mean")))
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -305,19 +305,60 @@ def _unique_names(runs: list[Run]) -> tuple[list[Run], list[str]]:
     return runs, problems
 
 
+def _log_of(path: Path) -> tuple[Path, str]:
+    """What all attempts of a log have in common: their folder, and the name of the log; no number, no time."""
+    real = path.resolve()
+    name = _age(real)[0]
+    if real.name.startswith(EVENTS):
+        return real.parent, EVENTS
+    return real.parent, "attempt" if ATTEMPT.match(name) else name
+
+
+def _in_order_of_attempts(path: Path) -> tuple:
+    if path.name.startswith(EVENTS):
+        return tuple(_in_order_of_writing(path))
+    name, place = _age(path)
+    return (_attempt_number(name) if ATTEMPT.match(name) else 0, place)
+
+
+def _joined(parts: list[Source]) -> Source:
+    """One source of all files of `parts`, which are of one log: a file may be in several of them."""
+    files = {file.resolve(): file for part in parts for file in part.files}
+    longest = max(parts, key=lambda part: len(part.files))
+    name = longest.name
+    if len(files) > len(longest.files):
+        name = _file_name(longest.files[0].with_name(_age(longest.files[0])[0]))
+    ordered = sorted(files, key=_in_order_of_attempts)
+    folder = None if any(part.folder is None for part in parts) else longest.folder
+    return Source(name, tuple(files[file] for file in ordered), folder)
+
+
+def _each_log_once(sources: list[Source]) -> list[Source]:
+    """`sources` with those of one log joined, and without a config where several logs lie beside it."""
+    by_log: dict[tuple[Path, str], list[Source]] = defaultdict(list)
+    for source in sources:
+        by_log[_log_of(source.files[0])].append(source)
+    joined = [_joined(parts) for parts in by_log.values()]
+    beside = Counter(source.folder.resolve() for source in joined if source.folder)
+    return [
+        replace(source, folder=None) if source.folder and beside[source.folder.resolve()] > 1 else source
+        for source in joined
+    ]
+
+
 def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
     """All runs under `paths` that logged at least one step, and a line for each thing that is not there.
 
-    A path given twice, or under another given path, is read once.
+    A path given twice, or under another given path, is read once. Attempts of one log that are given file by file, as a
+    shell makes them of `*.jsonl`, are one run.
     """
-    sources: dict[Path, Source] = {}
+    sources: list[Source] = []
     problems: list[str] = []
     for path in paths:
         found, lines = find_sources(path)
         problems += lines
-        for source in found:
-            sources.setdefault(source.files[0].resolve(), source)
-    runs = [read_run(source) for source in sources.values()]
+        sources += found
+    runs = [read_run(source) for source in _each_log_once(sources)]
     runs, same_names = _unique_names(runs)
     for run in runs:
         problems += run.problems
