@@ -318,10 +318,10 @@ def test_memory_is_computed_from_the_depth():
 
 def test_a_run_shorter_than_its_staleness_is_refused():
     clock = UpdateClock(256, 64)
-    assert checks.check_run_length(9, clock, "stale_k", 10) == []
-    (problem,) = checks.check_run_length(10, clock, "stale_k", 10)
+    assert checks.run_length.check_run_length(9, clock, "stale_k", 10) == []
+    (problem,) = checks.run_length.check_run_length(10, clock, "stale_k", 10)
     assert problem.value == 40 and "at most 36" in problem.remedy
-    assert checks.check_run_length(0, clock, "stale_k", 0) == []
+    assert checks.run_length.check_run_length(0, clock, "stale_k", 0) == []
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def max_at_k_advantage(
     def rule(rewards: Tensor, _group: Hashable) -> Tensor:
         best_of = min(k, len(rewards))
         weights = max_at_k_weights(rewards, best_of)
-        if baseline == "leave_one_out" and best_of > 1:
+        if baseline == "leave_one_out" and best_of > 1:  # the best of one has no baseline: plain rewards
             weights = zero_if_equal(weights - leave_one_out_baseline(rewards, best_of), rewards)
         return len(rewards) * weights
 

@@ -25,14 +25,13 @@ from verl_m2po.staleness.checks import (
     setup,
     units,
 )
-from verl_m2po.staleness.checks.run_length import check_run_length, planned_steps, too_short
+from verl_m2po.staleness.checks.run_length import planned_steps, too_short
 from verl_m2po.staleness.config import is_chosen
 
 __all__ = [
     "PreflightError",
     "Problem",
     "check",
-    "check_run_length",
     "checks",
     "planned_steps",
     "require_sound",

@@ -212,9 +212,10 @@ class Journal:
         A run that was rewound to an earlier checkpoint writes into the same journal: to what came after a later
         checkpoint it does not belong, since it has dispatched other groups in the same places.
         """
-        found = {number: paths for number, paths in self._segments().items() if number in (segment - 1, segment)}
+        segments = self._segments()
+        found = {number: segments[number] for number in (segment - 1, segment) if number in segments}
         belongs = True
-        for number, paths in sorted(self._segments().items()):
+        for number, paths in sorted(segments.items()):
             if number > segment:
                 read_from = since(paths)
                 belongs = belongs if read_from is None else read_from >= segment and read_from in found
